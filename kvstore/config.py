@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of a store: who may write, what survives a power cut, how much memory and disk it may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from kvstore.errors import ConfigError
+
+
+class Access(StrEnum):
+    """What a process may do with a store: one writer, any number of readers."""
+
+    READ = "read"
+    WRITE = "write"
+
+
+class Durability(StrEnum):
+    """What an acknowledged write survives.
+
+    `NONE` survives the death of the process (`kill -9`), not of the machine. `COMMIT` also survives a power cut:
+    extents are synced before the catalogue names them, and the catalogue syncs each commit.
+    """
+
+    NONE = "none"
+    COMMIT = "commit"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """Budgets and thread counts of one open store.
+
+    Args:
+        access: reader or writer.
+        durability: what an acknowledged write survives; ignored by readers.
+        host_nbytes: bytes of the host tier's arena.
+        disk_nbytes: most bytes of extent files and catalogue together; None means as much as the disk holds.
+        io_threads: native threads that read and write extents.
+        decode_threads: threads that encode and decode records.
+
+    Raises:
+        ConfigError: a size is negative, or a thread count is below one.
+    """
+
+    access: Access
+    durability: Durability
+    host_nbytes: int
+    disk_nbytes: int | None = None
+    io_threads: int = 4
+    decode_threads: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("io_threads", "decode_threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; at least one thread is needed")
+        if self.host_nbytes < 0:
+            raise ConfigError(f"host_nbytes is {self.host_nbytes}; it cannot be negative")
+        if self.disk_nbytes is not None and self.disk_nbytes < 0:
+            raise ConfigError(f"disk_nbytes is {self.disk_nbytes}; use None for no budget")

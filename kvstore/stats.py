@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counters of a store: what each tier moved, held, found and missed, with units in the names."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, fields, replace
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """Counts of one tier since the store was opened.
+
+    `hits`, `misses`, `damaged` count look-ups of blocks; `*_blocks` and `*_nbytes` count what moved; `*_s` are
+    seconds summed over threads, so they may exceed wall time.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    damaged: int = 0
+    read_blocks: int = 0
+    written_blocks: int = 0
+    evicted_blocks: int = 0
+    read_nbytes: int = 0
+    written_nbytes: int = 0
+    read_s: float = 0.0
+    write_s: float = 0.0
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+
+    def __add__(self, other: TierStats) -> TierStats:
+        return TierStats(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class DiskUsage:
+    """Where a store's bytes on disk are.
+
+    `extent_used_nbytes` is held by blocks, `extent_file_nbytes` is the size of the extent files (some of it is
+    preallocated and free), `catalogue_nbytes` is the size of the catalogue file.
+    """
+
+    extent_used_nbytes: int
+    extent_file_nbytes: int
+    catalogue_nbytes: int
+
+    @property
+    def total_nbytes(self) -> int:
+        """Bytes that the store takes from the file system."""
+        return self.extent_file_nbytes + self.catalogue_nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """A snapshot of a store: both tiers, bytes on disk, and what waits to be written."""
+
+    host: TierStats
+    disk: TierStats
+    usage: DiskUsage
+    num_blocks: int
+    num_streams: int
+    host_slots: int
+    host_slots_used: int
+    queued_blocks: int
+
+
+class Meter:
+    """Adds up `TierStats` from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._total = TierStats()
+
+    def add(self, delta: TierStats) -> None:
+        """Add `delta` to the running total."""
+        with self._lock:
+            self._total = self._total + delta
+
+    def snapshot(self) -> TierStats:
+        """Return the total so far, as a copy."""
+        with self._lock:
+            return replace(self._total)
