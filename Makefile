@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+# The verbs that people, CI and the README share. Only PyPI is needed; `make help` lists them.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= cpu,transformers,video,dev
+NVCC ?= nvcc
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+export PYTHON
+
+# The stamps live in the environment, so deleting it is enough to start afresh.
+PACKAGES := $(VENV)/.packages
+NATIVE := $(VENV)/.native
+CSRC := $(shell find csrc tests/native -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null | sort)
+CUDA_UNITS := $(filter csrc/cuda/%.cu csrc/cuda/%.cpp,$(CSRC))
+
+# Tests marked gpu run where there is one.
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -o -m1 GPU)
+MARKS := not slow$(if $(HAS_GPU),, and not gpu)
+
+.PHONY: help venv demo test test-slow coverage lint lint-python lint-types lint-cpp fmt bench cuda-check clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: $(PACKAGES) $(NATIVE)  ## virtual environment with pinned packages and the built extension
+
+# Built by the recipe of PACKAGES, and again here whenever native code alone changes.
+$(PACKAGES): pyproject.toml constraints.txt tools/make_venv.sh
+	tools/make_venv.sh $(VENV) $(EXTRAS)
+	touch $(PACKAGES) $(NATIVE)
+
+$(NATIVE): setup.py $(CSRC) | $(PACKAGES)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: venv  ## the worked example, on this machine
+	$(PY) examples/demo.py
+
+test: venv  ## all quick tests; GPU tests where there is a GPU
+	$(BIN)/pytest -m "$(MARKS)"
+
+test-slow: venv  ## the tests that take minutes
+	$(BIN)/pytest -m "slow$(if $(HAS_GPU),, and not gpu)"
+
+coverage: venv  ## quick tests with branch coverage of the Python code
+	$(BIN)/coverage run -m pytest -m "$(MARKS)"
+	$(BIN)/coverage report
+
+lint: lint-python lint-types lint-cpp  ## every static check
+
+lint-python: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+lint-types: venv
+	$(BIN)/mypy
+	$(PY) -m mypy.stubtest kvstore._native
+
+lint-cpp: venv
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+fmt: venv  ## format Python and C++ in place
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CSRC)
+
+bench: venv  ## every benchmark; benchmarks/README.md says how to read them
+	for script in benchmarks/bench_*.py; do echo "== $$script"; $(PY) "$$script"; done
+
+cuda-check:  ## compile the CUDA sources for sm_80 and sm_90, without linking; needs nvcc, no GPU
+	@command -v $(NVCC) >/dev/null || { echo "cuda-check: $(NVCC) not found" >&2; exit 1; }
+	@objects=$$(mktemp -d) && trap 'rm -rf "$$objects"' EXIT && for unit in $(CUDA_UNITS); do \
+	    echo "$(NVCC) $$unit"; \
+	    $(NVCC) -std=c++17 -O2 -Werror all-warnings -Xcompiler -Wall,-Wextra -Icsrc -c "$$unit" -o "$$objects/$$(basename "$$unit").o" \
+	        -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90; \
+	done
+
+clean:  ## delete build outputs and caches; keeps .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -f kvstore/_native*.so
+	find kvstore kernels retrieval tests benchmarks examples tools -name __pycache__ -prune -exec rm -rf {} +
