@@ -8,7 +8,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= cpu,transformers,video,dev
+EXTRAS ?= cpu,transformers,video,demo,dev
 NVCC ?= nvcc
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -31,13 +31,13 @@ help:  ## list the targets
 
 venv: $(PACKAGES) $(NATIVE)  ## virtual environment with pinned packages and the built extension
 
-# Built by the recipe of PACKAGES, and again here whenever native code alone changes.
+# Built by the recipe of PACKAGES; when native code alone changes, only what changed is compiled again.
 $(PACKAGES): pyproject.toml constraints.txt tools/make_venv.sh
 	tools/make_venv.sh $(VENV) $(EXTRAS)
 	touch $(PACKAGES) $(NATIVE)
 
 $(NATIVE): setup.py $(CSRC) | $(PACKAGES)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(PY) setup.py --quiet build_ext --inplace
 	touch $@
 
 demo: venv  ## the worked example, on this machine

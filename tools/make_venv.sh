@@ -12,8 +12,8 @@ set -euo pipefail
 venv=$1
 extras=$2
 python=${PYTHON:-python3}
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-pins=$root/constraints.txt
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+pins=constraints.txt
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "make_venv: $python is $("$python" --version 2>&1); kvstore needs Python 3.11 or newer (set PYTHON=...)" >&2
@@ -48,9 +48,12 @@ fi
 
 pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$pins")
 "${pip[@]}" torch
-# No build isolation: an isolated build would fetch setuptools and pybind11 again, past the pins.
-"${pip[@]}" setuptools wheel pybind11
-"${pip[@]}" --no-build-isolation --editable "$root[$extras]"
+# No build isolation: an isolated build would fetch its requirements again, past the pins.
+mapfile -t build_requires < <("$venv/bin/python" -c '
+import tomllib
+print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")')
+"${pip[@]}" "${build_requires[@]}"
+"${pip[@]}" --no-build-isolation --editable ".[$extras]"
 
 "$venv/bin/python" - <<'PY'
 import torch
