@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module kvstore._native.
+#include "bindings/bind.hpp"
+
+PYBIND11_MODULE(_native, module) {
+  kv::bindings::bind_errors();
+  kv::bindings::bind_core(module);
+  kv::bindings::bind_codec(module);
+  kv::bindings::bind_io(module);
+  kv::bindings::bind_device(module);
+}

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// Page-aligned host memory that direct I/O and device copies can use.
+#pragma once
+
+#include <cstddef>
+
+#include "core/span.hpp"
+
+namespace kv {
+
+/// Owns one anonymous mapping; the destructor unmaps it. Methods are not to be called from two threads at once.
+///
+/// close() gives the pages back to the system but keeps the address range until destruction: a view that outlives it
+/// reads zeros instead of crashing the process.
+class Arena {
+ public:
+  /// Maps `nbytes`, rounded up to whole pages, zero-filled, with huge-page advice.
+  /// @param pinned  page-lock it for device copies; without a CUDA device the memory stays plain.
+  /// @throws CapacityError when the memory cannot be had, ShapeError when `nbytes` is 0.
+  Arena(std::size_t nbytes, bool pinned);
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  Arena(Arena&&) = delete;
+  Arena& operator=(Arena&&) = delete;
+  ~Arena();
+
+  [[nodiscard]] Bytes bytes() const noexcept { return bytes_; }
+  [[nodiscard]] bool is_pinned() const noexcept { return is_pinned_; }
+  [[nodiscard]] bool is_closed() const noexcept { return is_closed_; }
+  void close() noexcept;
+
+ private:
+  Bytes bytes_;
+  bool is_pinned_ = false;
+  bool is_closed_ = false;
+};
+
+}  // namespace kv

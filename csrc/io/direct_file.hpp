@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// One open file, past the page cache where the file system allows it.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <string>
+
+#include "core/span.hpp"
+
+namespace kv {
+
+/// Owns one file descriptor; the destructor closes it. Share it with std::shared_ptr: whoever still transfers keeps
+/// the descriptor open. All methods may be called from any thread.
+///
+/// Opened with O_DIRECT; when the file system refuses that with EINVAL, at open or at the first transfer, the file
+/// continues buffered. While `is_direct()`, offsets, lengths and addresses must be multiples of kPageNbytes.
+class DirectFile {
+ public:
+  /// Opens `path`, close-on-exec; a writable file is created when missing and never truncated.
+  /// @throws IoError, CapacityError.
+  DirectFile(const std::string& path, bool writable);
+  DirectFile(const DirectFile&) = delete;
+  DirectFile& operator=(const DirectFile&) = delete;
+  DirectFile(DirectFile&&) = delete;
+  DirectFile& operator=(DirectFile&&) = delete;
+  ~DirectFile();
+
+  [[nodiscard]] bool is_direct() const noexcept { return is_direct_.load(); }
+  [[nodiscard]] bool is_writable() const noexcept { return is_writable_; }
+  [[nodiscard]] const std::string& path() const noexcept { return path_; }
+  [[nodiscard]] std::uint64_t size() const;
+
+  /// Reserves the first `nbytes` bytes on the medium; a longer file stays as long as it is. When that fails the file
+  /// keeps its old size.
+  /// @throws CapacityError when the file system is full.
+  void preallocate(std::uint64_t nbytes);
+
+  /// Returns when all data written so far would survive a power loss.
+  void sync();
+
+  /// Asks the kernel to forget cached pages of this file; dirty ones stay.
+  void drop_cache();
+
+  /// Fills `destination` from `offset`, or throws: a short file is an IoError, never a short result.
+  void read_exactly(Bytes destination, std::uint64_t offset);
+
+  /// Writes all of `source` at `offset`, or throws.
+  void write_exactly(ConstBytes source, std::uint64_t offset);
+
+ private:
+  [[nodiscard]] std::string about(const char* verb) const;
+  // Continues buffered, for this and all later transfers: O_DIRECT is not possible here after all.
+  void leave_direct_mode();
+
+  std::string path_;
+  bool is_writable_;
+  std::atomic<bool> is_direct_{false};
+  int descriptor_ = -1;
+};
+
+}  // namespace kv

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Types of the native module; what each name promises stands in kvstore/native.py and in the headers under csrc."""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import TypedDict, final
+
+from typing_extensions import Buffer
+
+class _BuildInfo(TypedDict):
+    version: str
+    has_cuda: bool
+    cuda_devices: int
+    simd: str
+
+def crc32c(data: Buffer, seed: int = 0) -> int: ...
+def crc32c_table(data: Buffer, seed: int = 0) -> int: ...
+def build_info() -> _BuildInfo: ...
+@final
+class Geometry:
+    def __init__(
+        self, num_layers: int, kv_heads: int, key_dim: int, value_dim: int, itemsize: int, block_tokens: int
+    ) -> None: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def key_dim(self) -> int: ...
+    @property
+    def value_dim(self) -> int: ...
+    @property
+    def itemsize(self) -> int: ...
+    @property
+    def block_tokens(self) -> int: ...
+    @property
+    def slot_nbytes(self) -> int: ...
+
+def gather_rows(
+    geometry: Geometry, plane: int, pool: Buffer, slots: Buffer, row_starts: Buffer, dense: Buffer
+) -> None: ...
+def scatter_rows(
+    geometry: Geometry, plane: int, pool: Buffer, slots: Buffer, row_starts: Buffer, dense: Buffer
+) -> None: ...
+def probe_record(
+    record: Buffer,
+) -> tuple[
+    tuple[int, int], int, int, int, int, int, int, int, int, int, int, list[tuple[int, int, int, int, int]]
+]: ...
+def record_bound(geometry: Geometry, dtype: int, num_tokens: int) -> int: ...
+def find_nonfinite(geometry: Geometry, dtype: int, num_tokens: int, slot: Buffer) -> list[int]: ...
+def split_planes(
+    geometry: Geometry, dtype: int, num_tokens: int, slot: Buffer, planes: Sequence[int], streams: Buffer
+) -> None: ...
+def encode_record(
+    geometry: Geometry,
+    dtype: int,
+    num_tokens: int,
+    profile: int,
+    first_token: int,
+    slot: Buffer,
+    codings: Sequence[int],
+    streams: Sequence[Buffer],
+    out: Buffer,
+) -> int: ...
+def open_planes(
+    geometry: Geometry,
+    dtype: int,
+    num_tokens: int,
+    first_plane: int,
+    entries: Sequence[tuple[int, int, int, int, int]],
+    data: Buffer,
+    data_offset: int,
+) -> list[tuple[int, int]]: ...
+def decode_planes(
+    geometry: Geometry,
+    dtype: int,
+    num_tokens: int,
+    first_plane: int,
+    entries: Sequence[tuple[int, int, int, int, int]],
+    data: Buffer,
+    data_offset: int,
+    streams: Sequence[Buffer],
+    slot: Buffer,
+) -> None: ...
+@final
+class DirectFile:
+    def __init__(self, path: str | bytes | PathLike[str], writable: bool) -> None: ...
+    @property
+    def is_direct(self) -> bool: ...
+    def size(self) -> int: ...
+    def preallocate(self, nbytes: int) -> None: ...
+    def sync(self) -> None: ...
+    def drop_cache(self) -> None: ...
+    def close(self) -> None: ...
+
+@final
+class Ticket:
+    def done(self) -> bool: ...
+    def wait(self) -> None: ...
+
+@final
+class IoPool:
+    def __init__(self, num_threads: int) -> None: ...
+    def submit_read(self, file: DirectFile, buffer: Buffer, ops: Sequence[tuple[int, int, int]]) -> Ticket: ...
+    def submit_write(self, file: DirectFile, buffer: Buffer, ops: Sequence[tuple[int, int, int]]) -> Ticket: ...
+    def close(self) -> None: ...
+
+@final
+class Arena(Buffer):
+    def __init__(self, nbytes: int, pinned: bool) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def is_pinned(self) -> bool: ...
+    def close(self) -> None: ...
+
+def copy_to_device(
+    host: Buffer, device: tuple[int, int], runs: Sequence[tuple[int, int, int]], stream: int
+) -> None: ...
+def copy_to_host(device: tuple[int, int], host: Buffer, runs: Sequence[tuple[int, int, int]], stream: int) -> None: ...
+def device_gather_rows(
+    geometry: Geometry,
+    plane: int,
+    pool: tuple[int, int],
+    slots: tuple[int, int],
+    row_starts: tuple[int, int],
+    dense: tuple[int, int],
+    status: int,
+    stream: int,
+) -> None: ...
+def device_scatter_rows(
+    geometry: Geometry,
+    plane: int,
+    pool: tuple[int, int],
+    slots: tuple[int, int],
+    row_starts: tuple[int, int],
+    dense: tuple[int, int],
+    status: int,
+    stream: int,
+) -> None: ...

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names of the native module, and the only import of it: bytes, memory, files, threads, devices.
+
+All calls that move bytes release the GIL. Errors are those of `kvstore.errors`: ShapeError for a buffer or range that
+does not fit, ConfigError for a closed object or one inherited through fork(), StoreIOError (with errno) and
+CapacityError from the system, CorruptRecordError and UnsupportedFormatError from records.
+
+Memory and files:
+    Arena(nbytes, pinned): page-aligned writable memory, zero-filled, `nbytes` rounded up to pages; a buffer of uint8.
+        `pinned` page-locks it when a CUDA device is there. `close()` gives the pages back; views left read zeros.
+    DirectFile(path, writable): O_DIRECT where the file system offers it (`is_direct`), else buffered. A writable file
+        is created when missing.
+    IoPool(num_threads).submit_read | submit_write(file, buffer, ops) -> Ticket: ops are (file_offset, buffer_offset,
+        nbytes), in multiples of 4096, memory address included, while the file is direct. Reading past the end is an
+        error.
+    Ticket.wait(): blocks, then raises the batch's first error. The buffer is held until then; a dropped ticket waits.
+
+Planes (K of layer l is plane 2l, V is 2l + 1):
+    gather_rows | scatter_rows(geometry, plane, pool, slots, row_starts, dense): between slots of `pool` and dense rows
+        [num_rows, kv_heads, dim]; block i is slot slots[i] and holds rows [row_starts[i], row_starts[i + 1]), int32.
+    device_gather_rows | device_scatter_rows(...): the same on device memory, given as (address, nbytes), queued on
+        `stream`. A bad table entry moves nothing and sets the int32 at address `status` to 1.
+    copy_to_device(host, device, runs, stream), copy_to_host(device, host, runs, stream): runs are (host_offset,
+        device_offset, nbytes); queued, neighbours joined; the caller keeps the host buffer alive until the stream has
+        passed. `stream` is a handle as an integer and never 0, the default stream.
+"""
+
+from __future__ import annotations
+
+from kvstore.errors import MissingDependencyError
+
+try:
+    from kvstore._native import (
+        Arena,
+        DirectFile,
+        Geometry,
+        IoPool,
+        Ticket,
+        build_info,
+        copy_to_device,
+        copy_to_host,
+        crc32c,
+        crc32c_table,
+        decode_planes,
+        device_gather_rows,
+        device_scatter_rows,
+        encode_record,
+        find_nonfinite,
+        gather_rows,
+        open_planes,
+        probe_record,
+        record_bound,
+        scatter_rows,
+        split_planes,
+    )
+except ImportError as error:
+    raise MissingDependencyError(
+        f"kvstore's native part is not built for this Python ({error}): run `python setup.py build_ext --inplace`"
+    ) from error
+
+__all__ = [
+    "Arena",
+    "DirectFile",
+    "Geometry",
+    "IoPool",
+    "Ticket",
+    "build_info",
+    "copy_to_device",
+    "copy_to_host",
+    "crc32c",
+    "crc32c_table",
+    "decode_planes",
+    "device_gather_rows",
+    "device_scatter_rows",
+    "encode_record",
+    "find_nonfinite",
+    "gather_rows",
+    "open_planes",
+    "probe_record",
+    "record_bound",
+    "scatter_rows",
+    "split_planes",
+]
