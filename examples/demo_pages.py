@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import zip_longest
 from pydoc_data.topics import topics
 
 from PIL import ImageFont
@@ -128,11 +129,32 @@ def _blocks(topic: str) -> list[str]:
     return [block for block in topic.translate(_ASCII).split("\n\n") if block.strip(" \n*=-~^")]
 
 
+def _table_rows(rows: list[str]) -> Iterator[str]:
+    """Read a drawn table as one text per row, its cells set apart by colons: a screen reader cannot read rules."""
+    cells: list[str] = []
+    for row in rows:
+        if row.startswith(("+-", "|=", "+=")):
+            if cells:
+                yield _joined(cells)
+            cells = []
+            continue
+        parts = row.strip("|").split(" | ")
+        cells = [f"{cell} {part}" for cell, part in zip_longest(cells, parts, fillvalue="")]
+    if cells:
+        yield _joined(cells)
+
+
+def _joined(cells: list[str]) -> str:
+    return ": ".join(" ".join(cell.split()) for cell in cells).rstrip(": ")
+
+
 def _lines(rows: list[str]) -> tuple[Line, ...]:
     rows = [row for row in rows if row.strip(" *=-~^")]
     indent = min(len(row) - len(row.lstrip()) for row in rows)
     rows = [row[indent:].rstrip() for row in rows]
     indent = min(indent, 4 * INDENT_CHARS)
+    if rows[0].startswith("+-"):
+        return tuple(line for row in _table_rows(rows) for line in wrap(row, indent=indent))
     wraps = all(len(row) + indent >= _MIN_WRAPPED_CHARS for row in rows[:-1])
     if wraps and not any(sign in row for row in rows for sign in (">>>", "::=")):
         prose = _EMPHASIS.sub(r"\1", " ".join(" ".join(rows).split()))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import av
 import numpy as np
-from demo_pages import FONT, Page
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+
+from demo_pages import FONT, Page
 
 WIDTH, HEIGHT = 1280, 720
 SCROLL_STEPS = 4
@@ -22,7 +23,7 @@ _SPACE = float(FONT.getlength(" "))
 _BODY_TOP = 60
 _NUM_NOISE_FIELDS = 8
 _SPRITE = np.tril(np.ones((20, 14), dtype=bool))
-_SCROLLBAR_X = WIDTH - 22
+_PAGE_DOWN = (WIDTH - 18, HEIGHT - 18)
 
 Plane = NDArray[np.uint8]
 
@@ -57,7 +58,7 @@ def draw(page: Page, *, progress: float) -> Picture:
             pen.text((_MARGIN + 2 * line.indent * _SPACE, y), line.text, font=FONT, fill=_INK)
             y += _ROW_HEIGHT
         y += _ROW_HEIGHT / 2
-    planes = av.VideoFrame.from_image(image).reformat(format="yuv420p").to_ndarray()
+    planes = av.VideoFrame.from_ndarray(np.asarray(image)).reformat(format="yuv420p").to_ndarray()
     return Picture(planes[:HEIGHT], planes[HEIGHT:].reshape(2, HEIGHT // 2, WIDTH // 2))
 
 
@@ -79,7 +80,7 @@ def _pushed(above: Plane, below: Plane, shift: int, top: int, *, axis: int) -> P
 
 
 class Camera:
-    """Turns pictures into frames: adds noise and a pointer that wanders, then rests on the scroll bar.
+    """Turns pictures into frames: adds noise and a pointer that wanders, then rests at the foot of the scroll bar.
 
     Args:
         rng: the only source of chance.
@@ -90,13 +91,13 @@ class Camera:
         flips = rng.integers(0, 10, (_NUM_NOISE_FIELDS, HEIGHT, WIDTH), dtype=np.uint8)
         # 0 or 2 for one pixel in five, 1 for the others; `shoot` takes 1 off again.
         self._noise = np.where(flips == 0, np.uint8(0), np.where(flips == 9, np.uint8(2), np.uint8(1)))
-        self._pointer = np.array([_SCROLLBAR_X, HEIGHT // 2], dtype=np.float64)
+        self._pointer = np.array(_PAGE_DOWN, dtype=np.float64)
         self._goal = self._pointer.copy()
 
     def shoot(self, picture: Picture, *, at_rest: bool) -> av.VideoFrame:
-        """Return the next frame; `at_rest` sends the pointer to the scroll bar, out of the text."""
+        """Return the next frame; `at_rest` sends the pointer to the foot of the scroll bar, out of the text."""
         if at_rest:
-            self._goal = np.array([_SCROLLBAR_X, self._goal[1]])
+            self._goal = np.array(_PAGE_DOWN, dtype=np.float64)
             self._pointer = self._goal.copy()
         elif np.abs(self._goal - self._pointer).max() < 4:
             self._goal = self._rng.uniform((60, 80), (WIDTH - 60, HEIGHT - 60))

@@ -19,10 +19,11 @@ from typing import Any
 
 import av
 import numpy as np
+from numpy.typing import NDArray
+
 from demo_pages import Page, lay_out
 from demo_screen import HEIGHT, WIDTH, Camera, draw, scroll
 from narrator import Narrator
-from numpy.typing import NDArray
 
 _SCREEN_S = 30
 _JITTER_S = 4
@@ -113,6 +114,8 @@ def _encode(path: Path, shots: list[Shot], sounds: dict[int, NDArray[np.int16]],
         audio = container.add_stream("aac", rate=_AUDIO_RATE, layout="mono") if sounds else None
         if audio is not None:
             audio.bit_rate = 32_000
+            # Noise substitution would make the decoded sound depend on where decoding began.
+            audio.options = {"aac_pns": "0"}
         for number, frames in enumerate(_frames(shots, Camera(rng))):
             for tick, frame in frames:
                 frame.pts, frame.time_base = tick, Fraction(1, _TICKS_PER_S)

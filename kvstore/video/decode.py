@@ -13,15 +13,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import av
 import numpy as np
-from av.container import InputContainer
-from av.packet import Packet
-from av.stream import Disposition, Stream
-from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from kvstore.errors import ConfigError, MediaError
+from kvstore.extras import missing_dependency
+
+try:
+    import av
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.stream import Disposition, Stream
+    from av.video.stream import VideoStream
+except ImportError as error:
+    raise missing_dependency("av", "reading a video") from error
 
 AnyFrame = TypeVar("AnyFrame", av.VideoFrame, av.AudioFrame)
 
@@ -147,7 +152,7 @@ def sample_frames(path: Path, fps: float, start_s: float = 0.0) -> Iterator[Fram
             if time_s >= start_s - _EPSILON_S:
                 yield Frame(time_s, _thumbnail(frame), partial(_rgb, frame))
         if num_decoded == 0:
-            raise MediaError(f"{path}: no frame can be decoded at or after {start_s} s")
+            raise MediaError(f"{path}: the video stream holds no frame that can be decoded")
 
 
 def audio_chunks(path: Path, start_s: float = 0.0) -> Iterator[AudioChunk]:
@@ -181,7 +186,7 @@ def _opened(path: Path) -> Iterator[InputContainer]:
         # A hostile playlist must not reach the network.
         container = av.open(str(path.resolve()), options={"protocol_whitelist": "file"})
     except (av.FFmpegError, OSError) as error:
-        raise MediaError(f"{path}: cannot be opened as a video: {error}") from error
+        raise MediaError(f"{path}: cannot be opened as a video: {error.strerror}") from error
     with container:
         if container.format.name in _NOT_VIDEO:
             raise MediaError(f"{path}: not a video but {container.format.long_name}")

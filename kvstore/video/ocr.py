@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kvstore.errors import MissingDependencyError
+from kvstore.extras import missing_dependency
 from kvstore.video.changes import FrameGroup
 from kvstore.video.perception import Observation
 
@@ -24,6 +25,8 @@ _MIN_WORD_SHARE = 0.3
 _PARAGRAPH_GAP = 0.75
 _INDENT_STEP = 1.0
 _FULL_LINE = 0.75
+_PLAIN_QUOTES = str.maketrans("‘’“”", "''\"\"")
+"""Tesseract guesses at the slant of quotes; a language model reads plain ones better than wrong ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ class ScreenReader:
         try:
             import tesserocr
         except ImportError as error:
-            raise MissingDependencyError("reading screens needs Tesseract: pip install tesserocr") from error
+            raise missing_dependency("tesserocr", "reading screens") from error
         finally:
             if limit is None:
                 del os.environ["OMP_THREAD_LIMIT"]
@@ -101,7 +104,7 @@ class ScreenReader:
             box = item.BoundingBox(level)
             if box is None or item.Confidence(level) < _MIN_CONFIDENCE:
                 continue
-            lines.append(_Line(" ".join(item.GetUTF8Text(level).split()), *box))
+            lines.append(_Line(" ".join(item.GetUTF8Text(level).translate(_PLAIN_QUOTES).split()), *box))
         return lines
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kvstore.errors import MissingDependencyError
+from kvstore.errors import ConfigError
+from kvstore.extras import missing_dependency
 from kvstore.video.decode import AUDIO_RATE, audio_chunks
 from kvstore.video.perception import Sentence
 
@@ -23,8 +24,6 @@ _MARGIN = AUDIO_RATE // 4
 _STAMP_JITTER = AUDIO_RATE // 20
 _MAX_GAP = 12 * 3600 * AUDIO_RATE
 _SILENCE_RMS = 0.003
-_MAX_NO_SPEECH = 0.8
-_MIN_LOG_PROBABILITY = -1.2
 
 
 class Transcriber:
@@ -37,13 +36,16 @@ class Transcriber:
 
     Raises:
         MissingDependencyError: faster-whisper is not installed.
+        ConfigError: there is no such model in the folder.
     """
 
     def __init__(self, model: Path, *, language: str = "en", num_threads: int = 1) -> None:
         try:
             from faster_whisper import WhisperModel
         except ImportError as error:
-            raise MissingDependencyError("transcribing needs Whisper: pip install faster-whisper") from error
+            raise missing_dependency("faster_whisper", "writing down speech") from error
+        if not (model / "model.bin").is_file():
+            raise ConfigError(f"{model}: no Whisper model in CTranslate2's format here (no model.bin)")
         self._model = WhisperModel(str(model), device="cpu", compute_type="int8", cpu_threads=num_threads)
         self._language = language
 
@@ -70,8 +72,7 @@ class Transcriber:
             samples, language=self._language, beam_size=1, temperature=0.0, condition_on_previous_text=False
         )
         for segment in segments:
-            is_guess = segment.no_speech_prob > _MAX_NO_SPEECH or segment.avg_logprob < _MIN_LOG_PROBABILITY
-            if not is_guess and segment.text.strip():
+            if segment.text.strip():
                 yield Sentence(window_s + segment.start, window_s + segment.end, segment.text.strip())
 
 

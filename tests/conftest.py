@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A three-minute screen recording that several files look at; made once per run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_RECORDER = Path(__file__).parents[1] / "examples" / "record_screen.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A recorded video and what its recorder knows about it."""
+
+    video: Path
+    truth: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
+    """Three minutes, six screens; spoken words too where espeakng-loader is installed."""
+    for module in ("av", "PIL"):
+        pytest.importorskip(module)
+    video = tmp_path_factory.mktemp("recording") / "reading.mp4"
+    subprocess.run([sys.executable, str(_RECORDER), "--out", str(video), "--hours", "0.05"], check=True)
+    return Recording(video, json.loads(video.with_suffix(".json").read_text()))
