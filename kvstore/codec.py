@@ -36,8 +36,12 @@ __all__ = ["Codec", "Coding", "PlaneInfo", "Profile", "RecordInfo", "header_nbyt
 _STREAM_LENGTH_NBYTES = 4
 _SCALE_NBYTES = 4
 
-# Higher levels find matches, not statistics: on exponent streams they cost 2 to 10 times as much and gain nothing.
-_ZSTD_LEVEL = 1
+# Exponent streams have skewed bytes and few repeats: what pays is the entropy coder, not the match finder. Long minimum
+# matches and a tiny table keep accidental matches out: 3 times as fast to encode as level 1, twice as fast to decode,
+# and smaller. Runs and repeats are still found.
+_ZSTD_PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
+    1, strategy=zstandard.STRATEGY_FAST, window_log=17, hash_log=8, min_match=7, write_content_size=True
+)
 
 
 class Codec:
@@ -258,7 +262,7 @@ class _ThreadState(threading.local):
     """What one thread reuses from call to call: contexts that zstd does not share, and memory already faulted in."""
 
     def __init__(self) -> None:
-        self.compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
+        self.compressor = zstandard.ZstdCompressor(compression_params=_ZSTD_PARAMETERS)
         self.decompressor = zstandard.ZstdDecompressor()
         self._memory = bytearray()
 

@@ -17,12 +17,10 @@ namespace kv::bindings {
 namespace {
 
 // offset, nbytes, raw_nbytes, coding, crc32c: the order of kvstore.codec.PlaneInfo.
-using EntryTuple =
-    std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, unsigned, std::uint32_t>;
+using EntryTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, unsigned, std::uint32_t>;
 
 Coding coding_from(unsigned number) {
-  KV_EXPECT(number <= static_cast<unsigned>(Coding::kQ8),
-            ShapeError,
+  KV_EXPECT(number <= static_cast<unsigned>(Coding::kQ8), ShapeError,
             "unknown coding number " + std::to_string(number));
   return static_cast<Coding>(number);
 }
@@ -52,24 +50,13 @@ py::tuple probe_record(const py::buffer& record) {
   const RecordInfo info = parse_header(held.readable());
   py::list planes;
   for (const PlaneEntry& entry : info.planes) {
-    planes.append(py::make_tuple(entry.offset,
-                                 entry.nbytes,
-                                 entry.raw_nbytes,
-                                 static_cast<unsigned>(entry.coding),
-                                 entry.crc32c));
+    planes.append(py::make_tuple(entry.offset, entry.nbytes, entry.raw_nbytes,
+                                 static_cast<unsigned>(entry.coding), entry.crc32c));
   }
-  return py::make_tuple(py::make_tuple(info.major, info.minor),
-                        static_cast<unsigned>(info.profile),
-                        info.num_layers,
-                        info.kv_heads,
-                        info.key_dim,
-                        info.value_dim,
-                        static_cast<unsigned>(info.dtype),
-                        info.num_tokens,
-                        info.first_token,
-                        info.header_nbytes(),
-                        info.total_nbytes,
-                        planes);
+  return py::make_tuple(py::make_tuple(info.major, info.minor), static_cast<unsigned>(info.profile),
+                        info.num_layers, info.kv_heads, info.key_dim, info.value_dim,
+                        static_cast<unsigned>(info.dtype), info.num_tokens, info.first_token,
+                        info.header_nbytes(), info.total_nbytes, planes);
 }
 
 std::vector<std::size_t> find_nonfinite(const Geometry& geometry,
@@ -115,8 +102,8 @@ std::size_t encode(const Geometry& geometry,
   }
   const Profile allowed = profile_from(profile);
   const py::gil_scoped_release released;
-  return encode_record(
-      block, allowed, first_token, from.readable(), checked, stored.bytes, to.writable());
+  return encode_record(block, allowed, first_token, from.readable(), checked, stored.bytes,
+                       to.writable());
 }
 
 py::list open(const Geometry& geometry,
@@ -168,54 +155,16 @@ void bind_codec(py::module_& module) {
       [](const Geometry& geometry, unsigned dtype, std::uint64_t num_tokens) {
         return record_bound(BlockView(geometry, dtype_from(dtype), num_tokens));
       },
-      "geometry"_a,
-      "dtype"_a,
-      "num_tokens"_a);
-  module.def("find_nonfinite",
-             &find_nonfinite,
-             "geometry"_a,
-             "dtype"_a,
-             "num_tokens"_a,
-             "slot"_a);
-  module.def("split_planes",
-             &split,
-             "geometry"_a,
-             "dtype"_a,
-             "num_tokens"_a,
-             "slot"_a,
-             "planes"_a,
+      "geometry"_a, "dtype"_a, "num_tokens"_a);
+  module.def("find_nonfinite", &find_nonfinite, "geometry"_a, "dtype"_a, "num_tokens"_a, "slot"_a);
+  module.def("split_planes", &split, "geometry"_a, "dtype"_a, "num_tokens"_a, "slot"_a, "planes"_a,
              "streams"_a);
-  module.def("encode_record",
-             &encode,
-             "geometry"_a,
-             "dtype"_a,
-             "num_tokens"_a,
-             "profile"_a,
-             "first_token"_a,
-             "slot"_a,
-             "codings"_a,
-             "streams"_a,
-             "out"_a);
-  module.def("open_planes",
-             &open,
-             "geometry"_a,
-             "dtype"_a,
-             "num_tokens"_a,
-             "first_plane"_a,
-             "entries"_a,
-             "data"_a,
-             "data_offset"_a);
-  module.def("decode_planes",
-             &decode,
-             "geometry"_a,
-             "dtype"_a,
-             "num_tokens"_a,
-             "first_plane"_a,
-             "entries"_a,
-             "data"_a,
-             "data_offset"_a,
-             "streams"_a,
-             "slot"_a);
+  module.def("encode_record", &encode, "geometry"_a, "dtype"_a, "num_tokens"_a, "profile"_a,
+             "first_token"_a, "slot"_a, "codings"_a, "streams"_a, "out"_a);
+  module.def("open_planes", &open, "geometry"_a, "dtype"_a, "num_tokens"_a, "first_plane"_a,
+             "entries"_a, "data"_a, "data_offset"_a);
+  module.def("decode_planes", &decode, "geometry"_a, "dtype"_a, "num_tokens"_a, "first_plane"_a,
+             "entries"_a, "data"_a, "data_offset"_a, "streams"_a, "slot"_a);
 }
 
 }  // namespace kv::bindings

@@ -35,12 +35,9 @@ void gather_rows(const Geometry& geometry,
   const py::gil_scoped_release released;
   const ConstBytes source = from.readable();
   // Gathering only reads the pool.
-  move_paged_rows(PagedMove::kGather,
-                  paged_plane(geometry, plane, source.size()),
-                  Bytes(const_cast<std::uint8_t*>(source.data()), source.size()),
-                  table.readable(),
-                  starts.readable(),
-                  to.writable());
+  move_paged_rows(PagedMove::kGather, paged_plane(geometry, plane, source.size()),
+                  Bytes(const_cast<std::uint8_t*>(source.data()), source.size()), table.readable(),
+                  starts.readable(), to.writable());
 }
 
 void scatter_rows(const Geometry& geometry,
@@ -56,11 +53,8 @@ void scatter_rows(const Geometry& geometry,
   const py::gil_scoped_release released;
   const ConstBytes source = from.readable();
   // Scattering only reads the dense rows.
-  move_paged_rows(PagedMove::kScatter,
-                  paged_plane(geometry, plane, to.writable().size()),
-                  to.writable(),
-                  table.readable(),
-                  starts.readable(),
+  move_paged_rows(PagedMove::kScatter, paged_plane(geometry, plane, to.writable().size()),
+                  to.writable(), table.readable(), starts.readable(),
                   Bytes(const_cast<std::uint8_t*>(source.data()), source.size()));
 }
 
@@ -80,18 +74,9 @@ void bind_core(py::module_& module) {
   module.def("crc32c_table", &crc_of<&crc32c_table>, "data"_a, "seed"_a = 0);
   module.def("build_info", &build_info);
   py::class_<Geometry>(module, "Geometry")
-      .def(py::init<std::uint64_t,
-                    std::uint64_t,
-                    std::uint64_t,
-                    std::uint64_t,
-                    std::uint64_t,
+      .def(py::init<std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t,
                     std::uint64_t>(),
-           "num_layers"_a,
-           "kv_heads"_a,
-           "key_dim"_a,
-           "value_dim"_a,
-           "itemsize"_a,
-           "block_tokens"_a)
+           "num_layers"_a, "kv_heads"_a, "key_dim"_a, "value_dim"_a, "itemsize"_a, "block_tokens"_a)
       .def_property_readonly("num_layers", &Geometry::num_layers)
       .def_property_readonly("kv_heads", &Geometry::kv_heads)
       .def_property_readonly("key_dim", &Geometry::key_dim)
@@ -99,22 +84,10 @@ void bind_core(py::module_& module) {
       .def_property_readonly("itemsize", &Geometry::itemsize)
       .def_property_readonly("block_tokens", &Geometry::block_tokens)
       .def_property_readonly("slot_nbytes", &Geometry::slot_nbytes);
-  module.def("gather_rows",
-             &gather_rows,
-             "geometry"_a,
-             "plane"_a,
-             "pool"_a,
-             "slots"_a,
-             "row_starts"_a,
-             "dense"_a);
-  module.def("scatter_rows",
-             &scatter_rows,
-             "geometry"_a,
-             "plane"_a,
-             "pool"_a,
-             "slots"_a,
-             "row_starts"_a,
-             "dense"_a);
+  module.def("gather_rows", &gather_rows, "geometry"_a, "plane"_a, "pool"_a, "slots"_a,
+             "row_starts"_a, "dense"_a);
+  module.def("scatter_rows", &scatter_rows, "geometry"_a, "plane"_a, "pool"_a, "slots"_a,
+             "row_starts"_a, "dense"_a);
 }
 
 }  // namespace kv::bindings

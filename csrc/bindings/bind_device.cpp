@@ -60,14 +60,11 @@ void move_rows(const Geometry& geometry,
                const RangeTuple& dense,
                std::uint64_t status,
                std::uint64_t stream) {
-  const device::PagedArrays arrays{range_from(pool),
-                                   range_from(slots),
-                                   range_from(row_starts),
-                                   range_from(dense),
-                                   status};
+  const device::PagedArrays arrays{range_from(pool), range_from(slots), range_from(row_starts),
+                                   range_from(dense), status};
   const py::gil_scoped_release released;
-  device::move_paged_rows(
-      move, paged_plane(geometry, plane, arrays.pool.nbytes), arrays, device::Stream{stream});
+  device::move_paged_rows(move, paged_plane(geometry, plane, arrays.pool.nbytes), arrays,
+                          device::Stream{stream});
 }
 
 }  // namespace
@@ -75,26 +72,10 @@ void move_rows(const Geometry& geometry,
 void bind_device(py::module_& module) {
   module.def("copy_to_device", &copy_to_device, "host"_a, "device"_a, "runs"_a, "stream"_a);
   module.def("copy_to_host", &copy_to_host, "device"_a, "host"_a, "runs"_a, "stream"_a);
-  module.def("device_gather_rows",
-             &move_rows<PagedMove::kGather>,
-             "geometry"_a,
-             "plane"_a,
-             "pool"_a,
-             "slots"_a,
-             "row_starts"_a,
-             "dense"_a,
-             "status"_a,
-             "stream"_a);
-  module.def("device_scatter_rows",
-             &move_rows<PagedMove::kScatter>,
-             "geometry"_a,
-             "plane"_a,
-             "pool"_a,
-             "slots"_a,
-             "row_starts"_a,
-             "dense"_a,
-             "status"_a,
-             "stream"_a);
+  module.def("device_gather_rows", &move_rows<PagedMove::kGather>, "geometry"_a, "plane"_a,
+             "pool"_a, "slots"_a, "row_starts"_a, "dense"_a, "status"_a, "stream"_a);
+  module.def("device_scatter_rows", &move_rows<PagedMove::kScatter>, "geometry"_a, "plane"_a,
+             "pool"_a, "slots"_a, "row_starts"_a, "dense"_a, "status"_a, "stream"_a);
 }
 
 }  // namespace kv::bindings

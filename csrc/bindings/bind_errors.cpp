@@ -20,12 +20,9 @@ PYBIND11_CONSTINIT py::gil_safe_call_once_and_store<ErrorClasses> error_classes;
 
 ErrorClasses import_classes() {
   const py::module_ errors = py::module_::import("kvstore.errors");
-  return ErrorClasses{errors.attr("ShapeError"),
-                      errors.attr("ConfigError"),
-                      errors.attr("CorruptRecordError"),
-                      errors.attr("UnsupportedFormatError"),
-                      errors.attr("CapacityError"),
-                      errors.attr("StoreIOError")};
+  return ErrorClasses{errors.attr("ShapeError"),         errors.attr("ConfigError"),
+                      errors.attr("CorruptRecordError"), errors.attr("UnsupportedFormatError"),
+                      errors.attr("CapacityError"),      errors.attr("StoreIOError")};
 }
 
 void raise(const py::object& type, const Error& error) {

@@ -110,18 +110,15 @@ py::buffer_info arena_buffer(Arena& arena) {
 
 void bind_file(py::module_& module) {
   py::class_<PyFile>(module, "DirectFile")
-      .def(py::init<const std::filesystem::path&, bool>(),
-           "path"_a,
-           "writable"_a,
-           WithoutGil())
-      .def_property_readonly("is_direct", [](const PyFile& file) { return file.get()->is_direct(); })
+      .def(py::init<const std::filesystem::path&, bool>(), "path"_a, "writable"_a, WithoutGil())
+      .def_property_readonly("is_direct",
+                             [](const PyFile& file) { return file.get()->is_direct(); })
       .def(
           "size", [](const PyFile& file) { return file.get()->size(); }, WithoutGil())
       .def(
           "preallocate",
           [](const PyFile& file, std::uint64_t nbytes) { file.get()->preallocate(nbytes); },
-          "nbytes"_a,
-          WithoutGil())
+          "nbytes"_a, WithoutGil())
       .def(
           "sync", [](const PyFile& file) { file.get()->sync(); }, WithoutGil())
       .def(
@@ -130,9 +127,7 @@ void bind_file(py::module_& module) {
 }
 
 void bind_pool(py::module_& module) {
-  py::class_<PyTicket>(module, "Ticket")
-      .def("done", &PyTicket::done)
-      .def("wait", &PyTicket::wait);
+  py::class_<PyTicket>(module, "Ticket").def("done", &PyTicket::done).def("wait", &PyTicket::wait);
   py::class_<IoPool>(module, "IoPool")
       .def(py::init<std::size_t>(), "num_threads"_a)
       .def("submit_read", &submit_read, "file"_a, "buffer"_a, "ops"_a)

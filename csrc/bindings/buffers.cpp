@@ -14,8 +14,7 @@ HeldBuffer::HeldBuffer(py::handle object, bool is_writable) {
     PyErr_Clear();
     throw ShapeError(located(std::string("a contiguous ") + (is_writable ? "writable " : "") +
                                  "buffer is needed; got " + Py_TYPE(object.ptr())->tp_name,
-                             __FILE__,
-                             __LINE__));
+                             __FILE__, __LINE__));
   }
 }
 

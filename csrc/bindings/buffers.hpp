@@ -10,7 +10,8 @@
 
 namespace kv::bindings {
 
-/// Holds one contiguous Python buffer; its memory stays valid, and cannot be resized, until destruction.
+/// Holds one contiguous Python buffer; its memory stays valid, and cannot be resized, until
+/// destruction.
 ///
 /// Create and destroy with the GIL held. The bytes may be used without it.
 class HeldBuffer {

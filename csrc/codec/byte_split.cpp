@@ -7,7 +7,8 @@
 namespace kv {
 namespace {
 
-// Plain loops without aliasing: the compiler turns each into packs and unpacks of the widest vectors allowed.
+// Plain loops without aliasing: the compiler turns each into packs and unpacks of the widest
+// vectors allowed.
 
 KV_INLINE void split16(const std::uint8_t* __restrict source,
                        std::size_t count,

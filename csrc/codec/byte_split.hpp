@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elements <-> one stream per byte position, after a rotation by one bit that makes the top byte the exponent
-// (FORMAT.md section 3, coding 1).
+// Elements <-> one stream per byte position, after a rotation by one bit that makes the top byte
+// the exponent (FORMAT.md section 3, coding 1).
 #pragma once
 
 #include <array>
@@ -9,11 +9,13 @@
 
 namespace kv {
 
-/// Streams of 2-byte elements use the first two pointers, of 4-byte elements all four; index 0 is the lowest byte.
+/// Streams of 2-byte elements use the first two pointers, of 4-byte elements all four; index 0 is
+/// the lowest byte.
 using Streams = std::array<std::uint8_t*, 4>;
 using ConstStreams = std::array<const std::uint8_t*, 4>;
 
-/// Splits `count` elements of `itemsize` (2 or 4) bytes at `source`. 2 x count x itemsize bytes are moved.
+/// Splits `count` elements of `itemsize` (2 or 4) bytes at `source`. 2 x count x itemsize bytes are
+/// moved.
 void split_bytes(const std::uint8_t* source,
                  std::size_t count,
                  std::size_t itemsize,

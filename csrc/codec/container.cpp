@@ -45,39 +45,32 @@ std::uint32_t header_crc(ConstBytes header) {
 
 // Returns header and directory, once it is known that they are complete and intact.
 ConstBytes checked_header(ConstBytes record) {
-  KV_EXPECT(record.size() >= kHeaderNbytes,
-            CorruptRecord,
+  KV_EXPECT(record.size() >= kHeaderNbytes, CorruptRecord,
             "record is cut off: " + std::to_string(record.size()) + " bytes, the header has 64");
   const std::uint8_t* data = record.data();
-  KV_EXPECT(std::memcmp(data, kMagic, sizeof(kMagic)) == 0,
-            CorruptRecord,
+  KV_EXPECT(std::memcmp(data, kMagic, sizeof(kMagic)) == 0, CorruptRecord,
             "not a record: it does not begin with KVX1");
-  KV_EXPECT(data[kMajorAt] == kMajorVersion,
-            UnsupportedFormat,
+  KV_EXPECT(data[kMajorAt] == kMajorVersion, UnsupportedFormat,
             "record has format version " + std::to_string(data[kMajorAt]) + "." +
                 std::to_string(data[kMinorAt]) + "; this kvstore reads version " +
                 std::to_string(kMajorVersion) + ": read it with a newer kvstore");
   const std::uint64_t num_planes = std::uint64_t{2} * load_le<std::uint16_t>(data + kLayersAt);
   const std::uint64_t wanted = kHeaderNbytes + kEntryNbytes * num_planes;
   const std::uint64_t stated = load_le<std::uint32_t>(data + kHeaderNbytesAt);
-  KV_EXPECT(stated == wanted && num_planes > 0,
-            CorruptRecord,
-            "header states " + std::to_string(stated) + " bytes for " +
-                std::to_string(num_planes) + " planes");
-  KV_EXPECT(record.size() >= wanted,
-            CorruptRecord,
+  KV_EXPECT(stated == wanted && num_planes > 0, CorruptRecord,
+            "header states " + std::to_string(stated) + " bytes for " + std::to_string(num_planes) +
+                " planes");
+  KV_EXPECT(record.size() >= wanted, CorruptRecord,
             "record is cut off: " + std::to_string(record.size()) +
                 " bytes, header and directory have " + std::to_string(wanted));
   const ConstBytes header = record.sub(0, wanted);
-  KV_EXPECT(header_crc(header) == load_le<std::uint32_t>(data + kCrcOffset),
-            CorruptRecord,
+  KV_EXPECT(header_crc(header) == load_le<std::uint32_t>(data + kCrcOffset), CorruptRecord,
             "header or directory is damaged: its checksum does not match");
   return header;
 }
 
 Coding coding_from(std::uint8_t number, std::size_t plane) {
-  KV_EXPECT(number <= static_cast<std::uint8_t>(Coding::kQ8),
-            UnsupportedFormat,
+  KV_EXPECT(number <= static_cast<std::uint8_t>(Coding::kQ8), UnsupportedFormat,
             plane_name(plane) + " has unknown coding " + std::to_string(number) +
                 ": read it with a newer kvstore");
   return static_cast<Coding>(number);
@@ -89,15 +82,12 @@ bool is_allowed(Profile profile, Coding coding) noexcept {
 
 void parse_fields(const std::uint8_t* data, RecordInfo& info) {
   const std::uint32_t unknown = load_le<std::uint32_t>(data + kFlagsAt) & kRequiredFlags;
-  KV_EXPECT(unknown == 0,
-            UnsupportedFormat,
+  KV_EXPECT(unknown == 0, UnsupportedFormat,
             "record needs features with flags " + std::to_string(unknown) +
                 ": read it with a newer kvstore");
-  KV_EXPECT(data[kDTypeAt] <= static_cast<std::uint8_t>(DType::kFloat32),
-            UnsupportedFormat,
+  KV_EXPECT(data[kDTypeAt] <= static_cast<std::uint8_t>(DType::kFloat32), UnsupportedFormat,
             "record has unknown dtype " + std::to_string(data[kDTypeAt]));
-  KV_EXPECT(data[kProfileAt] <= static_cast<std::uint8_t>(Profile::kQ8),
-            UnsupportedFormat,
+  KV_EXPECT(data[kProfileAt] <= static_cast<std::uint8_t>(Profile::kQ8), UnsupportedFormat,
             "record has unknown profile " + std::to_string(data[kProfileAt]));
   info.major = data[kMajorAt];
   info.minor = data[kMinorAt];
@@ -110,10 +100,8 @@ void parse_fields(const std::uint8_t* data, RecordInfo& info) {
   info.num_tokens = load_le<std::uint16_t>(data + kTokensAt);
   info.first_token = load_le<std::uint64_t>(data + kFirstTokenAt);
   info.total_nbytes = load_le<std::uint64_t>(data + kTotalAt);
-  KV_EXPECT(
-      info.kv_heads > 0 && info.key_dim > 0 && info.value_dim > 0 && info.num_tokens > 0,
-      CorruptRecord,
-      "header states a size of 0");
+  KV_EXPECT(info.kv_heads > 0 && info.key_dim > 0 && info.value_dim > 0 && info.num_tokens > 0,
+            CorruptRecord, "header states a size of 0");
 }
 
 }  // namespace
@@ -121,15 +109,13 @@ void parse_fields(const std::uint8_t* data, RecordInfo& info) {
 std::size_t itemsize_of(DType dtype) noexcept { return dtype == DType::kFloat32 ? 4 : 2; }
 
 DType dtype_from(unsigned number) {
-  KV_EXPECT(number <= static_cast<unsigned>(DType::kFloat32),
-            ShapeError,
+  KV_EXPECT(number <= static_cast<unsigned>(DType::kFloat32), ShapeError,
             "unknown dtype number " + std::to_string(number));
   return static_cast<DType>(number);
 }
 
 Profile profile_from(unsigned number) {
-  KV_EXPECT(number <= static_cast<unsigned>(Profile::kQ8),
-            ShapeError,
+  KV_EXPECT(number <= static_cast<unsigned>(Profile::kQ8), ShapeError,
             "unknown profile number " + std::to_string(number));
   return static_cast<Profile>(number);
 }
@@ -159,14 +145,12 @@ void check_entry(const PlaneEntry& entry,
                  std::uint64_t dim,
                  std::size_t itemsize) {
   const std::uint64_t raw_nbytes = fixed_nbytes(Coding::kRaw, rows, dim, itemsize);
-  KV_EXPECT(entry.raw_nbytes == raw_nbytes && raw_nbytes <= kMaxPlaneNbytes,
-            CorruptRecord,
+  KV_EXPECT(entry.raw_nbytes == raw_nbytes && raw_nbytes <= kMaxPlaneNbytes, CorruptRecord,
             plane_name(plane) + " states " + std::to_string(entry.raw_nbytes) +
                 " raw bytes; its sizes give " + std::to_string(raw_nbytes));
   const std::uint64_t fixed = fixed_nbytes(entry.coding, rows, dim, itemsize);
   const bool is_shrunk = entry.coding == Coding::kRaw || entry.nbytes < raw_nbytes;
-  KV_EXPECT((fixed == 0 || entry.nbytes == fixed) && is_shrunk,
-            CorruptRecord,
+  KV_EXPECT((fixed == 0 || entry.nbytes == fixed) && is_shrunk, CorruptRecord,
             plane_name(plane) + " states " + std::to_string(entry.nbytes) +
                 " bytes, which its coding does not allow");
 }
@@ -185,24 +169,18 @@ RecordInfo parse_header(ConstBytes record) {
     entry.raw_nbytes = load_le<std::uint64_t>(data + kEntryRawAt);
     entry.crc32c = load_le<std::uint32_t>(data + kEntryCrcAt);
     entry.coding = coding_from(data[kEntryCodingAt], plane);
-    check_entry(entry,
-                plane,
-                info.kv_heads * info.num_tokens,
-                plane % 2 == 0 ? info.key_dim : info.value_dim,
-                itemsize_of(info.dtype));
-    KV_EXPECT(is_allowed(info.profile, entry.coding),
-              CorruptRecord,
+    check_entry(entry, plane, info.kv_heads * info.num_tokens,
+                plane % 2 == 0 ? info.key_dim : info.value_dim, itemsize_of(info.dtype));
+    KV_EXPECT(is_allowed(info.profile, entry.coding), CorruptRecord,
               plane_name(plane) + " has a coding that the record's profile does not allow");
-    KV_EXPECT(entry.offset == offset,
-              CorruptRecord,
+    KV_EXPECT(entry.offset == offset, CorruptRecord,
               plane_name(plane) + " states offset " + std::to_string(entry.offset) +
                   "; the planes before it end at " + std::to_string(offset));
     offset += entry.padded_nbytes();
   }
-  KV_EXPECT(info.total_nbytes == offset,
-            CorruptRecord,
-            "header states " + std::to_string(info.total_nbytes) + " bytes in all; the planes end at " +
-                std::to_string(offset));
+  KV_EXPECT(info.total_nbytes == offset, CorruptRecord,
+            "header states " + std::to_string(info.total_nbytes) +
+                " bytes in all; the planes end at " + std::to_string(offset));
   return info;
 }
 
@@ -232,8 +210,7 @@ void write_header(const RecordInfo& info, Bytes record) {
     store_le<std::uint32_t>(at + kEntryCrcAt, entry.crc32c);
     at[kEntryCodingAt] = static_cast<std::uint8_t>(entry.coding);
   }
-  store_le<std::uint32_t>(data + kCrcOffset,
-                          header_crc(ConstBytes(header.data(), header.size())));
+  store_le<std::uint32_t>(data + kCrcOffset, header_crc(ConstBytes(header.data(), header.size())));
 }
 
 }  // namespace kv

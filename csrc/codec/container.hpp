@@ -23,7 +23,8 @@ enum class Coding : std::uint8_t { kRaw = 0, kSplit = 1, kQ8 = 2 };
 
 [[nodiscard]] std::size_t itemsize_of(DType dtype) noexcept;
 
-/// @throws ShapeError when the number is not one of FORMAT.md's; for numbers that come from callers, not from disk.
+/// @throws ShapeError when the number is not one of FORMAT.md's; for numbers that come from
+/// callers, not from disk.
 [[nodiscard]] DType dtype_from(unsigned number);
 [[nodiscard]] Profile profile_from(unsigned number);
 
@@ -62,7 +63,8 @@ struct RecordInfo {
 
 /// Reads and checks header and directory; `record` may end right after them.
 ///
-/// `record` is untrusted. Allocates only after the checksum has been verified, in proportion to bytes that are there.
+/// `record` is untrusted. Allocates only after the checksum has been verified, in proportion to
+/// bytes that are there.
 /// @throws UnsupportedFormat, CorruptRecord.
 [[nodiscard]] RecordInfo parse_header(ConstBytes record);
 
@@ -75,7 +77,8 @@ void write_header(const RecordInfo& info, Bytes record);
                                          std::uint64_t dim,
                                          std::size_t itemsize) noexcept;
 
-/// Checks one entry's lengths, not its offset, against the geometry. @throws CorruptRecord that names the plane.
+/// Checks one entry's lengths, not its offset, against the geometry. @throws CorruptRecord that
+/// names the plane.
 void check_entry(const PlaneEntry& entry,
                  std::size_t plane,
                  std::uint64_t rows,

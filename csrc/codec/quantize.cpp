@@ -13,7 +13,8 @@ namespace kv {
 namespace {
 
 constexpr float kMaxCode = 127.0F;
-// Below this a scale would leave the range of normal floats, where rounding differs with the flush-to-zero mode.
+// Below this a scale would leave the range of normal floats, where rounding differs with the
+// flush-to-zero mode.
 constexpr float kSmallestMagnitude = 0x1p-100F;
 
 KV_INLINE float from_bits(std::uint32_t bits) noexcept {
@@ -28,8 +29,8 @@ KV_INLINE std::uint32_t to_bits(float value) noexcept {
   return bits;
 }
 
-// One struct per dtype: how elements are loaded, stored and recognised as finite. `load` and `store` are for finite
-// values only, and free of branches so that loops over them vectorise.
+// One struct per dtype: how elements are loaded, stored and recognised as finite. `load` and
+// `store` are for finite values only, and free of branches so that loops over them vectorise.
 struct BFloat16 {
   using Bits = std::uint16_t;
   static constexpr Bits kExponent = 0x7F80;
@@ -58,7 +59,8 @@ struct Float16 {
     const std::uint32_t bits = to_bits(value);
     const std::uint32_t sign = (bits >> 16) & 0x8000U;
     const std::uint32_t magnitude = bits & 0x7FFFFFFFU;
-    // Denormals: adding 0.5 leaves the value, in units of 2^-24, rounded to even in the low mantissa bits.
+    // Denormals: adding 0.5 leaves the value, in units of 2^-24, rounded to even in the low
+    // mantissa bits.
     const std::uint32_t denormal = to_bits(from_bits(magnitude) + 0.5F) - to_bits(0.5F);
     const std::uint32_t rebased = magnitude - ((127U - 15U) << 23);
     const std::uint32_t normal = (rebased + 0xFFFU + ((rebased >> 13) & 1U)) >> 13;
@@ -137,8 +139,8 @@ KV_INLINE bool dequantize_any(const std::uint8_t* scales,
     }
     for (std::size_t i = 0; i < dim; ++i) {
       const auto code = static_cast<std::int8_t>(codes[row * dim + i]);
-      const float value = std::min(
-          std::max(static_cast<float>(code) * scale, -Type::kLargest), Type::kLargest);
+      const float value =
+          std::min(std::max(static_cast<float>(code) * scale, -Type::kLargest), Type::kLargest);
       store_le<Bits>(destination + (row * dim + i) * sizeof(Bits), Type::store(value));
     }
   }

@@ -15,8 +15,7 @@ namespace {
 constexpr std::size_t kLengthNbytes = sizeof(std::uint32_t);
 
 void check_slot(const BlockView& block, std::size_t slot_nbytes) {
-  KV_EXPECT(slot_nbytes == block.geometry.slot_nbytes(),
-            ShapeError,
+  KV_EXPECT(slot_nbytes == block.geometry.slot_nbytes(), ShapeError,
             "slot has " + std::to_string(slot_nbytes) + " bytes; this layout's slots have " +
                 std::to_string(block.geometry.slot_nbytes()));
 }
@@ -27,16 +26,15 @@ class StreamCursor {
   explicit StreamCursor(const std::vector<ConstBytes>& streams) : streams_(streams) {}
 
   const ConstBytes* take(std::size_t count) {
-    KV_EXPECT(count <= streams_.size() - next_,
-              ShapeError,
-              "only " + std::to_string(streams_.size()) + " streams for the planes of coding split");
+    KV_EXPECT(
+        count <= streams_.size() - next_, ShapeError,
+        "only " + std::to_string(streams_.size()) + " streams for the planes of coding split");
     const ConstBytes* first = streams_.data() + next_;
     next_ += count;
     return first;
   }
   void expect_end() const {
-    KV_EXPECT(next_ == streams_.size(),
-              ShapeError,
+    KV_EXPECT(next_ == streams_.size(), ShapeError,
               std::to_string(streams_.size()) + " streams; the planes of coding split take " +
                   std::to_string(next_));
   }
@@ -49,8 +47,7 @@ class StreamCursor {
 void write_raw(const BlockView& block, ConstBytes slot, std::size_t plane, std::uint8_t* out) {
   const std::size_t run_nbytes = block.run_nbytes(plane);
   for (std::size_t head = 0; head < block.geometry.kv_heads(); ++head) {
-    std::memcpy(
-        out + head * run_nbytes, slot.data() + block.run_offset(plane, head), run_nbytes);
+    std::memcpy(out + head * run_nbytes, slot.data() + block.run_offset(plane, head), run_nbytes);
   }
 }
 
@@ -59,13 +56,9 @@ void write_q8(const BlockView& block, ConstBytes slot, std::size_t plane, std::u
   std::uint8_t* codes = out + block.rows() * sizeof(float);
   for (std::size_t head = 0; head < block.geometry.kv_heads(); ++head) {
     const std::uint8_t* run = slot.data() + block.run_offset(plane, head);
-    KV_EXPECT(all_finite(run, block.num_tokens * dim, block.dtype),
-              ShapeError,
+    KV_EXPECT(all_finite(run, block.num_tokens * dim, block.dtype), ShapeError,
               plane_name(plane) + " holds an infinity or a NaN, which q8 cannot store");
-    quantize_rows(run,
-                  block.num_tokens,
-                  dim,
-                  block.dtype,
+    quantize_rows(run, block.num_tokens, dim, block.dtype,
                   out + head * block.num_tokens * sizeof(float),
                   codes + head * block.num_tokens * dim);
   }
@@ -126,8 +119,7 @@ PlaneEntry encode_plane(const BlockView& block,
   entry.nbytes = taken != nullptr
                      ? split_nbytes(block, plane, taken)
                      : fixed_nbytes(coding, block.rows(), block.geometry.dim(plane), itemsize);
-  KV_EXPECT(coding == Coding::kRaw || entry.nbytes < entry.raw_nbytes,
-            ShapeError,
+  KV_EXPECT(coding == Coding::kRaw || entry.nbytes < entry.raw_nbytes, ShapeError,
             plane_name(plane) + " does not shrink: it must be stored raw");
   const Bytes stored = out.sub(offset, entry.padded_nbytes());
   switch (coding) {
@@ -146,15 +138,15 @@ PlaneEntry encode_plane(const BlockView& block,
   return entry;
 }
 
-// Lists the streams of one split plane; its checksum is known to match, its lengths are not trusted.
+// Lists the streams of one split plane; its checksum is known to match, its lengths are not
+// trusted.
 void list_streams(const BlockView& block,
                   std::size_t plane,
                   ConstBytes stored,
                   std::uint64_t offset,
                   std::vector<StoredStream>& streams) {
   const std::size_t table_nbytes = block.geometry.itemsize() * kLengthNbytes;
-  KV_EXPECT(stored.size() > table_nbytes,
-            CorruptRecord,
+  KV_EXPECT(stored.size() > table_nbytes, CorruptRecord,
             plane_name(plane) + " has no room for its stream lengths");
   std::uint64_t at = table_nbytes;
   for (std::size_t stream = 0; stream < block.geometry.itemsize(); ++stream) {
@@ -166,31 +158,26 @@ void list_streams(const BlockView& block,
     streams.push_back(StoredStream{offset + at, nbytes});
     at += nbytes;
   }
-  KV_EXPECT(at == stored.size(),
-            CorruptRecord,
+  KV_EXPECT(at == stored.size(), CorruptRecord,
             plane_name(plane) + " has bytes that belong to no stream");
 }
 
 void check_part(const BlockView& block, const RecordPart& part) {
-  KV_EXPECT(fits(part.first_plane, part.planes.size(), block.geometry.num_planes()),
-            ShapeError,
+  KV_EXPECT(fits(part.first_plane, part.planes.size(), block.geometry.num_planes()), ShapeError,
             "planes " + std::to_string(part.first_plane) + " to " +
                 std::to_string(part.first_plane + part.planes.size()) + " of " +
                 std::to_string(block.geometry.num_planes()));
   for (std::size_t index = 0; index < part.planes.size(); ++index) {
     const std::size_t plane = part.first_plane + index;
     const PlaneEntry& entry = part.planes[index];
-    check_entry(
-        entry, plane, block.rows(), block.geometry.dim(plane), block.geometry.itemsize());
-    KV_EXPECT(entry.offset >= part.data_offset,
-              ShapeError,
+    check_entry(entry, plane, block.rows(), block.geometry.dim(plane), block.geometry.itemsize());
+    KV_EXPECT(entry.offset >= part.data_offset, ShapeError,
               plane_name(plane) + " begins at " + std::to_string(entry.offset) +
                   ", before the data at " + std::to_string(part.data_offset));
-    KV_EXPECT(
-        fits(entry.offset - part.data_offset, entry.padded_nbytes(), part.data.size()),
-        CorruptRecord,
-        "record is cut off: " + plane_name(plane) + " ends beyond the " +
-            std::to_string(part.data.size()) + " bytes at hand");
+    KV_EXPECT(fits(entry.offset - part.data_offset, entry.padded_nbytes(), part.data.size()),
+              CorruptRecord,
+              "record is cut off: " + plane_name(plane) + " ends beyond the " +
+                  std::to_string(part.data.size()) + " bytes at hand");
   }
 }
 
@@ -201,8 +188,8 @@ ConstBytes stored_bytes(const RecordPart& part, const PlaneEntry& entry) {
 void read_raw(const BlockView& block, std::size_t plane, ConstBytes stored, Bytes slot) {
   const std::size_t run_nbytes = block.run_nbytes(plane);
   for (std::size_t head = 0; head < block.geometry.kv_heads(); ++head) {
-    std::memcpy(
-        slot.data() + block.run_offset(plane, head), stored.data() + head * run_nbytes, run_nbytes);
+    std::memcpy(slot.data() + block.run_offset(plane, head), stored.data() + head * run_nbytes,
+                run_nbytes);
   }
 }
 
@@ -224,12 +211,10 @@ void read_q8(const BlockView& block, std::size_t plane, ConstBytes stored, Bytes
   for (std::size_t head = 0; head < block.geometry.kv_heads(); ++head) {
     const bool is_valid =
         dequantize_rows(stored.data() + head * block.num_tokens * sizeof(float),
-                        codes + head * block.num_tokens * dim,
-                        block.num_tokens,
-                        dim,
-                        block.dtype,
+                        codes + head * block.num_tokens * dim, block.num_tokens, dim, block.dtype,
                         slot.data() + block.run_offset(plane, head));
-    KV_EXPECT(is_valid, CorruptRecord, plane_name(plane) + " holds a q8 scale or code out of range");
+    KV_EXPECT(is_valid, CorruptRecord,
+              plane_name(plane) + " holds a q8 scale or code out of range");
   }
 }
 
@@ -237,12 +222,10 @@ void read_q8(const BlockView& block, std::size_t plane, ConstBytes stored, Bytes
 
 BlockView::BlockView(const Geometry& geometry_in, DType dtype_in, std::uint64_t num_tokens_in)
     : geometry(geometry_in), dtype(dtype_in), num_tokens(static_cast<std::size_t>(num_tokens_in)) {
-  KV_EXPECT(itemsize_of(dtype) == geometry.itemsize(),
-            ShapeError,
+  KV_EXPECT(itemsize_of(dtype) == geometry.itemsize(), ShapeError,
             "dtype has items of " + std::to_string(itemsize_of(dtype)) + " bytes, the layout of " +
                 std::to_string(geometry.itemsize()));
-  KV_EXPECT(num_tokens_in >= 1 && num_tokens_in <= geometry.block_tokens(),
-            ShapeError,
+  KV_EXPECT(num_tokens_in >= 1 && num_tokens_in <= geometry.block_tokens(), ShapeError,
             "num_tokens is " + std::to_string(num_tokens_in) + "; a slot has room for 1 to " +
                 std::to_string(geometry.block_tokens()));
 }
@@ -279,10 +262,9 @@ void split_planes(const BlockView& block,
   const std::size_t itemsize = block.geometry.itemsize();
   std::uint64_t offset = 0;
   for (const std::size_t plane : planes) {
-    KV_EXPECT(plane < block.geometry.num_planes(),
-              ShapeError,
-              "plane " + std::to_string(plane) + " of " +
-                  std::to_string(block.geometry.num_planes()));
+    KV_EXPECT(
+        plane < block.geometry.num_planes(), ShapeError,
+        "plane " + std::to_string(plane) + " of " + std::to_string(block.geometry.num_planes()));
     const std::size_t elements = block.elements(plane);
     const Bytes room = streams.sub(offset, elements * itemsize);
     offset += room.size();
@@ -306,15 +288,13 @@ std::size_t encode_record(const BlockView& block,
                           Bytes out) {
   check_slot(block, slot.size());
   RecordInfo info = info_of(block, profile, first_token);
-  KV_EXPECT(codings.size() == info.planes.size(),
-            ShapeError,
-            std::to_string(codings.size()) + " codings for " +
-                std::to_string(info.planes.size()) + " planes");
+  KV_EXPECT(codings.size() == info.planes.size(), ShapeError,
+            std::to_string(codings.size()) + " codings for " + std::to_string(info.planes.size()) +
+                " planes");
   StreamCursor cursor(streams);
   std::uint64_t offset = info.header_nbytes();
   for (std::size_t plane = 0; plane < codings.size(); ++plane) {
-    KV_EXPECT(static_cast<unsigned>(codings[plane]) <= static_cast<unsigned>(profile),
-              ShapeError,
+    KV_EXPECT(static_cast<unsigned>(codings[plane]) <= static_cast<unsigned>(profile), ShapeError,
               plane_name(plane) + " has a coding that its profile does not allow");
     info.planes[plane] = encode_plane(block, slot, plane, codings[plane], cursor, offset, out);
     offset += info.planes[plane].padded_nbytes();
@@ -332,8 +312,7 @@ std::vector<StoredStream> open_planes(const BlockView& block, const RecordPart& 
     const std::size_t plane = part.first_plane + index;
     const PlaneEntry& entry = part.planes[index];
     const std::uint64_t offset = entry.offset - part.data_offset;
-    KV_EXPECT(crc32c(part.data.sub(offset, entry.padded_nbytes())) == entry.crc32c,
-              CorruptRecord,
+    KV_EXPECT(crc32c(part.data.sub(offset, entry.padded_nbytes())) == entry.crc32c, CorruptRecord,
               plane_name(plane) + " is damaged: its checksum does not match");
     if (entry.coding == Coding::kSplit) {
       list_streams(block, plane, stored_bytes(part, entry), offset, streams);
@@ -359,8 +338,7 @@ void decode_planes(const BlockView& block,
       case Coding::kSplit: {
         const ConstBytes* taken = cursor.take(block.geometry.itemsize());
         for (std::size_t stream = 0; stream < block.geometry.itemsize(); ++stream) {
-          KV_EXPECT(taken[stream].size() == block.elements(plane),
-                    ShapeError,
+          KV_EXPECT(taken[stream].size() == block.elements(plane), ShapeError,
                     "a decompressed stream of " + std::to_string(taken[stream].size()) +
                         " bytes; " + plane_name(plane) + " needs " +
                         std::to_string(block.elements(plane)));

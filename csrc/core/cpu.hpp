@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CPU can do, asked once at run time, and the attributes that let one function use it: the build itself
-// targets the baseline of the architecture, so that one wheel runs everywhere.
+// What the CPU can do, asked once at run time, and the attributes that let one function use it: the
+// build itself targets the baseline of the architecture, so that one wheel runs everywhere.
 #pragma once
 
 #include <string>

@@ -16,7 +16,8 @@ namespace {
 
 constexpr std::uint32_t kPolynomial = 0x82F63B78U;
 
-// kSlices[k][b]: register after byte b and k zero bytes, so eight bytes cost eight independent look-ups.
+// kSlices[k][b]: register after byte b and k zero bytes, so eight bytes cost eight independent
+// look-ups.
 using Slices = std::array<std::array<std::uint32_t, 256>, 8>;
 
 constexpr Slices make_slices() {
@@ -77,8 +78,8 @@ constexpr ShiftTable make_shift(std::size_t log2_nbytes) {
 }
 
 #ifdef KV_X86
-// The instruction takes 3 cycles and starts every cycle: three runs side by side keep it busy. Long runs for bulk,
-// short ones so that small planes profit too.
+// The instruction takes 3 cycles and starts every cycle: three runs side by side keep it busy. Long
+// runs for bulk, short ones so that small planes profit too.
 constexpr std::size_t kLongLog2 = 12;
 constexpr std::size_t kShortLog2 = 8;
 constexpr ShiftTable kLongShift = make_shift(kLongLog2);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the rest of the native code asks of an accelerator. Defined in csrc/cuda when built with nvcc, otherwise by
-// device_none.cpp, where there are no devices. Addresses of device memory are plain integers, owned by the caller.
+// What the rest of the native code asks of an accelerator. Defined in csrc/cuda when built with
+// nvcc, otherwise by device_none.cpp, where there are no devices. Addresses of device memory are
+// plain integers, owned by the caller.
 #pragma once
 
 #include <cstdint>
@@ -42,16 +43,14 @@ struct CopyRun {
 /// Joins neighbours that continue each other on both sides; order is kept, empty runs are dropped.
 [[nodiscard]] std::vector<CopyRun> coalesce(const std::vector<CopyRun>& runs);
 
-/// Queues the copies on `stream` and returns; `host` must stay alive and unchanged until the stream has passed them.
+/// Queues the copies on `stream` and returns; `host` must stay alive and unchanged until the stream
+/// has passed them.
 /// @throws ShapeError for a range outside its buffer (nothing is queued then), IoError.
 void copy_to_device(ConstBytes host,
                     DeviceBytes device,
                     const std::vector<CopyRun>& runs,
                     Stream stream);
-void copy_to_host(DeviceBytes device,
-                  Bytes host,
-                  const std::vector<CopyRun>& runs,
-                  Stream stream);
+void copy_to_host(DeviceBytes device, Bytes host, const std::vector<CopyRun>& runs, Stream stream);
 
 /// Arguments of the device twin of kv::move_paged_rows; all four arrays lie in device memory.
 struct PagedArrays {
@@ -62,8 +61,9 @@ struct PagedArrays {
   std::uint64_t status;  ///< address of one int32 that becomes 1 when a table entry was refused
 };
 
-/// Queues one kernel on `stream` and returns. The table is checked on the device: a refused entry moves nothing and
-/// sets `status`, which the caller has zeroed and reads after the stream has passed.
+/// Queues one kernel on `stream` and returns. The table is checked on the device: a refused entry
+/// moves nothing and sets `status`, which the caller has zeroed and reads after the stream has
+/// passed.
 void move_paged_rows(PagedMove move,
                      const PagedPlane& plane,
                      const PagedArrays& arrays,

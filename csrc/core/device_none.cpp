@@ -7,10 +7,9 @@ namespace kv::device {
 namespace {
 
 [[noreturn]] void refuse(int line) {
-  throw ConfigError(located(
-      "kvstore was built without CUDA: build with KVSTORE_CUDA=on to move device memory",
-      __FILE__,
-      line));
+  throw ConfigError(
+      located("kvstore was built without CUDA: build with KVSTORE_CUDA=on to move device memory",
+              __FILE__, line));
 }
 
 }  // namespace
@@ -24,9 +23,7 @@ void copy_to_device(ConstBytes, DeviceBytes, const std::vector<CopyRun>&, Stream
   refuse(__LINE__);
 }
 void copy_to_host(DeviceBytes, Bytes, const std::vector<CopyRun>&, Stream) { refuse(__LINE__); }
-void move_paged_rows(PagedMove, const PagedPlane&, const PagedArrays&, Stream) {
-  refuse(__LINE__);
-}
+void move_paged_rows(PagedMove, const PagedPlane&, const PagedArrays&, Stream) { refuse(__LINE__); }
 
 }  // namespace kv::device
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Little-endian loads and stores at any alignment; the only way that fields of a record are read or written.
+// Little-endian loads and stores at any alignment; the only way that fields of a record are read or
+// written.
 #pragma once
 
 #include <cstdint>

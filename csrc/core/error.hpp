@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The errors that native code throws, and one check macro per origin. Python sees each as the class of the same
-// meaning in kvstore/errors.py.
+// The errors that native code throws, and one check macro per origin. Python sees each as the class
+// of the same meaning in kvstore/errors.py.
 #pragma once
 
 #include <stdexcept>
@@ -8,7 +8,8 @@
 
 namespace kv {
 
-/// Base of every error thrown on purpose; the message says what, wanted, got, and where in the source.
+/// Base of every error thrown on purpose; the message says what, wanted, got, and where in the
+/// source.
 class Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -67,18 +68,19 @@ class IoError : public Error {
 
 }  // namespace kv
 
-/// Own precondition or format rule: throws `Type` unless `condition`; the message is built only on failure.
-#define KV_EXPECT(condition, Type, message)                        \
-  do {                                                             \
-    if (!(condition)) {                                            \
-      throw Type(::kv::located((message), __FILE__, __LINE__));    \
-    }                                                              \
+/// Own precondition or format rule: throws `Type` unless `condition`; the message is built only on
+/// failure.
+#define KV_EXPECT(condition, Type, message)                     \
+  do {                                                          \
+    if (!(condition)) {                                         \
+      throw Type(::kv::located((message), __FILE__, __LINE__)); \
+    }                                                           \
   } while (false)
 
 /// System call that returns a negative number and sets errno on failure.
-#define KV_ERRNO(call, message)                                    \
-  do {                                                             \
-    if ((call) < 0) {                                              \
-      ::kv::throw_errno((message), errno, __FILE__, __LINE__);     \
-    }                                                              \
+#define KV_ERRNO(call, message)                                \
+  do {                                                         \
+    if ((call) < 0) {                                          \
+      ::kv::throw_errno((message), errno, __FILE__, __LINE__); \
+    }                                                          \
   } while (false)

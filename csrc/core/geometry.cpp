@@ -9,8 +9,7 @@ namespace kv {
 namespace {
 
 std::size_t checked_size(const char* name, std::uint64_t value) {
-  KV_EXPECT(value >= 1 && value <= 65535,
-            ShapeError,
+  KV_EXPECT(value >= 1 && value <= 65535, ShapeError,
             std::string(name) + " is " + std::to_string(value) + "; it must be 1 to 65535");
   return static_cast<std::size_t>(value);
 }
@@ -29,13 +28,11 @@ Geometry::Geometry(std::uint64_t num_layers,
       value_dim_(checked_size("value_dim", value_dim)),
       itemsize_(checked_size("itemsize", itemsize)),
       block_tokens_(checked_size("block_tokens", block_tokens)) {
-  KV_EXPECT(itemsize == 2 || itemsize == 4,
-            ShapeError,
+  KV_EXPECT(itemsize == 2 || itemsize == 4, ShapeError,
             "itemsize is " + std::to_string(itemsize) + "; it must be 2 or 4");
   for (const std::size_t plane : {std::size_t{0}, std::size_t{1}}) {
     const std::size_t nbytes = kv_heads_ * head_nbytes(plane);
-    KV_EXPECT(nbytes <= kMaxPlaneNbytes,
-              ShapeError,
+    KV_EXPECT(nbytes <= kMaxPlaneNbytes, ShapeError,
               "a plane of " + std::to_string(nbytes) + " bytes is beyond the limit of 1 GiB");
   }
 }

@@ -13,9 +13,11 @@ constexpr std::size_t kPageNbytes = 4096;
 /// A plane holds at most this many bytes, so that sizes inside one fit 32 bits.
 constexpr std::size_t kMaxPlaneNbytes = std::size_t{1} << 30;
 
-/// Byte layout of one slot: layers outermost, then the K plane and the V plane, each [kv_heads, block_tokens, dim].
+/// Byte layout of one slot: layers outermost, then the K plane and the V plane, each [kv_heads,
+/// block_tokens, dim].
 ///
-/// Immutable. The limits checked at construction (16-bit sizes, planes of 1 GiB) keep all later products below 2^48.
+/// Immutable. The limits checked at construction (16-bit sizes, planes of 1 GiB) keep all later
+/// products below 2^48.
 class Geometry {
  public:
   /// @throws ShapeError when a size is zero or beyond its limit, or `itemsize` is neither 2 nor 4.

@@ -23,34 +23,29 @@ void check_table(const PagedPlane& plane, ConstBytes slots, ConstBytes row_start
   KV_EXPECT(entry(row_starts, 0) == 0, ShapeError, "row_starts must begin with 0");
   for (std::size_t block = 0; block < num_blocks; ++block) {
     const std::int64_t slot = entry(slots, block);
-    const std::int64_t rows =
-        std::int64_t{entry(row_starts, block + 1)} - entry(row_starts, block);
-    KV_EXPECT(slot >= 0 && static_cast<std::uint64_t>(slot) < plane.num_slots,
-              ShapeError,
+    const std::int64_t rows = std::int64_t{entry(row_starts, block + 1)} - entry(row_starts, block);
+    KV_EXPECT(slot >= 0 && static_cast<std::uint64_t>(slot) < plane.num_slots, ShapeError,
               "block " + std::to_string(block) + " names slot " + std::to_string(slot) + " of " +
                   std::to_string(plane.num_slots));
-    KV_EXPECT(rows >= 0 && rows <= std::int64_t{plane.block_tokens},
-              ShapeError,
+    KV_EXPECT(rows >= 0 && rows <= std::int64_t{plane.block_tokens}, ShapeError,
               "block " + std::to_string(block) + " has " + std::to_string(rows) +
                   " rows; a slot has " + std::to_string(plane.block_tokens));
   }
   const auto num_rows = static_cast<std::uint64_t>(entry(row_starts, num_blocks));
   const std::uint64_t wanted = num_rows * plane.kv_heads * plane.row_nbytes;
-  KV_EXPECT(dense.size() == wanted,
-            ShapeError,
-            "dense rows need " + std::to_string(wanted) + " bytes; got " +
-                std::to_string(dense.size()));
+  KV_EXPECT(
+      dense.size() == wanted, ShapeError,
+      "dense rows need " + std::to_string(wanted) + " bytes; got " + std::to_string(dense.size()));
 }
 
 }  // namespace
 
 PagedPlane paged_plane(const Geometry& geometry, std::size_t plane, std::uint64_t pool_nbytes) {
-  KV_EXPECT(plane < geometry.num_planes(),
-            ShapeError,
+  KV_EXPECT(plane < geometry.num_planes(), ShapeError,
             "plane " + std::to_string(plane) + " of " + std::to_string(geometry.num_planes()));
-  KV_EXPECT(pool_nbytes % geometry.slot_nbytes() == 0,
-            ShapeError,
-            "a pool of " + std::to_string(pool_nbytes) + " bytes is not a whole number of slots of " +
+  KV_EXPECT(pool_nbytes % geometry.slot_nbytes() == 0, ShapeError,
+            "a pool of " + std::to_string(pool_nbytes) +
+                " bytes is not a whole number of slots of " +
                 std::to_string(geometry.slot_nbytes()));
   return PagedPlane{pool_nbytes / geometry.slot_nbytes(),
                     geometry.slot_nbytes(),

@@ -17,7 +17,8 @@ namespace kv {
   return offset <= total && nbytes <= total - offset;
 }
 
-/// Smallest multiple of `alignment` (a power of two) that is not below `nbytes`; `nbytes` is below 2^63.
+/// Smallest multiple of `alignment` (a power of two) that is not below `nbytes`; `nbytes` is below
+/// 2^63.
 [[nodiscard]] constexpr std::uint64_t round_up(std::uint64_t nbytes,
                                                std::uint64_t alignment) noexcept {
   return (nbytes + alignment - 1) & ~(alignment - 1);
@@ -35,8 +36,7 @@ class Span {
 
   /// @throws ShapeError when the range is not inside this span.
   [[nodiscard]] Span sub(std::uint64_t offset, std::uint64_t nbytes) const {
-    KV_EXPECT(fits(offset, nbytes, size_),
-              ShapeError,
+    KV_EXPECT(fits(offset, nbytes, size_), ShapeError,
               "range of " + std::to_string(nbytes) + " bytes at " + std::to_string(offset) +
                   " is outside a buffer of " + std::to_string(size_) + " bytes");
     return Span(data_ + offset, static_cast<std::size_t>(nbytes));

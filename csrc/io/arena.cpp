@@ -12,14 +12,12 @@ namespace kv {
 namespace {
 
 Bytes map_pages(std::size_t nbytes) {
-  KV_EXPECT(nbytes >= 1 && nbytes <= std::size_t{1} << 48,
-            ShapeError,
+  KV_EXPECT(nbytes >= 1 && nbytes <= std::size_t{1} << 48, ShapeError,
             "an arena of " + std::to_string(nbytes) + " bytes; it must be 1 to 2^48");
   const auto rounded = static_cast<std::size_t>(round_up(nbytes, kPageNbytes));
   void* memory =
       ::mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  KV_EXPECT(memory != MAP_FAILED,
-            CapacityError,
+  KV_EXPECT(memory != MAP_FAILED, CapacityError,
             "no memory for an arena of " + std::to_string(rounded) + " bytes");
   // Advice only: kernels without huge pages refuse it, and small pages work too.
   static_cast<void>(::madvise(memory, rounded, MADV_HUGEPAGE));

@@ -8,10 +8,11 @@
 
 namespace kv {
 
-/// Owns one anonymous mapping; the destructor unmaps it. Methods are not to be called from two threads at once.
+/// Owns one anonymous mapping; the destructor unmaps it. Methods are not to be called from two
+/// threads at once.
 ///
-/// close() gives the pages back to the system but keeps the address range until destruction: a view that outlives it
-/// reads zeros instead of crashing the process.
+/// close() gives the pages back to the system but keeps the address range until destruction: a view
+/// that outlives it reads zeros instead of crashing the process.
 class Arena {
  public:
   /// Maps `nbytes`, rounded up to whole pages, zero-filled, with huge-page advice.

@@ -42,7 +42,7 @@ DirectFile::~DirectFile() { ::close(descriptor_); }
 std::string DirectFile::about(const char* verb) const { return std::string(verb) + " " + path_; }
 
 std::uint64_t DirectFile::size() const {
-  struct stat status {};
+  struct stat status{};
   KV_ERRNO(::fstat(descriptor_, &status), about("stat"));
   return static_cast<std::uint64_t>(status.st_size);
 }
@@ -52,8 +52,7 @@ void DirectFile::preallocate(std::uint64_t nbytes) {
   if (nbytes <= before) {
     return;
   }
-  KV_EXPECT(nbytes <= static_cast<std::uint64_t>(INT64_MAX),
-            ShapeError,
+  KV_EXPECT(nbytes <= static_cast<std::uint64_t>(INT64_MAX), ShapeError,
             "a file of " + std::to_string(nbytes) + " bytes is beyond the limit of 2^63 - 1");
   int error_number = EINTR;
   while (error_number == EINTR) {
@@ -62,14 +61,13 @@ void DirectFile::preallocate(std::uint64_t nbytes) {
   if (error_number == 0) {
     return;
   }
-  // A refused request may have grown the file part of the way: give that space back, keep the first error.
+  // A refused request may have grown the file part of the way: give that space back, keep the first
+  // error.
   if (size() > before) {
     KV_ERRNO(::ftruncate(descriptor_, static_cast<off_t>(before)), about("shrink"));
   }
-  throw_errno(about("preallocate") + " to " + std::to_string(nbytes) + " bytes",
-              error_number,
-              __FILE__,
-              __LINE__);
+  throw_errno(about("preallocate") + " to " + std::to_string(nbytes) + " bytes", error_number,
+              __FILE__, __LINE__);
 }
 
 void DirectFile::sync() { KV_ERRNO(::fdatasync(descriptor_), about("sync")); }
@@ -89,27 +87,25 @@ void DirectFile::leave_direct_mode() {
 }
 
 void DirectFile::read_exactly(Bytes destination, std::uint64_t offset) {
-  // Taken before the first try: another thread's fall-back must not make this one's EINVAL look final.
+  // Taken before the first try: another thread's fall-back must not make this one's EINVAL look
+  // final.
   bool may_fall_back = is_direct();
   for (std::size_t at = 0; at < destination.size();) {
-    const ssize_t count = ::pread(descriptor_,
-                                  destination.data() + at,
-                                  destination.size() - at,
+    const ssize_t count = ::pread(descriptor_, destination.data() + at, destination.size() - at,
                                   static_cast<off_t>(offset + at));
     if (count > 0) {
       at += static_cast<std::size_t>(count);
     } else if (count == 0) {
       throw IoError(located(about("read") + range_text(destination.size(), offset) +
                                 ": end of file after " + std::to_string(at) + " bytes",
-                            __FILE__,
-                            __LINE__),
+                            __FILE__, __LINE__),
                     0);
     } else if (errno == EINVAL && may_fall_back) {
       may_fall_back = false;
       leave_direct_mode();
     } else if (errno != EINTR) {
-      throw_errno(
-          about("read") + range_text(destination.size(), offset), errno, __FILE__, __LINE__);
+      throw_errno(about("read") + range_text(destination.size(), offset), errno, __FILE__,
+                  __LINE__);
     }
   }
 }
@@ -117,18 +113,16 @@ void DirectFile::read_exactly(Bytes destination, std::uint64_t offset) {
 void DirectFile::write_exactly(ConstBytes source, std::uint64_t offset) {
   bool may_fall_back = is_direct();
   for (std::size_t at = 0; at < source.size();) {
-    const ssize_t count = ::pwrite(
-        descriptor_, source.data() + at, source.size() - at, static_cast<off_t>(offset + at));
+    const ssize_t count = ::pwrite(descriptor_, source.data() + at, source.size() - at,
+                                   static_cast<off_t>(offset + at));
     if (count > 0) {
       at += static_cast<std::size_t>(count);
     } else if (count < 0 && errno == EINVAL && may_fall_back) {
       may_fall_back = false;
       leave_direct_mode();
     } else if (count == 0 || errno != EINTR) {
-      throw_errno(about("write") + range_text(source.size(), offset),
-                  count == 0 ? EIO : errno,
-                  __FILE__,
-                  __LINE__);
+      throw_errno(about("write") + range_text(source.size(), offset), count == 0 ? EIO : errno,
+                  __FILE__, __LINE__);
     }
   }
 }

@@ -10,11 +10,12 @@
 
 namespace kv {
 
-/// Owns one file descriptor; the destructor closes it. Share it with std::shared_ptr: whoever still transfers keeps
-/// the descriptor open. All methods may be called from any thread.
+/// Owns one file descriptor; the destructor closes it. Share it with std::shared_ptr: whoever still
+/// transfers keeps the descriptor open. All methods may be called from any thread.
 ///
-/// Opened with O_DIRECT; when the file system refuses that with EINVAL, at open or at the first transfer, the file
-/// continues buffered. While `is_direct()`, offsets, lengths and addresses must be multiples of kPageNbytes.
+/// Opened with O_DIRECT; when the file system refuses that with EINVAL, at open or at the first
+/// transfer, the file continues buffered. While `is_direct()`, offsets, lengths and addresses must
+/// be multiples of kPageNbytes.
 class DirectFile {
  public:
   /// Opens `path`, close-on-exec; a writable file is created when missing and never truncated.
@@ -31,8 +32,8 @@ class DirectFile {
   [[nodiscard]] const std::string& path() const noexcept { return path_; }
   [[nodiscard]] std::uint64_t size() const;
 
-  /// Reserves the first `nbytes` bytes on the medium; a longer file stays as long as it is. When that fails the file
-  /// keeps its old size.
+  /// Reserves the first `nbytes` bytes on the medium; a longer file stays as long as it is. When
+  /// that fails the file keeps its old size.
   /// @throws CapacityError when the file system is full.
   void preallocate(std::uint64_t nbytes);
 
@@ -42,7 +43,8 @@ class DirectFile {
   /// Asks the kernel to forget cached pages of this file; dirty ones stay.
   void drop_cache();
 
-  /// Fills `destination` from `offset`, or throws: a short file is an IoError, never a short result.
+  /// Fills `destination` from `offset`, or throws: a short file is an IoError, never a short
+  /// result.
   void read_exactly(Bytes destination, std::uint64_t offset);
 
   /// Writes all of `source` at `offset`, or throws.

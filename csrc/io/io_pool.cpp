@@ -18,26 +18,24 @@ std::string text_of(const IoOp& op) {
          ", buffer offset " + std::to_string(op.buffer_offset);
 }
 
-// An inherited IoPool or Ticket waits for threads that are not there: refuse before any lock is touched.
+// An inherited IoPool or Ticket waits for threads that are not there: refuse before any lock is
+// touched.
 void check_process(pid_t owner) {
-  KV_EXPECT(::getpid() == owner,
-            ConfigError,
+  KV_EXPECT(::getpid() == owner, ConfigError,
             "this IoPool belongs to process " + std::to_string(owner) +
                 "; its threads did not survive fork(): open a new one in this process");
 }
 
 void check_op(const IoOp& op, Bytes buffer, bool is_direct) {
-  KV_EXPECT(fits(op.buffer_offset, op.nbytes, buffer.size()),
-            ShapeError,
+  KV_EXPECT(fits(op.buffer_offset, op.nbytes, buffer.size()), ShapeError,
             text_of(op) + ": outside a buffer of " + std::to_string(buffer.size()) + " bytes");
-  KV_EXPECT(fits(op.file_offset, op.nbytes, static_cast<std::uint64_t>(INT64_MAX)),
-            ShapeError,
+  KV_EXPECT(fits(op.file_offset, op.nbytes, static_cast<std::uint64_t>(INT64_MAX)), ShapeError,
             text_of(op) + ": beyond the largest file");
   if (is_direct) {
     const auto address = reinterpret_cast<std::uintptr_t>(buffer.data() + op.buffer_offset);
-    KV_EXPECT((op.file_offset | op.nbytes | address) % kPageNbytes == 0,
-              ShapeError,
-              text_of(op) + ": direct I/O needs offset, length and memory address in multiples of 4096");
+    KV_EXPECT(
+        (op.file_offset | op.nbytes | address) % kPageNbytes == 0, ShapeError,
+        text_of(op) + ": direct I/O needs offset, length and memory address in multiples of 4096");
   }
 }
 
@@ -77,8 +75,7 @@ bool Ticket::has_failed() const {
 
 IoPool::IoPool(std::size_t num_threads)
     : owner_process_(::getpid()), queue_(std::make_unique<Queue>()) {
-  KV_EXPECT(num_threads >= 1 && num_threads <= kMaxThreads,
-            ConfigError,
+  KV_EXPECT(num_threads >= 1 && num_threads <= kMaxThreads, ConfigError,
             "num_threads is " + std::to_string(num_threads) + "; it must be 1 to " +
                 std::to_string(kMaxThreads));
   threads_.reserve(num_threads);
@@ -97,7 +94,8 @@ IoPool::~IoPool() {
     close();
     return;
   }
-  // After fork() the threads are not here, and the queue's lock may be held by one of them for ever.
+  // After fork() the threads are not here, and the queue's lock may be held by one of them for
+  // ever.
   for (std::thread& thread : threads_) {
     thread.detach();
   }
@@ -114,10 +112,8 @@ std::shared_ptr<Ticket> IoPool::submit_write(std::shared_ptr<DirectFile> file,
                                              ConstBytes buffer,
                                              const std::vector<IoOp>& ops) {
   KV_EXPECT(file->is_writable(), ConfigError, file->path() + " was opened for reading only");
-  return submit(Direction::kWrite,
-                std::move(file),
-                Bytes(const_cast<std::uint8_t*>(buffer.data()), buffer.size()),
-                ops);
+  return submit(Direction::kWrite, std::move(file),
+                Bytes(const_cast<std::uint8_t*>(buffer.data()), buffer.size()), ops);
 }
 
 std::shared_ptr<Ticket> IoPool::submit(Direction direction,
@@ -137,11 +133,7 @@ std::shared_ptr<Ticket> IoPool::submit(Direction direction,
   for (const IoOp& op : ops) {
     for (std::uint64_t at = 0; at < op.nbytes; at += kPieceNbytes) {
       const std::size_t nbytes = std::min<std::size_t>(kPieceNbytes, op.nbytes - at);
-      pieces.push_back(Piece{ticket,
-                             file,
-                             direction,
-                             buffer.data() + op.buffer_offset + at,
-                             nbytes,
+      pieces.push_back(Piece{ticket, file, direction, buffer.data() + op.buffer_offset + at, nbytes,
                              op.file_offset + at});
     }
   }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Threads that move bytes between files and memory, and the tickets by which callers learn how it went.
+// Threads that move bytes between files and memory, and the tickets by which callers learn how it
+// went.
 #pragma once
 
 #include <sys/types.h>
@@ -27,7 +28,8 @@ struct IoOp {
 
 enum class Direction { kRead, kWrite };
 
-/// The outcome of one submitted batch. Shared by the pool and the caller; any thread may ask or wait.
+/// The outcome of one submitted batch. Shared by the pool and the caller; any thread may ask or
+/// wait.
 class Ticket {
  public:
   explicit Ticket(std::size_t num_pieces);
@@ -50,12 +52,13 @@ class Ticket {
   std::exception_ptr error_;
 };
 
-/// Owns its worker threads; close() or the destructor ends what is queued and joins them. submit() and close() may be
-/// called from any thread.
+/// Owns its worker threads; close() or the destructor ends what is queued and joins them. submit()
+/// and close() may be called from any thread.
 ///
-/// Transfers are cut into pieces of kPieceNbytes that any worker takes, so one large transfer uses them all. Pieces
-/// start in the order of submission and end in any order. The caller keeps the memory alive until its ticket is done.
-/// Threads do not survive fork(): in the child every call is refused, and the destructor leaks instead of hanging.
+/// Transfers are cut into pieces of kPieceNbytes that any worker takes, so one large transfer uses
+/// them all. Pieces start in the order of submission and end in any order. The caller keeps the
+/// memory alive until its ticket is done. Threads do not survive fork(): in the child every call is
+/// refused, and the destructor leaks instead of hanging.
 class IoPool {
  public:
   static constexpr std::size_t kPieceNbytes = std::size_t{1} << 20;
@@ -70,7 +73,8 @@ class IoPool {
   ~IoPool();
 
   /// Queues reads of `file` into `buffer`; all ranges are checked before the first transfer starts.
-  /// @throws ShapeError for a range outside the buffer, or not page aligned while the file is direct.
+  /// @throws ShapeError for a range outside the buffer, or not page aligned while the file is
+  /// direct.
   [[nodiscard]] std::shared_ptr<Ticket> submit_read(std::shared_ptr<DirectFile> file,
                                                     Bytes buffer,
                                                     const std::vector<IoOp>& ops);
