@@ -76,9 +76,10 @@ bench: venv  ## every benchmark; benchmarks/README.md says how to read them
 
 cuda-check:  ## compile the CUDA sources for sm_80 and sm_90, without linking; needs nvcc, no GPU
 	@command -v $(NVCC) >/dev/null || { echo "cuda-check: $(NVCC) not found" >&2; exit 1; }
+	@[[ -n "$(CUDA_UNITS)" ]] || { echo "cuda-check: no sources in csrc/cuda" >&2; exit 1; }
 	@objects=$$(mktemp -d) && trap 'rm -rf "$$objects"' EXIT && for unit in $(CUDA_UNITS); do \
 	    echo "$(NVCC) $$unit"; \
-	    $(NVCC) -std=c++17 -O2 -Werror all-warnings -Xcompiler -Wall,-Wextra -Icsrc -c "$$unit" -o "$$objects/$$(basename "$$unit").o" \
+	    $(NVCC) -std=c++17 -O2 -Werror all-warnings -Xcompiler -Wall,-Wextra -DKV_WITH_CUDA -Icsrc -c "$$unit" -o "$$objects/$$(basename "$$unit").o" \
 	        -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90; \
 	done
 
