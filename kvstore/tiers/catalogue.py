@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The LMDB environment of a store: tables, transactions, growth, error mapping. The only importer of lmdb."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TypeVar
+
+import lmdb
+
+from kvstore.errors import (
+    BusyError,
+    CapacityError,
+    CorruptRecordError,
+    KVStoreError,
+    ReadOnlyError,
+    StoreIOError,
+    StoreNotFoundError,
+    UnsupportedFormatError,
+)
+from kvstore.tiers.gate import Gate
+
+INITIAL_MAP_NBYTES = 16 << 20
+MAX_MAP_NBYTES = 1 << 40
+_MAX_READERS = 512
+_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+
+Result = TypeVar("Result")
+
+
+class Table(Enum):
+    """The named databases; docs/file-format.md says what each holds."""
+
+    META = b"meta"
+    STREAMS = b"streams"
+    STATES = b"states"
+    ENTRIES = b"entries"
+    SUMMARIES = b"summaries"
+    BLOCKS = b"blocks"
+    DIRECTORIES = b"directories"
+    EXTENTS = b"extents"
+    LRU = b"lru"
+
+
+class ReadView:
+    """One snapshot of the tables; valid inside the `with` that made it. Returns copies, never map memory."""
+
+    def __init__(self, txn: lmdb.Transaction[bytes], tables: dict[Table, lmdb._Database]) -> None:
+        self._txn = txn
+        self._tables = tables
+
+    def get(self, table: Table, key: bytes) -> bytes | None:
+        """Return the value of `key`, or None."""
+        return self._txn.get(key, db=self._tables[table])
+
+    def scan(self, table: Table, start: bytes = b"", prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Yield key and value in key order, from `start` on, as long as keys begin with `prefix`."""
+        with self._txn.cursor(db=self._tables[table]) as cursor:
+            if not cursor.set_range(max(start, prefix)):
+                return
+            for key, value in cursor:
+                if not key.startswith(prefix):
+                    return
+                yield key, value
+
+    def count(self, table: Table) -> int:
+        """Return how many keys `table` holds."""
+        return self._txn.stat(self._tables[table])["entries"]
+
+
+class WriteView(ReadView):
+    """The one write transaction: sees its own changes, commits when the function it was given to returns."""
+
+    def put(self, table: Table, key: bytes, value: bytes) -> None:
+        """Insert or replace."""
+        self._txn.put(key, value, db=self._tables[table])
+
+    def delete(self, table: Table, key: bytes) -> bool:
+        """Remove `key`; False when it was not there."""
+        return self._txn.delete(key, db=self._tables[table])
+
+
+class Catalogue:
+    """Owns the environment: opened once per process, grows on demand, useless after a fork.
+
+    Threads may read and write concurrently; writes wait for each other.
+
+    Args:
+        folder: exists; holds `data.mdb` and `lock.mdb`, which a writer creates.
+        writable: open for writing.
+        durable: sync every commit to the device.
+        max_map_nbytes: the catalogue may grow to this size.
+
+    Raises:
+        StoreNotFoundError: a reader found no catalogue.
+        BusyError: this process has it open already.
+        ReadOnlyError: a writer lacks permission.
+        CorruptRecordError: the file is not a catalogue, or is cut short.
+        UnsupportedFormatError: made by another version of LMDB's file format.
+        StoreIOError: the operating system refused.
+    """
+
+    def __init__(self, folder: Path, *, writable: bool, durable: bool, max_map_nbytes: int = MAX_MAP_NBYTES) -> None:
+        self._folder = folder
+        self._data_path = folder / "data.mdb"
+        self._max_map_nbytes = max_map_nbytes
+        self._pid = os.getpid()
+        self._gate = Gate()
+        if not writable and not self._data_path.exists():
+            raise StoreNotFoundError(f"{folder}: no store here; create it by opening it for writing")
+        with self._mapped_errors():
+            self._env = lmdb.open(
+                str(folder),
+                map_size=min(INITIAL_MAP_NBYTES, max_map_nbytes) if writable else 0,
+                readonly=not writable,
+                create=writable,
+                sync=durable,
+                metasync=durable,
+                # Look-ups are random: read-ahead would fill the page cache with neighbours nobody asked for.
+                readahead=False,
+                max_dbs=len(Table),
+                max_readers=_MAX_READERS,
+                # A reader without write permission cannot register in the lock file; it goes without.
+                lock=writable or os.access(folder, os.W_OK),
+            )
+        try:
+            self._check_length()
+            self._tables = self._open_tables(writable)
+        except BaseException:
+            self._env.close()
+            raise
+
+    @contextmanager
+    def read(self) -> Iterator[ReadView]:
+        """Open a snapshot for the length of a `with` block; keep it short, it pins old pages.
+
+        Raises:
+            BusyError: called in a forked child.
+            CorruptRecordError, StoreIOError: the catalogue cannot be read.
+        """
+        self._check_process()
+        with self._mapped_errors():
+            txn = self._begin_read()
+            try:
+                yield ReadView(txn, self._tables)
+            finally:
+                txn.abort()
+                self._gate.leave()
+
+    def write(self, work: Callable[[WriteView], Result]) -> Result:
+        """Run `work` in the write transaction and commit; nothing is written when it raises.
+
+        `work` is run again from the start when the map had to grow, so it must not change anything but the view.
+
+        Raises:
+            CapacityError: the file system is full, or the catalogue reached its limit.
+            ReadOnlyError: the catalogue was opened by a reader.
+            BusyError: called in a forked child.
+        """
+        self._check_process()
+        while True:
+            try:
+                with self._gate.shared(), self._env.begin(write=True) as txn:
+                    return work(WriteView(txn, self._tables))
+            except lmdb.MapFullError as error:
+                self._grow(error)
+            except lmdb.MapResizedError:
+                self._resize(0)
+            except lmdb.Error as error:
+                raise self._translated(error) from error
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the catalogue on disk."""
+        return self._data_path.stat().st_size
+
+    def sync(self) -> None:
+        """Flush to the device whatever earlier commits left in the page cache."""
+        self._check_process()
+        with self._mapped_errors(), self._gate.shared():
+            self._env.sync(True)
+
+    def close(self) -> None:
+        """Wait for open transactions, then unmap. In a forked child: forget, the parent owns it."""
+        if os.getpid() == self._pid:
+            with self._gate.exclusive():
+                self._env.close()
+
+    def _open_tables(self, writable: bool) -> dict[Table, lmdb._Database]:
+        try:
+            with self._mapped_errors():
+                if not writable:  # handles opened inside a read transaction would end with it
+                    return {table: self._env.open_db(table.value, create=False) for table in Table}
+                with self._env.begin(write=True) as txn:
+                    return {table: self._env.open_db(table.value, txn=txn) for table in Table}
+        except CorruptRecordError as error:
+            raise StoreNotFoundError(f"{self._folder}: not a kvstore catalogue, a table is missing") from error
+
+    def _check_length(self) -> None:
+        # LMDB maps the file: reading a page behind its end would kill the process with SIGBUS.
+        wanted = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        if 0 < self.nbytes < wanted:
+            raise CorruptRecordError(f"{self._data_path}: {self.nbytes} bytes, but its pages need {wanted}: cut short")
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise BusyError(
+                f"{self._folder}: opened by process {self._pid}, used in its forked child {os.getpid()}; "
+                "open the store again in the child"
+            )
+
+    def _begin_read(self) -> lmdb.Transaction[bytes]:
+        """Enter the gate and begin; the caller leaves the gate."""
+        while True:
+            self._gate.enter()
+            try:
+                return self._env.begin()
+            except lmdb.MapResizedError:
+                self._gate.leave()
+                self._resize(0)
+            except lmdb.ReadersFullError:
+                self._gate.leave()
+                if self._env.reader_check() == 0:
+                    raise
+            except BaseException:
+                self._gate.leave()
+                raise
+
+    def _grow(self, cause: lmdb.Error) -> None:
+        map_nbytes = self._env.info()["map_size"]
+        if map_nbytes >= self._max_map_nbytes:
+            raise CapacityError(
+                f"{self._data_path}: full at its limit of {self._max_map_nbytes} bytes; remove streams or raise it"
+            ) from cause
+        self._resize(min(2 * map_nbytes, self._max_map_nbytes))
+
+    def _resize(self, map_nbytes: int) -> None:
+        """Map `map_nbytes`, or with 0 what another process grew it to; LMDB allows it only without transactions."""
+        with self._mapped_errors(), self._gate.exclusive():
+            self._env.set_mapsize(map_nbytes)
+
+    @contextmanager
+    def _mapped_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except lmdb.Error as error:
+            raise self._translated(error) from error
+
+    def _translated(self, error: lmdb.Error) -> KVStoreError:
+        text = f"{self._folder}: {error}"
+        if isinstance(error, lmdb.MapFullError) or error.code in _FULL_ERRNOS:
+            return CapacityError(text)
+        if isinstance(error, lmdb.VersionMismatchError):
+            return UnsupportedFormatError(text)
+        if isinstance(error, (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.NotFoundError)):
+            return CorruptRecordError(text)
+        if isinstance(error, lmdb.ReadonlyError) or error.code in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return ReadOnlyError(text)
+        if error.code == errno.ENOENT:
+            return StoreNotFoundError(text)
+        if "already open in this process" in str(error):
+            return BusyError(f"{self._folder}: this process has the store open already; share that object")
+        return StoreIOError(text)

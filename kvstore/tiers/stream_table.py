@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables `streams`, `states`, `entries`, `summaries`: the manifests, changed only together with their blocks."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from kvstore.errors import ConfigError, CorruptRecordError, StreamNotFoundError, UnsupportedFormatError
+from kvstore.spec import BlockKey
+from kvstore.tiers.base import Extent
+from kvstore.tiers.block_table import add_reference, drop_reference
+from kvstore.tiers.catalogue import ReadView, Table, WriteView
+from kvstore.tiers.manifest import Manifest, StreamHeader, check_name, load_json
+from kvstore.tiers.meta_table import next_stream_id
+from kvstore.tiers.records import (
+    VALUE_VERSION,
+    Entry,
+    StreamState,
+    pack_entry,
+    pack_state,
+    position_index,
+    position_key,
+    unpack_entry,
+    unpack_state,
+)
+
+_STREAM = struct.Struct("<BxxxIQ")  # version, header bytes, stream id; then the header JSON
+_STREAM_ID = struct.Struct(">Q")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRow:
+    """A stream as the catalogue finds it: its id inside the store, and its header."""
+
+    stream_id: int
+    header: StreamHeader
+
+
+def find_stream(view: ReadView, name: str) -> StreamRow:
+    """Look up a stream.
+
+    Raises:
+        StreamNotFoundError: there is none of that name.
+        CorruptRecordError: its header is damaged.
+    """
+    value = view.get(Table.STREAMS, check_name(name))
+    if value is None:
+        raise StreamNotFoundError(f"the store holds no stream {name!r}")
+    return _unpack_stream(name, value)
+
+
+def stream_rows(view: ReadView) -> Iterator[StreamRow]:
+    """Yield all streams by name; raises `CorruptRecordError` at a damaged one."""
+    for key, value in view.scan(Table.STREAMS):
+        try:
+            name = key.decode()
+        except UnicodeDecodeError as error:
+            raise CorruptRecordError(f"stream name {key!r} is not UTF-8") from error
+        yield _unpack_stream(name, value)
+
+
+def ensure_stream(view: WriteView, header: StreamHeader) -> None:
+    """Create an empty stream, unless there is an equal one.
+
+    Raises:
+        ConfigError: there is another stream of that name.
+        CorruptRecordError: the header of the stream of that name is damaged.
+    """
+    key = check_name(header.name)
+    present = view.get(Table.STREAMS, key)
+    if present is not None:
+        if not _unpack_stream(header.name, present).header.describes_same(header):
+            raise ConfigError(f"stream {header.name!r} exists and was made otherwise; remove it or use another name")
+        return
+    stream_id = next_stream_id(view)
+    data = header.to_json()
+    view.put(Table.STREAMS, key, _STREAM.pack(VALUE_VERSION, len(data), stream_id) + data)
+    view.put(Table.STATES, _STREAM_ID.pack(stream_id), pack_state(StreamState(0, 0, b"{}")))
+
+
+def find_state(view: ReadView, stream_id: int) -> StreamState:
+    """Return what grows in a stream; raises `StreamNotFoundError` when it was removed."""
+    value = view.get(Table.STATES, _STREAM_ID.pack(stream_id))
+    if value is None:
+        raise StreamNotFoundError(f"stream {stream_id} was removed")
+    return unpack_state(value)
+
+
+def append_entries(
+    view: WriteView, stream_id: int, entries: Sequence[Entry], summaries: Sequence[bytes], cursor_json: bytes
+) -> None:
+    """Append to a manifest and move its cursor; the entries' blocks are in the catalogue already.
+
+    Raises:
+        StreamNotFoundError: the stream was removed.
+        CorruptRecordError: an entry leaves a gap, or its block is not stored.
+    """
+    state = find_state(view, stream_id)
+    for position, (entry, summary) in enumerate(zip(entries, summaries, strict=True), start=state.num_entries):
+        if entry.index != position:
+            raise CorruptRecordError(f"stream {stream_id}: entry {entry.index} where {position} was expected")
+        add_reference(view, entry.key)
+        view.put(Table.ENTRIES, position_key(stream_id, position), pack_entry(entry))
+        view.put(Table.SUMMARIES, position_key(stream_id, position), summary)
+    grown = StreamState(
+        state.num_entries + len(entries), state.num_tokens + sum(e.num_tokens for e in entries), cursor_json
+    )
+    view.put(Table.STATES, _STREAM_ID.pack(stream_id), pack_state(grown))
+
+
+def read_entries(view: ReadView, stream_id: int, first: int = 0) -> Iterator[Entry]:
+    """Yield entries from index `first` on, in order; raises `CorruptRecordError` at a damaged one."""
+    prefix = _STREAM_ID.pack(stream_id)
+    for key, value in view.scan(Table.ENTRIES, start=position_key(stream_id, first), prefix=prefix):
+        yield unpack_entry(position_index(key), value)
+
+
+def read_manifest(view: ReadView, name: str) -> Manifest:
+    """Take a snapshot of a stream.
+
+    Raises:
+        StreamNotFoundError: there is none of that name.
+        CorruptRecordError: a part is damaged, or entries are missing.
+    """
+    row = find_stream(view, name)
+    state = find_state(view, row.stream_id)
+    entries = tuple(read_entries(view, row.stream_id))
+    if [entry.index for entry in entries] != list(range(state.num_entries)):
+        raise CorruptRecordError(f"stream {name!r}: {len(entries)} entries found, {state.num_entries} announced")
+    cursor = load_json(state.cursor_json, f"cursor of stream {name!r}")
+    return Manifest(row.header, entries, cursor, state.num_tokens)
+
+
+def read_summaries(view: ReadView, stream_id: int, first: int, count: int) -> list[bytes]:
+    """Return the summaries of entries `first` to `first + count`, fewer at the end of the stream."""
+    found: list[bytes] = []
+    prefix = _STREAM_ID.pack(stream_id)
+    for key, value in view.scan(Table.SUMMARIES, start=position_key(stream_id, first), prefix=prefix):
+        if len(found) == count:
+            break
+        if position_index(key) != first + len(found):
+            raise CorruptRecordError(f"stream {stream_id}: summary {first + len(found)} is missing")
+        found.append(value)
+    return found
+
+
+def delete_stream(view: WriteView, name: str) -> list[tuple[BlockKey, Extent]]:
+    """Remove a stream and the blocks that only it needed.
+
+    Returns:
+        The blocks that are gone, with the extents to free after the commit.
+
+    Raises:
+        StreamNotFoundError: there is none of that name.
+    """
+    stream_key = check_name(name)
+    value = view.get(Table.STREAMS, stream_key)
+    if value is None:
+        raise StreamNotFoundError(f"the store holds no stream {name!r}")
+    stream_id = _unpack_fixed(name, value)
+    prefix = _STREAM_ID.pack(stream_id)
+    freed: list[tuple[BlockKey, Extent]] = []
+    for position, packed in list(view.scan(Table.ENTRIES, prefix=prefix)):
+        # A damaged entry must not make its stream immortal; the block it named stays, and verify reports it.
+        with suppress(CorruptRecordError):
+            key = unpack_entry(position_index(position), packed).key
+            extent = drop_reference(view, key)
+            if extent is not None:
+                freed.append((key, extent))
+        view.delete(Table.ENTRIES, position)
+        view.delete(Table.SUMMARIES, position)
+    view.delete(Table.STATES, prefix)
+    view.delete(Table.STREAMS, stream_key)
+    return freed
+
+
+def _unpack_fixed(name: str, value: bytes) -> int:
+    if len(value) < _STREAM.size:
+        raise CorruptRecordError(f"stream {name!r}: {len(value)} bytes")
+    version, header_nbytes, stream_id = _STREAM.unpack_from(value)
+    if version > VALUE_VERSION:
+        raise UnsupportedFormatError(f"stream {name!r}: version {version}; this program reads up to {VALUE_VERSION}")
+    if version != VALUE_VERSION or len(value) - _STREAM.size != header_nbytes:
+        found_nbytes = len(value) - _STREAM.size
+        raise CorruptRecordError(f"stream {name!r}: {found_nbytes} bytes of header, {header_nbytes} announced")
+    found: int = stream_id
+    return found
+
+
+def _unpack_stream(name: str, value: bytes) -> StreamRow:
+    stream_id = _unpack_fixed(name, value)
+    return StreamRow(stream_id, StreamHeader.from_json(name, value[_STREAM.size :]))
