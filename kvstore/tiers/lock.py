@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one writer of a store: an advisory lock that dies with its process."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from kvstore.errors import BusyError, ReadOnlyError, StoreIOError
+
+
+class WriterLock:
+    """Holds `writer.lock` for as long as it is open; the file names the holder's process id for people.
+
+    `flock` belongs to the open file, so the kernel lets go of it however the process ends. A forked child that keeps
+    the descriptor keeps the lock, too; children started with `subprocess` do not get it.
+
+    Raises:
+        BusyError: another writer holds it; the message names its process.
+        ReadOnlyError: the folder cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except PermissionError as error:
+            raise ReadOnlyError(f"{path}: {error.strerror}; open the store for reading") from error
+        except OSError as error:
+            raise ReadOnlyError(f"{path}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(self._descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(self._descriptor)
+            raise BusyError(f"{path.parent}: process {holder} writes this store; one writer at a time") from error
+        except OSError as error:
+            os.close(self._descriptor)
+            raise StoreIOError(f"{path}: cannot be locked: {error.strerror}") from error
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def close(self) -> None:
+        """Let the next writer in."""
+        os.close(self._descriptor)
