@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The face of a store: streams of blocks and plain blocks, over host and disk, for one writer and many readers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from torch import Tensor
+
+from kvstore.codec import Profile
+from kvstore.config import Access, Durability, StoreConfig
+from kvstore.errors import BusyError, ConfigError, ReadOnlyError, ShapeError
+from kvstore.layout import BlockLayout
+from kvstore.native import IoPool
+from kvstore.spec import BLOCK_KEY_NBYTES, BlockKey
+from kvstore.stats import StoreStats
+from kvstore.tiers.appender import NewBlock
+from kvstore.tiers.base import Outcome, Tier
+from kvstore.tiers.block_table import has_block
+from kvstore.tiers.data_path import DataPath, WritePath
+from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.fetcher import FetchReport, FetchRequest
+from kvstore.tiers.manifest import JSON, Manifest, StreamHeader, check_spec
+from kvstore.tiers.records import Entry
+from kvstore.tiers.removal import remove_blocks, remove_stream
+from kvstore.tiers.slots import check_layers, check_slot
+from kvstore.tiers.stream_table import ensure_stream, find_stream, read_manifest, read_summaries, stream_rows
+from kvstore.tiers.usage import collect_stats
+from kvstore.tiers.verify import BlockFault, Verifier, VerifyReport
+from kvstore.tiers.write_jobs import PutJob
+
+__all__ = [
+    "Access",
+    "BlockFault",
+    "Durability",
+    "Entry",
+    "FetchReport",
+    "FetchRequest",
+    "JSON",
+    "Manifest",
+    "NewBlock",
+    "Outcome",
+    "Profile",
+    "Store",
+    "StreamHeader",
+    "Tier",
+    "VerifyReport",
+    "check_spec",
+]
+
+
+class Store:
+    """One open store folder; make it with `Store.open`, close it with `with`. Thread-safe.
+
+    One process writes, any number read at the same time; readers see what the writer has committed. A process opens a
+    store once and shares the object; a forked child opens its own.
+
+    Args:
+        disk: the open folder.
+        pool: moves extents.
+        data: what moves blocks; None for a store opened without a layout.
+    """
+
+    def __init__(self, disk: DiskTier, pool: IoPool, data: DataPath | None) -> None:
+        self._disk = disk
+        self._pool = pool
+        self._data = data
+        self._pid = os.getpid()
+        self._is_open = True
+
+    @staticmethod
+    def open(
+        path: str | os.PathLike[str],
+        *,
+        access: Access,
+        layout: BlockLayout | None = None,
+        profile: Profile = Profile.LOSSLESS,
+        host_nbytes: int = 1 << 30,
+        disk_nbytes: int | None = None,
+        durability: Durability = Durability.COMMIT,
+        io_threads: int = 4,
+        decode_threads: int = 2,
+    ) -> Store:
+        """Open a store; a writer creates it where there is none.
+
+        Args:
+            path: the store's folder.
+            access: reader or the one writer.
+            layout: layout of the blocks that will be moved; None for listing, verifying and removing only.
+            profile: how new blocks are coded.
+            host_nbytes: memory of the host tier, at least two slots.
+            disk_nbytes: most bytes on disk, catalogue included; None means as much as the disk holds.
+            durability: what an acknowledged write survives.
+            io_threads: native threads that read and write.
+            decode_threads: threads that encode and decode.
+
+        Raises:
+            StoreNotFoundError: a reader found nothing there.
+            BusyError: another process writes it, or this one has it open.
+            ReadOnlyError: a writer may not write there.
+            UnsupportedFormatError: the store is newer than this program.
+            CorruptRecordError: the catalogue is damaged.
+            ConfigError: a setting is out of range.
+        """
+        config = StoreConfig(access, durability, host_nbytes, disk_nbytes, io_threads, decode_threads)
+        with ExitStack() as building:
+            disk = DiskTier(Path(path), config)
+            building.callback(disk.close)
+            pool = IoPool(io_threads)
+            building.callback(pool.close)
+            data = None if layout is None else DataPath(disk, pool, layout, profile)
+            building.pop_all()
+        return Store(disk, pool, data)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is queued, then close; raises what the last writes hit. A second call does nothing."""
+        if not self._is_open or os.getpid() != self._pid:
+            return
+        self._is_open = False
+        with ExitStack() as cleanup:
+            cleanup.callback(self._disk.close)
+            cleanup.callback(self._pool.close)
+            if self._data is not None:
+                cleanup.callback(self._data.close)
+
+    def create_stream(self, header: StreamHeader) -> Manifest:
+        """Create a stream, or resume one: a stream with an equal header, but for the time, is returned as it stands.
+
+        Raises:
+            ConfigError: the name exists with another header, or the profile is not the store's.
+            SpecMismatchError: the spec or block size is not the store's.
+            ReadOnlyError: the store is open for reading.
+        """
+        self._check_open(writing=True)
+        if self._data is not None:
+            self._data.check_header(header)
+        with self._disk.mutation:
+            self._disk.catalogue.write(lambda view: ensure_stream(view, header))
+        return self.manifest(header.name)
+
+    def manifest(self, name: str) -> Manifest:
+        """Take a snapshot of what is durable of a stream; raises `StreamNotFoundError`."""
+        self._check_open()
+        with self._disk.catalogue.read() as view:
+            return read_manifest(view, name)
+
+    def streams(self) -> list[StreamHeader]:
+        """List all streams by name."""
+        self._check_open()
+        with self._disk.catalogue.read() as view:
+            return [row.header for row in stream_rows(view)]
+
+    def append(self, name: str, blocks: Sequence[NewBlock], cursor: Mapping[str, JSON]) -> None:
+        """Append blocks to a stream and move its cursor, behind the caller's back.
+
+        Slots are copied before the call returns; it waits while the host tier is full of unwritten blocks. The blocks
+        of one call and its cursor become visible together. `flush` makes sure of them.
+
+        Args:
+            name: the stream.
+            blocks: the next blocks, in order; may be empty to move the cursor only.
+            cursor: where the producer stands after these blocks; `is_complete: true` marks the end.
+
+        Raises:
+            KVStoreError: what an earlier append ran into (CapacityError, StoreIOError, ...); what followed the last
+                flush may be lost: continue from `manifest(name).cursor`.
+            ConfigError: the entries do not continue the stream.
+            ShapeError: a slot or a number does not fit.
+            SpecMismatchError: the stream holds another model's KV.
+            StreamNotFoundError: create it first.
+            ReadOnlyError: the store is open for reading.
+        """
+        self._writing().appender.append(name, blocks, cursor)
+
+    def flush(self) -> None:
+        """Wait until everything appended is durable; raises what the writer ran into, like `append`."""
+        self._writing().writer.flush()
+
+    def fetch(self, requests: Sequence[FetchRequest]) -> FetchReport:
+        """Bring blocks into their slots, in one batch: neighbours on disk are read together, decoding overlaps I/O.
+
+        Blocks read whole stay in the host tier. A fault concerns its item only: its outcome is `MISS` or `DAMAGED`.
+
+        Raises:
+            ShapeError: a slot or a layer range does not fit.
+            ConfigError: the store was opened without a layout.
+        """
+        data = self._moving()
+        for request in requests:
+            check_slot(request.slot, data.layout)
+            check_layers(request.layers, data.layout)
+        return data.fetcher.fetch(requests)
+
+    def summaries(self, name: str, first: int, count: int) -> list[bytes]:
+        """Return summaries of entries from `first` on, `count` or fewer; raises `StreamNotFoundError`."""
+        self._check_open()
+        if first < 0 or count < 0:
+            raise ConfigError(f"summaries: first {first}, count {count}; neither can be negative")
+        with self._disk.catalogue.read() as view:
+            return read_summaries(view, find_stream(view, name).stream_id, first, count)
+
+    def put(self, keys: Sequence[BlockKey], slots: Sequence[Tensor], num_tokens: Sequence[int]) -> list[bool]:
+        """Store plain blocks until the budget needs their room; durable on return, idempotent.
+
+        Args:
+            keys: one per block.
+            slots: [slot_nbytes] uint8 CPU, contiguous, each.
+            num_tokens: tokens in each.
+
+        Returns:
+            Per block: True when it is stored, False when there is no room.
+
+        Raises:
+            ShapeError: an argument does not fit.
+            StoreIOError: the device failed.
+            ReadOnlyError: the store is open for reading.
+        """
+        writer, layout = self._writing().writer, self._moving().layout
+        for key, slot, tokens in zip(keys, slots, num_tokens, strict=True):
+            check_slot(slot, layout)
+            if len(key) != BLOCK_KEY_NBYTES or not 1 <= tokens <= layout.block_tokens:
+                raise ShapeError(f"put: key of {len(key)} bytes, {tokens} tokens; a slot takes {layout.block_tokens}")
+        stored = writer.put(PutJob(tuple(keys), tuple(slots), tuple(num_tokens)))
+        self._disk.note_use(key for key, is_stored in zip(keys, stored, strict=True) if is_stored)
+        return stored
+
+    def get(self, keys: Sequence[BlockKey], slots: Sequence[Tensor]) -> list[Outcome]:
+        """Bring plain blocks into slots: `fetch` without the details."""
+        return self.fetch([FetchRequest(key, slot) for key, slot in zip(keys, slots, strict=True)]).outcomes
+
+    def exists(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Say per block whether it is held, in memory or on disk; does not count as a use."""
+        self._check_open()
+        with self._disk.catalogue.read() as view:
+            on_disk = [has_block(view, key) for key in keys]
+        if self._data is None:
+            return on_disk
+        host = self._data.host
+        return [found or host.contains(key) for key, found in zip(keys, on_disk, strict=True)]
+
+    def remove(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Remove plain blocks; those that a stream needs stay. Returns per block whether it was removed."""
+        self._check_open(writing=True)
+        return remove_blocks(self._disk, self._data, keys)
+
+    def remove_stream(self, name: str) -> int:
+        """Remove a stream and the blocks that only it needs, in one transaction; returns the bytes freed.
+
+        Raises:
+            StreamNotFoundError: there is none of that name.
+            KVStoreError: what an earlier append ran into; the stream is still there.
+        """
+        self._check_open(writing=True)
+        return remove_stream(self._disk, self._data, name)
+
+    def verify(self, name: str | None = None, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+        """Read, check and decode the blocks of one stream, or of the whole store and then its tables, too.
+
+        Args:
+            name: a stream, or `StreamNotFoundError`; None for everything.
+            progress: called with blocks done and blocks in all.
+        """
+        self._check_open()
+        verifier = Verifier(self._disk, self._pool, progress)
+        return verifier.everything() if name is None else verifier.stream(name)
+
+    def stats(self) -> StoreStats:
+        """Count what each tier moved, held, found and missed since the store was opened."""
+        self._check_open()
+        return collect_stats(self._disk, self._data)
+
+    def _check_open(self, *, writing: bool = False) -> None:
+        if not self._is_open:
+            raise BusyError(f"{self._disk.folder}: the store is closed")
+        if os.getpid() != self._pid:
+            raise BusyError(f"{self._disk.folder}: opened by process {self._pid}; a forked child opens its own")
+        if writing and not self._disk.is_writable:
+            raise ReadOnlyError(f"{self._disk.folder}: open for reading; open it with Access.WRITE")
+
+    def _moving(self) -> DataPath:
+        self._check_open()
+        if self._data is None:
+            raise ConfigError(f"{self._disk.folder}: opened without a layout, so no block can be moved")
+        return self._data
+
+    def _writing(self) -> WritePath:
+        self._check_open(writing=True)
+        write = self._moving().write
+        assert write is not None, "a store open for writing has a write path"
+        return write

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The producer's side of write-behind: checks what is appended, copies it to host slots, queues it in order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvstore.errors import ConfigError, ShapeError
+from kvstore.layout import BlockLayout
+from kvstore.spec import BLOCK_KEY_NBYTES
+from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.host import HostTier, Lease
+from kvstore.tiers.manifest import JSON, check_spec, dump_json
+from kvstore.tiers.records import Entry
+from kvstore.tiers.slots import check_slot
+from kvstore.tiers.stream_table import find_state, find_stream
+from kvstore.tiers.write_jobs import AppendPiece
+from kvstore.tiers.writer import Writer
+
+_MAX_PIECE_BLOCKS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class NewBlock:
+    """A block to be appended.
+
+    Args:
+        entry: its place in the stream; `entry.index` continues the stream without a gap.
+        slot: [slot_nbytes] uint8 CPU, contiguous; copied before `append` returns.
+        summary: bytes for the index, stored beside the entry.
+    """
+
+    entry: Entry
+    slot: Tensor
+    summary: bytes
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far a stream has been queued; out of date when a write failed since."""
+
+    stream_id: int
+    next_index: int
+    failures: int
+
+
+class Appender:
+    """Feeds the writer. Thread-safe; appends from several threads follow each other.
+
+    Args:
+        disk: where the streams are.
+        host: where blocks wait.
+        writer: writes them.
+        layout: layout of the slots.
+    """
+
+    def __init__(self, disk: DiskTier, host: HostTier, writer: Writer, layout: BlockLayout) -> None:
+        self._disk = disk
+        self._host = host
+        self._writer = writer
+        self._layout = layout
+        self._lock = threading.Lock()
+        self._streams: dict[str, _Progress] = {}
+
+    def append(self, name: str, blocks: Sequence[NewBlock], cursor: Mapping[str, JSON]) -> None:
+        """Queue blocks and the cursor that goes with them; see `Store.append`."""
+        cursor_json = dump_json(dict(cursor), "cursor")
+        with self._lock:
+            progress = self._progress(name)
+            self._check(name, blocks, progress.next_index)
+            pending: list[NewBlock] = []
+            leases: list[Lease] = []
+            try:
+                for block in blocks:
+                    if len(pending) == _MAX_PIECE_BLOCKS:
+                        self._submit(progress, pending, leases, None)
+                        pending, leases = [], []
+                    lease = self._host.pin(block.entry.key)
+                    if lease is None:
+                        lease = self._host.try_reserve(block.entry.key)
+                        if lease is None:
+                            # Hand over what has been collected: only the writer frees the slots that are waited for.
+                            self._submit(progress, pending, leases, None)
+                            pending, leases = [], []
+                            lease = self._host.reserve(block.entry.key, self._writer.check)
+                        lease.slot.copy_(block.slot)
+                        lease.publish()
+                    leases.append(lease)
+                    pending.append(block)
+                self._submit(progress, pending, leases, cursor_json)
+                leases = []
+            finally:
+                for lease in leases:
+                    lease.release()
+            progress.next_index += len(blocks)
+
+    def forget(self, name: str) -> None:
+        """Drop what is known about a stream: it was removed."""
+        with self._lock:
+            self._streams.pop(name, None)
+
+    def _submit(
+        self, progress: _Progress, blocks: Sequence[NewBlock], leases: Sequence[Lease], cursor_json: bytes | None
+    ) -> None:
+        entries = [block.entry for block in blocks]
+        summaries = [block.summary for block in blocks]
+        piece = AppendPiece(progress.stream_id, entries, summaries, tuple(leases), cursor_json)
+        self._writer.append(piece, progress.failures)
+
+    def _progress(self, name: str) -> _Progress:
+        failures = self._writer.check()
+        known = self._streams.get(name)
+        if known is not None and known.failures == failures:
+            return known
+        with self._disk.catalogue.read() as view:
+            row = find_stream(view, name)
+            state = find_state(view, row.stream_id)
+        check_spec(row.header, self._layout.spec)
+        self._streams[name] = _Progress(row.stream_id, state.num_entries, failures)
+        return self._streams[name]
+
+    def _check(self, name: str, blocks: Sequence[NewBlock], next_index: int) -> None:
+        for index, block in enumerate(blocks, start=next_index):
+            entry = block.entry
+            if entry.index != index:
+                raise ConfigError(f"stream {name!r}: entry {entry.index} appended, it continues at {index}")
+            if len(entry.key) != BLOCK_KEY_NBYTES:
+                raise ShapeError(f"entry {index}: a key has {BLOCK_KEY_NBYTES} bytes, got {len(entry.key)}")
+            if not 1 <= entry.num_tokens <= self._layout.block_tokens:
+                raise ShapeError(f"entry {index}: {entry.num_tokens} tokens, a slot takes {self._layout.block_tokens}")
+            if entry.first_token < 0 or not -(1 << 63) <= entry.group < 1 << 63:
+                raise ShapeError(f"entry {index}: first_token {entry.first_token}, group {entry.group} out of range")
+            check_slot(block.slot, self._layout)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that moves blocks of one layout: host tier, codec, threads, fetcher, and for a writer the way to disk."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+from kvstore.codec import Codec, Profile
+from kvstore.errors import ConfigError, SpecMismatchError
+from kvstore.layout import BlockLayout
+from kvstore.native import IoPool
+from kvstore.tiers.appender import Appender
+from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.fetcher import Fetcher
+from kvstore.tiers.host import HostTier
+from kvstore.tiers.manifest import StreamHeader, check_spec
+from kvstore.tiers.record_writer import RecordWriter
+from kvstore.tiers.writer import Writer
+
+
+class WritePath:
+    """The writer's half: what `append` and `put` go through."""
+
+    def __init__(self, writer: Writer, appender: Appender) -> None:
+        self.writer = writer
+        self.appender = appender
+
+
+class DataPath:
+    """Owns memory and threads; `close` writes what is queued first.
+
+    Args:
+        disk: the disk tier.
+        pool: moves extents.
+        layout: layout of all slots.
+        profile: how new blocks are coded.
+
+    Raises:
+        ConfigError: the host budget is too small for this layout.
+    """
+
+    def __init__(self, disk: DiskTier, pool: IoPool, layout: BlockLayout, profile: Profile) -> None:
+        self.layout = layout
+        self.profile = profile
+        codec = Codec(layout, profile)
+        self._cleanup = ExitStack()
+        with ExitStack() as building:
+            self.host = HostTier(layout, disk.config.host_nbytes)
+            building.callback(self.host.close)
+            coders = ThreadPoolExecutor(disk.config.decode_threads, thread_name_prefix="kvstore-codec")
+            building.callback(coders.shutdown)
+            self.fetcher = Fetcher(disk, self.host, codec, layout, pool, coders)
+            building.callback(self.fetcher.close)
+            self.write: WritePath | None = None
+            if disk.is_writable:
+                records = RecordWriter(disk, codec, layout.block_tokens, pool, coders)
+                building.callback(records.close)
+                writer = Writer(disk, self.host, records, self.fetcher.damaged)
+                building.callback(writer.close)
+                self.write = WritePath(writer, Appender(disk, self.host, writer, layout))
+            self._cleanup = building.pop_all()
+
+    def check_header(self, header: StreamHeader) -> None:
+        """Refuse a stream whose blocks this path cannot move.
+
+        Raises:
+            SpecMismatchError: another model or block size.
+            ConfigError: another profile.
+        """
+        check_spec(header, self.layout.spec)
+        if header.block_tokens != self.layout.block_tokens:
+            raise SpecMismatchError(
+                f"stream {header.name!r} has blocks of {header.block_tokens} tokens, "
+                f"the store was opened for {self.layout.block_tokens}"
+            )
+        if header.profile is not self.profile:
+            raise ConfigError(
+                f"stream {header.name!r} is coded as {header.profile}, the store was opened for {self.profile}"
+            )
+
+    def close(self) -> None:
+        """Write what is queued, end the threads, free the memory; raises what the last writes hit."""
+        self._cleanup.close()

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disk tier: joins the catalogue and the extent files of one store folder, under one budget."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from kvstore.config import Access, Durability, StoreConfig
+from kvstore.errors import CapacityError, KVStoreError, ReadOnlyError, StoreIOError, StoreNotFoundError
+from kvstore.policy import choose_victims, eviction_target
+from kvstore.spec import BlockKey
+from kvstore.stats import DiskUsage, Meter, TierStats
+from kvstore.tiers.base import Extent
+from kvstore.tiers.block_table import (
+    allocated_extents,
+    delete_unreferenced,
+    find_block,
+    find_directory,
+    oldest_first,
+    touch,
+)
+from kvstore.tiers.catalogue import Catalogue, WriteView
+from kvstore.tiers.extents import ExtentAllocator, ExtentFiles
+from kvstore.tiers.lock import WriterLock
+from kvstore.tiers.meta_table import begin_epoch, check_format
+from kvstore.tiers.records import BlockRecord
+
+_MAX_TOUCHES = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A block in the catalogue: where it lies and, if asked for, the first bytes of its record."""
+
+    record: BlockRecord
+    directory: bytes | None
+
+
+class DiskTier:
+    """One store folder: `catalogue/`, `extents/`, `writer.lock`.
+
+    Everything that changes the store runs under `mutation`: what a writer has looked up stays true until it commits.
+
+    Args:
+        folder: the store; created by a writer.
+        config: access, durability, budget.
+
+    Raises:
+        StoreNotFoundError: a reader found nothing.
+        BusyError: another process writes it, or this process has it open.
+        ReadOnlyError: a writer may not write there.
+        UnsupportedFormatError: made by a newer program.
+        CorruptRecordError: the catalogue is damaged.
+    """
+
+    def __init__(self, folder: Path, config: StoreConfig) -> None:
+        self.folder = folder
+        self.config = config
+        self.mutation = threading.RLock()
+        self.meter = Meter()
+        self.is_writable = config.access is Access.WRITE
+        with ExitStack() as cleanup:
+            if self.is_writable:
+                self._lock = self._claim(folder)
+                cleanup.callback(self._lock.close)
+            elif not folder.is_dir():
+                raise StoreNotFoundError(f"{folder}: no store here; create it by opening it for writing")
+            self.catalogue = Catalogue(
+                folder / "catalogue",
+                writable=self.is_writable,
+                durable=config.durability is Durability.COMMIT,
+            )
+            cleanup.callback(self.catalogue.close)
+            self.files = ExtentFiles(folder / "extents", writable=self.is_writable)
+            self._touched: dict[BlockKey, None] = {}
+            self._touched_lock = threading.Lock()
+            if self.is_writable:
+                self._numbers = count(self.catalogue.write(lambda view: begin_epoch(view, time.time())))
+                with self.catalogue.read() as view:
+                    self.allocator = ExtentAllocator(self.files, (extent for extent, _ in allocated_extents(view)))
+            else:
+                with self.catalogue.read() as view:
+                    check_format(view)
+            cleanup.pop_all()
+
+    def next_number(self) -> int:
+        """Draw a generation or a stamp: unique in the life of the store, and larger than all before."""
+        return next(self._numbers)
+
+    def look_up(self, keys: Sequence[BlockKey], with_directory: Sequence[bool]) -> list[Found | KVStoreError | None]:
+        """Find blocks in one short transaction.
+
+        Args:
+            keys: what to find.
+            with_directory: per key, also return the record's header and plane directory.
+
+        Returns:
+            Per key: the block, None when it is not stored, or the error that its damaged entry caused.
+        """
+        found: list[Found | KVStoreError | None] = []
+        with self.catalogue.read() as view:
+            for key, wants_directory in zip(keys, with_directory, strict=True):
+                try:
+                    record = find_block(view, key)
+                except KVStoreError as error:
+                    found.append(error)
+                    continue
+                directory = find_directory(view, key) if wants_directory and record is not None else None
+                found.append(None if record is None else Found(record, directory))
+        return found
+
+    def note_use(self, keys: Iterable[BlockKey]) -> None:
+        """Remember that blocks were used; the next commit moves them behind all others in the order of eviction."""
+        if not self.is_writable:
+            return
+        with self._touched_lock:
+            for key in keys:
+                self._touched.pop(key, None)
+                self._touched[key] = None
+            while len(self._touched) > _MAX_TOUCHES:
+                del self._touched[next(iter(self._touched))]
+
+    def allocate(self, nbytes: int, keep: Collection[BlockKey]) -> Extent:
+        """Hand out an extent, evicting the least recently used blocks that no stream needs.
+
+        Args:
+            nbytes: length, a multiple of the alignment.
+            keep: blocks not to evict.
+
+        Raises:
+            CapacityError: budget or file system are full and nothing more may be evicted.
+        """
+        while True:
+            extent = self.allocator.allocate(nbytes, self._extent_limit())
+            if extent is not None:
+                return extent
+            if not self._evict(eviction_target(nbytes, self.allocator.used_nbytes), keep):
+                usage = self.usage()
+                raise CapacityError(
+                    f"{self.folder}: no room for {nbytes} bytes: {usage.total_nbytes} bytes taken, "
+                    f"{usage.extent_used_nbytes} of them by blocks, budget {self.config.disk_nbytes}; "
+                    "remove streams or raise the budget"
+                )
+
+    def usage(self) -> DiskUsage:
+        """Say where the bytes on disk are."""
+        catalogue_nbytes = self.catalogue.nbytes
+        if self.is_writable:
+            return DiskUsage(self.allocator.used_nbytes, self.allocator.file_nbytes, catalogue_nbytes)
+        with self.catalogue.read() as view:
+            used_nbytes = sum(extent.nbytes for extent, _ in allocated_extents(view))
+        return DiskUsage(used_nbytes, sum(self.files.sizes().values()), catalogue_nbytes)
+
+    def take_uses(self) -> list[tuple[BlockKey, int]]:
+        """Take the remembered uses, oldest first, each with a stamp for `block_table.touch`."""
+        with self._touched_lock:
+            keys = list(self._touched)
+            self._touched.clear()
+        return [(key, self.next_number()) for key in keys]
+
+    def close(self) -> None:
+        """Give free tails of the extent files back, close everything, let the next writer in."""
+        with ExitStack() as cleanup:
+            if self.is_writable:
+                cleanup.callback(self._lock.close)
+            cleanup.callback(self.catalogue.close)
+            cleanup.callback(self.files.close)
+            if self.is_writable:
+                self.allocator.trim()
+
+    def _evict(self, target_nbytes: int, keep: Collection[BlockKey]) -> bool:
+        uses = self.take_uses()
+
+        def evict(view: WriteView) -> list[Extent]:
+            for key, stamp in uses:
+                touch(view, key, stamp)
+            victims = choose_victims(oldest_first(view), target_nbytes=target_nbytes, keep=keep)
+            extents = [delete_unreferenced(view, victim.key) for victim in victims]
+            return [extent for extent in extents if extent is not None]
+
+        freed = self.catalogue.write(evict)
+        self.allocator.release(freed)
+        self.meter.add(TierStats(evicted_blocks=len(freed)))
+        return bool(freed)
+
+    def _extent_limit(self) -> int | None:
+        if self.config.disk_nbytes is None:
+            return None
+        return max(0, self.config.disk_nbytes - self.catalogue.nbytes)
+
+    def _claim(self, folder: Path) -> WriterLock:
+        try:
+            for part in (folder, folder / "catalogue", folder / "extents"):
+                part.mkdir(parents=True, exist_ok=True)
+        except PermissionError as error:
+            raise ReadOnlyError(f"{folder}: {error.strerror}; open the store for reading") from error
+        except OSError as error:
+            raise StoreIOError(f"{folder}: cannot be a store: {error.strerror}") from error
+        if self.config.durability is Durability.COMMIT:
+            for part in (folder, folder.parent):
+                descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+        return WriterLock(folder / "writer.lock")

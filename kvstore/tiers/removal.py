@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Removing streams and blocks: the catalogue lets go first, then the extents are free, then memory follows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvstore.spec import BlockKey
+from kvstore.tiers.base import Extent
+from kvstore.tiers.block_table import delete_unreferenced
+from kvstore.tiers.catalogue import WriteView
+from kvstore.tiers.data_path import DataPath
+from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.stream_table import delete_stream
+
+
+def remove_stream(disk: DiskTier, data: DataPath | None, name: str) -> int:
+    """Remove a stream and the blocks that only it needs; returns the bytes freed. See `Store.remove_stream`."""
+    if data is not None and data.write is not None:
+        data.write.writer.flush()
+        data.write.appender.forget(name)
+    with disk.mutation:
+        gone = disk.catalogue.write(lambda view: delete_stream(view, name))
+        disk.allocator.release(extent for _, extent in gone)
+        disk.allocator.trim()
+    if data is not None:
+        for key, _ in gone:
+            data.host.forget(key)
+    return sum(extent.nbytes for _, extent in gone)
+
+
+def remove_blocks(disk: DiskTier, data: DataPath | None, keys: Sequence[BlockKey]) -> list[bool]:
+    """Remove blocks that no stream needs; returns per key whether it was removed."""
+
+    def drop(view: WriteView) -> list[Extent | None]:
+        return [delete_unreferenced(view, key) for key in keys]
+
+    with disk.mutation:
+        extents = disk.catalogue.write(drop)
+        disk.allocator.release(extent for extent in extents if extent is not None)
+    removed = [extent is not None for extent in extents]
+    if data is not None:
+        for key, is_removed in zip(keys, removed, strict=True):
+            if is_removed:
+                data.host.forget(key)
+    return removed

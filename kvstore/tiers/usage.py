@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gathers the counters of both tiers into one snapshot."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvstore.stats import StoreStats, TierStats
+from kvstore.tiers.catalogue import Table
+from kvstore.tiers.data_path import DataPath
+from kvstore.tiers.disk import DiskTier
+
+
+def collect_stats(disk: DiskTier, data: DataPath | None) -> StoreStats:
+    """Take a snapshot; the parts are read one after another, not at one instant."""
+    with disk.catalogue.read() as view:
+        num_blocks, num_streams = view.count(Table.BLOCKS), view.count(Table.STREAMS)
+    host = TierStats()
+    host_slots = host_slots_used = queued_blocks = 0
+    if data is not None:
+        host = replace(data.fetcher.host_meter.snapshot(), evicted_blocks=data.host.num_evicted)
+        host_slots, host_slots_used = data.host.num_slots, data.host.num_used
+        queued_blocks = data.write.writer.num_queued if data.write is not None else 0
+    return StoreStats(
+        host=host,
+        disk=disk.meter.snapshot(),
+        usage=disk.usage(),
+        num_blocks=num_blocks,
+        num_streams=num_streams,
+        host_slots=host_slots,
+        host_slots_used=host_slots_used,
+        queued_blocks=queued_blocks,
+    )

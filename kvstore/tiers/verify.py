@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verification: reads every block from disk, checks and decodes it, and checks that the tables agree."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+
+import torch
+from torch import Tensor
+
+from kvstore.codec import Codec, RecordInfo
+from kvstore.errors import CorruptRecordError, KVStoreError
+from kvstore.layout import BlockLayout
+from kvstore.native import Arena, IoPool, crc32c
+from kvstore.spec import BlockKey, ModelSpec
+from kvstore.tiers.base import Extent
+from kvstore.tiers.block_table import allocated_extents, find_block, has_block
+from kvstore.tiers.catalogue import ReadView, Table
+from kvstore.tiers.disk import DiskTier, Found
+from kvstore.tiers.records import EXTENT_HEADER_NBYTES, Entry, check_key, unpack_extent_header
+from kvstore.tiers.stream_table import StreamRow, find_state, find_stream, read_entries, stream_rows
+
+_KEYS_PER_READ = 1024
+_MAX_EXTENT_NBYTES = 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFault:
+    """A block that cannot be read, and where it is needed.
+
+    `stream`, `index`, `start_s` and `end_s` are None for a block that no stream refers to.
+    """
+
+    key: BlockKey
+    reason: str
+    stream: str | None = None
+    index: int | None = None
+    start_s: float | None = None
+    end_s: float | None = None
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What a verification found.
+
+    Args:
+        num_blocks: blocks read and checked.
+        nbytes: bytes read.
+        num_streams: manifests walked.
+        faults: damaged or missing blocks, once per stream entry that needs them.
+        structure: contradictions between the tables.
+    """
+
+    num_blocks: int = 0
+    nbytes: int = 0
+    num_streams: int = 0
+    faults: list[BlockFault] = field(default_factory=list)
+    structure: list[str] = field(default_factory=list)
+
+    @property
+    def is_clean(self) -> bool:
+        """True when nothing is wrong."""
+        return not self.faults and not self.structure
+
+
+class Verifier:
+    """Checks one store. Holds one extent and one slot in memory.
+
+    Args:
+        disk: the store.
+        pool: moves the bytes.
+        progress: called with blocks done and blocks in all.
+    """
+
+    def __init__(self, disk: DiskTier, pool: IoPool, progress: Callable[[int, int], None] | None) -> None:
+        self._disk = disk
+        self._pool = pool
+        self._progress = progress
+        self._arena: Arena | None = None
+        self._codecs: dict[tuple[object, ...], tuple[Codec, Tensor]] = {}
+        self._report = VerifyReport()
+
+    def stream(self, name: str) -> VerifyReport:
+        """Check the blocks of one stream; raises `StreamNotFoundError` when there is none of that name."""
+        with self._disk.catalogue.read() as view:
+            row = find_stream(view, name)
+            entries = self._entries(view, row)
+        keys = list({entry.key: None for entry in entries})
+        reasons = self._check_blocks(iter(keys), len(keys))
+        self._name_faults(row, entries, reasons)
+        return self._report
+
+    def everything(self) -> VerifyReport:
+        """Check all blocks, all manifests, and the tables against each other."""
+        with self._disk.catalogue.read() as view:
+            total = view.count(Table.BLOCKS)
+        reasons = self._check_blocks(self._all_keys(), total)
+        needed: Counter[BlockKey] = Counter()
+        # Between batches the writer's free list and the catalogue must tell the same story.
+        with self._disk.mutation, self._disk.catalogue.read() as view:
+            for row in self._rows(view):
+                entries = self._entries(view, row)
+                needed.update(entry.key for entry in entries)
+                for entry in entries:
+                    if not has_block(view, entry.key):
+                        reasons[entry.key] = "the block is not stored"
+                self._name_faults(row, entries, reasons)
+            self._check_tables(view, needed)
+        self._report.faults.extend(BlockFault(key, reason) for key, reason in reasons.items() if key not in needed)
+        return self._report
+
+    def _all_keys(self) -> Iterator[BlockKey]:
+        start = b""
+        while True:
+            with self._disk.catalogue.read() as view:
+                keys = [key for key, _ in islice(view.scan(Table.BLOCKS, start=start), _KEYS_PER_READ)]
+            if not keys:
+                return
+            for key in keys:
+                yield check_key(key)
+            start = keys[-1] + b"\0"
+
+    def _rows(self, view: ReadView) -> list[StreamRow]:
+        rows: list[StreamRow] = []
+        try:
+            rows.extend(stream_rows(view))
+        except KVStoreError as error:
+            self._report.structure.append(str(error))
+        return rows
+
+    def _entries(self, view: ReadView, row: StreamRow) -> list[Entry]:
+        self._report.num_streams += 1
+        name, entries = row.header.name, []
+        try:
+            entries = list(read_entries(view, row.stream_id))
+            state = find_state(view, row.stream_id)
+        except KVStoreError as error:
+            self._report.structure.append(f"stream {name!r}: {error}")
+            return entries
+        if [entry.index for entry in entries] != list(range(state.num_entries)):
+            self._report.structure.append(f"stream {name!r}: {len(entries)} entries, {state.num_entries} announced")
+        if sum(entry.num_tokens for entry in entries) != state.num_tokens:
+            self._report.structure.append(f"stream {name!r}: its entries do not add up to {state.num_tokens} tokens")
+        return entries
+
+    def _name_faults(self, row: StreamRow, entries: list[Entry], reasons: dict[BlockKey, str]) -> None:
+        for entry in entries:
+            reason = reasons.get(entry.key)
+            if reason is not None:
+                self._report.faults.append(
+                    BlockFault(entry.key, reason, row.header.name, entry.index, entry.start_s, entry.end_s)
+                )
+
+    def _check_blocks(self, keys: Iterator[BlockKey], total: int) -> dict[BlockKey, str]:
+        reasons: dict[BlockKey, str] = {}
+        for done, key in enumerate(keys, start=1):
+            reason = self._check_block(key)
+            if reason is not None:
+                reasons[key] = reason
+            self._report.num_blocks += 1
+            if self._progress is not None:
+                self._progress(done, max(done, total))
+        return reasons
+
+    def _check_block(self, key: BlockKey) -> str | None:
+        """Return why a block is damaged; None when it is sound, or when a writer changed it meanwhile."""
+        before: Found | KVStoreError | None = None
+        while True:
+            found = self._disk.look_up([key], [True])[0]
+            if isinstance(found, KVStoreError):
+                return str(found)
+            if found is None:
+                return "the block is not stored" if before is None else None
+            try:
+                self._read_block(key, found)
+            except KVStoreError as error:
+                if found == before:
+                    return str(error)
+                before = found
+            else:
+                return None
+
+    def _read_block(self, key: BlockKey, found: Found) -> None:
+        extent, record = found.record.extent, found.record
+        if extent.nbytes > _MAX_EXTENT_NBYTES:
+            raise CorruptRecordError(f"extent of {extent.nbytes} bytes: no block is that large")
+        if self._arena is None or self._arena.nbytes < extent.nbytes:
+            self._arena = Arena(extent.nbytes, False)
+        file = self._disk.files.file(extent.file_id)
+        self._pool.submit_read(file, self._arena, [(extent.offset, 0, extent.nbytes)]).wait()
+        self._report.nbytes += extent.nbytes
+        data = memoryview(self._arena)[: extent.nbytes]
+        header = unpack_extent_header(data)
+        if (header.key, header.generation, header.record_nbytes) != (key, record.generation, record.record_nbytes):
+            raise CorruptRecordError("the extent holds another record than the catalogue says")
+        body = data[EXTENT_HEADER_NBYTES : EXTENT_HEADER_NBYTES + record.record_nbytes]
+        info = Codec.probe(body)
+        if found.directory != bytes(body[: info.header_nbytes]):
+            raise CorruptRecordError("the plane directory in the catalogue is not the one in the record")
+        codec, slot = self._codec(info)
+        codec.decode(body, slot, num_tokens=record.num_tokens)
+        if crc32c(body) != header.record_crc32c:
+            raise CorruptRecordError("the record's checksum does not match")
+
+    def _codec(self, info: RecordInfo) -> tuple[Codec, Tensor]:
+        """A decoder and a slot for records of one geometry; plain `put` blocks have no stream that describes them."""
+        dims = (info.num_layers, info.kv_heads, info.key_dim, info.value_dim, info.num_tokens)
+        shape = (*dims, info.dtype, info.profile)
+        if shape not in self._codecs:
+            spec = ModelSpec(
+                num_layers=info.num_layers,
+                kv_heads=info.kv_heads,
+                key_dim=info.key_dim,
+                value_dim=info.value_dim,
+                dtype=info.dtype,
+                key_space="post",
+                architecture="",
+                rope="",
+                revision="",
+            )
+            layout = BlockLayout(spec, info.num_tokens)
+            # One scratch slot per geometry: block lengths vary within a stream, so the newest replaces the others.
+            self._codecs = {shape: (Codec(layout, info.profile), torch.empty(layout.slot_nbytes, dtype=torch.uint8))}
+        return self._codecs[shape]
+
+    def _check_tables(self, view: ReadView, needed: Counter[BlockKey]) -> None:
+        problems = self._report.structure
+        end = Extent(-1, 0, 0)
+        named: dict[int, list[tuple[int, int]]] = {}
+        for extent, key in allocated_extents(view):
+            if extent.file_id == end.file_id and extent.offset < end.end:
+                problems.append(f"file {extent.file_id}: extents at {end.offset} and {extent.offset} overlap")
+            end = extent
+            named.setdefault(extent.file_id, []).append((extent.offset, extent.nbytes))
+            record = find_block(view, key)
+            if record is None or record.extent != extent:
+                problems.append(f"file {extent.file_id}: the extent at {extent.offset} belongs to no block")
+        counts = {table: view.count(table) for table in (Table.BLOCKS, Table.DIRECTORIES, Table.EXTENTS)}
+        if len(set(counts.values())) > 1:
+            problems.append("tables differ in length: " + ", ".join(f"{t.name} {n}" for t, n in counts.items()))
+        self._check_references(view, needed)
+        if self._disk.is_writable:
+            self._check_free_list(named)
+
+    def _check_references(self, view: ReadView, needed: Counter[BlockKey]) -> None:
+        problems = self._report.structure
+        num_idle = 0
+        for packed_key, _ in view.scan(Table.BLOCKS):
+            key = check_key(packed_key)
+            record = find_block(view, key)
+            references = record.references if record is not None else 0
+            num_idle += references == 0
+            if references != needed[key]:
+                problems.append(f"block {key.hex()[:16]}: {references} references counted, {needed[key]} found")
+        if num_idle != view.count(Table.LRU):
+            problems.append(f"{num_idle} blocks may be evicted, {view.count(Table.LRU)} are listed")
+
+    def _check_free_list(self, named: dict[int, list[tuple[int, int]]]) -> None:
+        for file_id, free in self._disk.allocator.free_ranges().items():
+            pieces = sorted(free + named.get(file_id, []))
+            if any(offset < before + nbytes for (before, nbytes), (offset, _) in pairwise(pieces)):
+                self._report.structure.append(f"file {file_id}: the free list overlaps an extent")
+            if sum(nbytes for _, nbytes in pieces) != max((o + n for o, n in pieces), default=0):
+                self._report.structure.append(f"file {file_id}: bytes that are neither free nor named")

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write-behind: a queue with bounded memory, one thread that groups what is queued into commits, errors kept for later.
+
+A batch is: write the records of new blocks, sync them, then one catalogue transaction that names the blocks and
+appends to the manifests.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from kvstore.errors import BusyError, CapacityError, KVStoreError, StoreIOError
+from kvstore.spec import BlockKey
+from kvstore.tiers.base import Extent
+from kvstore.tiers.block_table import find_block, insert_block, touch
+from kvstore.tiers.catalogue import WriteView
+from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.host import HostTier
+from kvstore.tiers.record_writer import NewRecord, RecordWriter, WrittenRecord
+from kvstore.tiers.stream_table import append_entries
+from kvstore.tiers.write_jobs import AppendPiece, GrowingAppend, PutJob
+
+_MAX_BATCH_BLOCKS = 64
+
+
+@dataclass(slots=True)
+class _Queue:
+    """What the threads share; guarded by `changed`."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    waiting: deque[AppendPiece | PutJob] = field(default_factory=deque)
+    in_work: list[AppendPiece | PutJob] = field(default_factory=list)
+    error: BaseException | None = None
+    num_failures: int = 0
+    is_closed: bool = False
+
+
+class Writer:
+    """Owns the write-behind thread. Thread-safe.
+
+    After an error everything that was queued is dropped: the next call raises the error once, and producers go on from
+    the cursor in their manifest.
+
+    Args:
+        disk: where blocks go.
+        host: where the queued blocks lie.
+        records: encodes and writes.
+        damaged: blocks on disk that failed a check: written again when they come along.
+    """
+
+    def __init__(self, disk: DiskTier, host: HostTier, records: RecordWriter, damaged: set[BlockKey]) -> None:
+        self._disk = disk
+        self._host = host
+        self._records = records
+        self._damaged = damaged
+        self._queue = _Queue()
+        self._open: dict[int, GrowingAppend] = {}
+        # One worker: batches are committed in the order of the queue. Its futures keep every error, expected or not.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvstore-writer")
+
+    @property
+    def num_queued(self) -> int:
+        """Blocks that wait or are being written."""
+        with self._queue.changed:
+            return sum(item.num_blocks for item in (*self._queue.waiting, *self._queue.in_work))
+
+    def check(self) -> int:
+        """Raise what an earlier batch hit, once.
+
+        Returns:
+            How many batches failed so far: after a change, what a caller knows about durable entries is out of date.
+
+        Raises:
+            CapacityError, StoreIOError, KVStoreError: what stopped the batch.
+            BusyError: the store is closed.
+        """
+        with self._queue.changed:
+            self._raise_pending()
+            return self._queue.num_failures
+
+    def append(self, piece: AppendPiece, failures: int) -> None:
+        """Queue a part of an append.
+
+        Args:
+            piece: what to write.
+            failures: what `check` returned when the caller began.
+
+        Raises:
+            KVStoreError: like `check`; the piece is not queued.
+        """
+        with self._queue.changed:
+            self._raise_pending()
+            if self._queue.num_failures != failures:
+                raise StoreIOError("an earlier write failed meanwhile; continue from the cursor in the manifest")
+            self._enqueue(piece)
+
+    def put(self, job: PutJob) -> list[bool]:
+        """Queue a `put` and wait for it; errors of appends are none of its business.
+
+        Raises:
+            StoreIOError: the device failed.
+            BusyError: the store is closed.
+        """
+        with self._queue.changed:
+            self._check_open()
+            self._enqueue(job)
+        return job.result.result()
+
+    def flush(self) -> None:
+        """Wait until nothing is queued or in work; raises like `check`."""
+        queue = self._queue
+        with queue.changed:
+            queue.changed.wait_for(lambda: not queue.waiting and not queue.in_work)
+            self._raise_pending()
+
+    def close(self) -> None:
+        """Write what is queued, end the thread, raise what it hit."""
+        try:
+            self.flush()
+        finally:
+            with self._queue.changed:
+                self._queue.is_closed = True
+            self._thread.shutdown()
+            self._host.wake()
+
+    def _raise_pending(self) -> None:
+        error, self._queue.error = self._queue.error, None
+        if error is not None:
+            raise error
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self._queue.is_closed:
+            raise BusyError("the store is closed")
+
+    def _enqueue(self, item: AppendPiece | PutJob) -> None:
+        self._queue.waiting.append(item)
+        self._thread.submit(self._work).add_done_callback(self._settle)
+
+    def _work(self) -> None:
+        """Take one put, or all appended pieces at the head of the queue up to a limit, and commit."""
+        queue = self._queue
+        pieces: list[AppendPiece] = []
+        put: PutJob | None = None
+        with queue.changed:
+            while queue.waiting and sum(piece.num_blocks for piece in pieces) < _MAX_BATCH_BLOCKS:
+                head = queue.waiting[0]
+                if isinstance(head, PutJob):
+                    put = None if pieces else head
+                    break
+                pieces.append(head)
+                queue.waiting.popleft()
+            if put is not None:
+                queue.waiting.popleft()
+            queue.in_work = [put] if put is not None else list(pieces)
+        with self._disk.mutation:
+            if pieces:
+                self._commit_pieces(pieces)
+            elif put is not None:
+                self._commit_put(put)
+
+    def _settle(self, job: Future[None]) -> None:
+        """Runs when `_work` has ended, however it ended."""
+        error = job.exception()
+        queue = self._queue
+        with queue.changed:
+            done = list(queue.in_work)
+            queue.in_work.clear()
+            if error is not None:
+                done.extend(item for item in queue.waiting if isinstance(item, AppendPiece))
+                queue.waiting = deque(item for item in queue.waiting if isinstance(item, PutJob))
+                self._open.clear()
+                queue.error = error
+                queue.num_failures += 1
+        for item in done:
+            if isinstance(item, PutJob):
+                if not item.result.done() and error is not None:
+                    item.result.set_exception(error)
+                continue
+            for lease in item.leases:
+                if error is not None:
+                    self._host.forget(lease.key)
+                lease.release()
+        with queue.changed:
+            queue.changed.notify_all()
+        self._host.wake()
+
+    def _commit_pieces(self, pieces: Sequence[AppendPiece]) -> None:
+        new = [
+            NewRecord(entry.key, lease.slot, entry.num_tokens, entry.first_token)
+            for piece in pieces
+            for entry, lease in zip(piece.entries, piece.leases, strict=True)
+        ]
+        complete: list[GrowingAppend] = []
+        for piece in pieces:
+            growing = self._open.setdefault(piece.stream_id, GrowingAppend(piece.stream_id))
+            growing.add(piece)
+            if piece.cursor_json is not None:
+                complete.append(self._open.pop(piece.stream_id))
+        keep = {entry.key for growing in (*complete, *self._open.values()) for entry in growing.entries}
+        written, full = self._records.write(self._unstored(new), keep)
+        if full is not None:
+            self._records.discard(written)
+            raise full
+        self._name(written, complete)
+
+    def _commit_put(self, put: PutJob) -> None:
+        try:
+            put.result.set_result(self._store_put(put))
+        except KVStoreError as error:
+            put.result.set_exception(error)
+
+    def _store_put(self, put: PutJob) -> list[bool]:
+        new = [
+            NewRecord(key, slot, num_tokens, 0)
+            for key, slot, num_tokens in zip(put.keys, put.slots, put.num_tokens, strict=True)
+        ]
+        unstored = self._unstored(new)
+        keep = {entry.key for growing in self._open.values() for entry in growing.entries}
+        try:
+            written, _ = self._records.write(unstored, keep | set(put.keys))
+            self._name(written, ())
+        except CapacityError:
+            written = []
+        refused = {each.key for each in unstored} - {each.key for each in written}
+        return [key not in refused for key in put.keys]
+
+    def _unstored(self, blocks: Sequence[NewRecord]) -> list[NewRecord]:
+        """Drop repetitions and what is on disk in good order."""
+        distinct = {block.key: block for block in blocks}
+        with self._disk.catalogue.read() as view:
+            return [block for key, block in distinct.items() if key in self._damaged or find_block(view, key) is None]
+
+    def _name(self, written: Sequence[WrittenRecord], appends: Sequence[GrowingAppend]) -> None:
+        """The one transaction of a batch; extents are kept only if it commits."""
+        uses = self._disk.take_uses()
+
+        def name(view: WriteView) -> list[Extent]:
+            for key, stamp in uses:
+                touch(view, key, stamp)
+            replaced = [insert_block(view, new.key, new.record, new.directory) for new in written]
+            for each in appends:
+                append_entries(view, each.stream_id, each.entries, each.summaries, each.cursor_json)
+            return [extent for extent in replaced if extent is not None]
+
+        is_committed = False
+        try:
+            replaced = self._disk.catalogue.write(name)
+            is_committed = True
+        finally:
+            if not is_committed:
+                self._records.discard(written)
+        self._disk.allocator.release(replaced)
+        self._damaged.difference_update(each.key for each in written)
