@@ -20,7 +20,8 @@ from kvstore.video.perception import Observation
 
 _DARK_LEVEL = 110
 _SMALL_HEIGHT = 600
-_MIN_CONFIDENCE = 30.0
+_MIN_CONFIDENCE = 50.0
+"""Percent. Of lines found in camera footage 98 in 100 lie below, of lines of rendered prose and code 2 in 100."""
 _MIN_WORD_SHARE = 0.3
 _PARAGRAPH_GAP = 0.75
 _INDENT_STEP = 1.0
@@ -101,9 +102,10 @@ class ScreenReader:
         if found is None:
             return lines
         for item in self._tesserocr.iterate_level(found, level):
-            box = item.BoundingBox(level)
-            if box is None or item.Confidence(level) < _MIN_CONFIDENCE:
+            # A line without characters has no text to ask for, and asking raises RuntimeError.
+            if item.Empty(level) or item.Confidence(level) < _MIN_CONFIDENCE:
                 continue
+            box = item.BoundingBox(level)
             lines.append(_Line(" ".join(item.GetUTF8Text(level).translate(_PLAIN_QUOTES).split()), *box))
         return lines
 
