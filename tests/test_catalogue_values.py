@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed values of the catalogue: round trips, hostile bytes, headers and names."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstore.codec import Profile
+from kvstore.errors import (
+    ConfigError,
+    CorruptRecordError,
+    UnsupportedFormatError,
+)
+from kvstore.spec import BlockKey, ModelSpec
+from kvstore.tiers.base import Extent
+from kvstore.tiers.manifest import StreamHeader
+from kvstore.tiers.records import (
+    BlockRecord,
+    Entry,
+    ExtentHeader,
+    StreamState,
+    pack_block,
+    pack_entry,
+    pack_extent_header,
+    pack_state,
+    unpack_block,
+    unpack_entry,
+    unpack_extent_header,
+    unpack_state,
+)
+
+SPEC = ModelSpec(
+    num_layers=2,
+    kv_heads=2,
+    key_dim=8,
+    value_dim=4,
+    dtype="bfloat16",
+    key_space="pre",
+    architecture="test",
+    rope="{}",
+    revision="0",
+)
+HEADER = StreamHeader("lecture", SPEC, 16, Profile.LOSSLESS, "window=64", {"fps": 25.0}, 1.0)
+RECORD = BlockRecord(
+    num_tokens=16, extent=Extent(0, 4096, 4096), record_nbytes=4000, generation=7, references=0, stamp=7
+)
+ENTRY = Entry(3, BlockKey(b"k" * 32), 16, 48, 1.5, 2.5, -1)
+
+u32 = st.integers(0, 2**32 - 1)
+u64 = st.integers(0, 2**64 - 1)
+
+
+def _key(number: int) -> BlockKey:
+    return BlockKey(number.to_bytes(32, "big"))
+
+
+@given(
+    num_tokens=u32, file_id=u32, page=st.integers(0, 2**50), nbytes=st.integers(0, 2**40), numbers=st.tuples(u64, u64)
+)
+def test_block_records_survive_packing(
+    num_tokens: int, file_id: int, page: int, nbytes: int, numbers: tuple[int, int]
+) -> None:
+    extent_nbytes = -(-(nbytes + 64) // 4096) * 4096
+    record = BlockRecord(num_tokens, Extent(file_id, page * 4096, extent_nbytes), nbytes, numbers[0], 5, numbers[1])
+    assert unpack_block(pack_block(record)) == record
+
+
+@given(
+    st.builds(
+        Entry,
+        u32,
+        st.binary(min_size=32, max_size=32).map(BlockKey),
+        u32,
+        u64,
+        st.floats(allow_nan=False),
+        st.floats(allow_nan=False),
+        st.integers(-(2**63), 2**63 - 1),
+    )
+)
+def test_entries_survive_packing(entry: Entry) -> None:
+    assert unpack_entry(entry.index, pack_entry(entry)) == entry
+
+
+@given(st.builds(StreamState, u64, u64, st.binary(max_size=50)))
+def test_stream_states_survive_packing(state: StreamState) -> None:
+    assert unpack_state(pack_state(state)) == state
+
+
+def _values() -> list[bytes]:
+    header = ExtentHeader(_key(1), 9, 100, 5)
+    return [pack_block(RECORD), pack_entry(ENTRY), pack_state(StreamState(1, 16, b"{}")), pack_extent_header(header)]
+
+
+def _unpack(kind: int, value: bytes) -> object:
+    match kind:
+        case 0:
+            return unpack_block(value)
+        case 1:
+            return unpack_entry(0, value)
+        case 2:
+            return unpack_state(value)
+        case _:
+            return unpack_extent_header(value)
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_every_cut_of_a_value_is_recognised(kind: int) -> None:
+    value = _values()[kind]
+    for length in range(len(value)):
+        with pytest.raises(CorruptRecordError):
+            _unpack(kind, value[:length])
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_a_value_that_is_too_long_is_recognised(kind: int) -> None:
+    with pytest.raises(CorruptRecordError):
+        _unpack(kind, _values()[kind] + b"\0")
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_a_newer_value_is_unsupported_not_corrupt(kind: int) -> None:
+    with pytest.raises(UnsupportedFormatError):
+        _unpack(kind, b"\x02" + _values()[kind][1:])
+
+
+@settings(max_examples=200)
+@given(kind=st.integers(0, 3), value=st.binary(max_size=100))
+def test_hostile_values_end_in_a_typed_error(kind: int, value: bytes) -> None:
+    with suppress(CorruptRecordError, UnsupportedFormatError):
+        _unpack(kind, value)
+
+
+@given(bit=st.integers(0, 64 * 8 - 1))
+def test_any_flipped_bit_of_an_extent_header_is_seen(bit: int) -> None:
+    value = bytearray(pack_extent_header(ExtentHeader(_key(1), 9, 100, 5)))
+    value[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(CorruptRecordError):
+        unpack_extent_header(bytes(value))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b"\xff",
+        HEADER.to_json()[:-1],
+        HEADER.to_json().replace(b'"lossless"', b'"loss"'),
+        HEADER.to_json().replace(b'"block_tokens":16', b'"block_tokens":0'),
+        HEADER.to_json().replace(b'"lecture"', b'"other"'),
+    ],
+)
+def test_a_damaged_header_is_corrupt(data: bytes) -> None:
+    with pytest.raises(CorruptRecordError):
+        StreamHeader.from_json("lecture", data)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 401, "\ud800"])
+def test_a_name_that_cannot_be_a_key_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="stream name"):
+        replace(HEADER, name=name)
+
+
+def test_a_source_that_is_not_json_is_refused() -> None:
+    with pytest.raises(ConfigError, match="source"):
+        replace(HEADER, source={"fps": float("nan")})
