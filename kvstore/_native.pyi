@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types of the native module; what each name promises stands in kvstore/native.py and in the headers under csrc."""
+# Types of the native module; what each name promises stands in kvstore/native.py and in the headers under csrc.
 
 from collections.abc import Sequence
 from os import PathLike
@@ -16,6 +16,7 @@ class _BuildInfo(TypedDict):
 def crc32c(data: Buffer, seed: int = 0) -> int: ...
 def crc32c_table(data: Buffer, seed: int = 0) -> int: ...
 def build_info() -> _BuildInfo: ...
+
 @final
 class Geometry:
     def __init__(
@@ -44,9 +45,7 @@ def scatter_rows(
 ) -> None: ...
 def probe_record(
     record: Buffer,
-) -> tuple[
-    tuple[int, int], int, int, int, int, int, int, int, int, int, int, list[tuple[int, int, int, int, int]]
-]: ...
+) -> tuple[tuple[int, int], int, int, int, int, int, int, int, int, int, int, list[tuple[int, int, int, int, int]]]: ...
 def record_bound(geometry: Geometry, dtype: int, num_tokens: int) -> int: ...
 def find_nonfinite(geometry: Geometry, dtype: int, num_tokens: int, slot: Buffer) -> list[int]: ...
 def split_planes(
@@ -83,6 +82,7 @@ def decode_planes(
     streams: Sequence[Buffer],
     slot: Buffer,
 ) -> None: ...
+
 @final
 class DirectFile:
     def __init__(self, path: str | bytes | PathLike[str], writable: bool) -> None: ...

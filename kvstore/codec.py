@@ -5,15 +5,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 import zstandard
 from torch import Tensor
 
-from kvstore import native
 from kvstore.errors import CorruptRecordError, ShapeError, SpecMismatchError
 from kvstore.layout import BlockLayout
+from kvstore.native import (
+    Geometry,
+    decode_planes,
+    encode_record,
+    find_nonfinite,
+    open_planes,
+    record_bound,
+    split_planes,
+)
 from kvstore.record import (
     DTYPES,
     PROFILES,
@@ -63,7 +71,7 @@ class Codec:
         self._layout = layout
         self._profile = profile
         self._dtype = DTYPES.index(spec.dtype)
-        self._geometry = native.Geometry(
+        self._geometry = Geometry(
             spec.num_layers, spec.kv_heads, spec.key_dim, spec.value_dim, spec.itemsize, layout.block_tokens
         )
         self._local = _ThreadState()
@@ -74,7 +82,7 @@ class Codec:
         Raises:
             ShapeError: not 1 to block_tokens.
         """
-        return native.record_bound(self._geometry, self._dtype, self._checked(num_tokens))
+        return record_bound(self._geometry, self._dtype, self._checked(num_tokens))
 
     def encode(self, slot: Tensor, num_tokens: int, first_token: int, out: Buffer) -> int:
         """Write the first `num_tokens` tokens of a slot as a record.
@@ -99,7 +107,7 @@ class Codec:
             raise ShapeError(f"first_token is {first_token}; it must be 0 to 2^64 - 1")
         source = self._buffer(slot)
         codings, streams = self._plan(source, num_tokens)
-        return native.encode_record(
+        return encode_record(
             self._geometry,
             self._dtype,
             num_tokens,
@@ -157,8 +165,8 @@ class Codec:
         view = memoryview(data)
         first_plane = 2 * layers.start
         part = (self._geometry, self._dtype, self._checked(info.num_tokens), first_plane, planes, view, data_offset)
-        streams = self._inflate(view, native.open_planes(*part), planes, first_plane)
-        native.decode_planes(*part, streams, destination)
+        streams = self._inflate(view, open_planes(*part), planes, first_plane)
+        decode_planes(*part, streams, destination)
 
     def _plan(self, slot: Buffer, num_tokens: int) -> tuple[list[Coding], list[Buffer]]:
         """Choose each plane's coding; streams are those of the planes that will be stored as split, in order."""
@@ -175,7 +183,7 @@ class Codec:
                     Coding.Q8 if _SCALE_NBYTES + dim < dim * spec.itemsize else Coding.SPLIT
                     for dim in (spec.key_dim, spec.value_dim)
                 ] * spec.num_layers
-                for plane in native.find_nonfinite(self._geometry, self._dtype, num_tokens, slot):
+                for plane in find_nonfinite(self._geometry, self._dtype, num_tokens, slot):
                     codings[plane] = Coding.SPLIT
         return codings, self._deflate(slot, num_tokens, codings)
 
@@ -186,7 +194,7 @@ class Codec:
             return []
         spec = self._layout.spec
         scratch = self._local.scratch(num_tokens * spec.token_nbytes)
-        native.split_planes(self._geometry, self._dtype, num_tokens, slot, planes, scratch)
+        split_planes(self._geometry, self._dtype, num_tokens, slot, planes, scratch)
         compress = self._local.compressor.compress
         streams: list[Buffer] = []
         offset = 0
@@ -248,14 +256,14 @@ class Codec:
             raise ShapeError(f"num_tokens is {num_tokens}; a slot has room for 1 to {self._layout.block_tokens}")
         return num_tokens
 
-    def _buffer(self, slot: Tensor) -> Buffer:
+    def _buffer(self, slot: Tensor) -> memoryview:
         nbytes = self._layout.slot_nbytes
         fits = slot.dtype == torch.uint8 and slot.shape == (nbytes,) and slot.is_contiguous() and slot.is_cpu
         if not fits:
             raise ShapeError(
                 f"a slot is [{nbytes}] uint8, contiguous, on cpu; got {list(slot.shape)} {slot.dtype} on {slot.device}"
             )
-        return cast("Buffer", slot.numpy())
+        return slot.numpy().data
 
 
 class _ThreadState(threading.local):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvstore import native
 from kvstore.errors import ShapeError
+from kvstore.native import probe_record
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -102,8 +102,8 @@ def probe(record: Buffer) -> RecordInfo:
         CorruptRecordError: cut off, damaged, or violating the format.
         UnsupportedFormatError: a newer major version, or a required feature that this version does not know.
     """
-    version, profile, layers, heads, key_dim, value_dim, dtype, tokens, first, header, total, planes = (
-        native.probe_record(record)
+    version, profile, layers, heads, key_dim, value_dim, dtype, tokens, first, header, total, planes = probe_record(
+        record
     )
     entries = tuple(PlaneInfo(at, size, raw, Coding(coding), crc) for at, size, raw, coding, crc in planes)
     sizes = (layers, heads, key_dim, value_dim)

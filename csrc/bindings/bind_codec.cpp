@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Records for Python: numbers, tuples and buffers in, the same out.
 #include <pybind11/stl.h>
 
 #include <string>

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Checksums, geometry and the row mover for Python.
 #include "bindings/bind.hpp"
 #include "bindings/buffers.hpp"
 #include "core/cpu.hpp"

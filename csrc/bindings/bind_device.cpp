@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Device copies and the row kernel for Python; device memory is (address, nbytes).
 #include <pybind11/stl.h>
 
 #include <tuple>

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Native errors -> the classes of kvstore/errors.py.
 #include <pybind11/gil_safe_call_once.h>
 
 #include <exception>

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Files, tickets and arenas for Python, with the lifetimes that Python expects.
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Acquires and releases Python buffers.
 #include "bindings/buffers.hpp"
 
 #include <string>

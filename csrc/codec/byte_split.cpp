@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// The rotate-and-split loops, compiled for the baseline and for AVX2.
 #include "codec/byte_split.hpp"
 
 #include "core/cpu.hpp"

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Field offsets of FORMAT.md, and the checks in the order of its section 5.
 #include "codec/container.hpp"
 
 #include <cstring>

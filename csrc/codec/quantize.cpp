@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// The loops of coding q8 for the three dtypes, compiled for the baseline and for AVX2.
 #include "codec/quantize.hpp"
 
 #include <algorithm>

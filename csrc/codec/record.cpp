@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Encodes, verifies and decodes planes, one coding at a time.
 #include "codec/record.hpp"
 
 #include <cstring>

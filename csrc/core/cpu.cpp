@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Asks the CPU for its features.
 #include "core/cpu.hpp"
 
 namespace kv {

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Slicing-by-8 tables, and three interleaved runs of the SSE4.2 instruction.
 #include "core/crc32c.hpp"
 
 #include <array>

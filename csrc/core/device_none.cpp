@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// The answers of a build without CUDA: no devices, and a refusal to move device memory.
 #include "core/device.hpp"
 
 #ifndef KV_WITH_CUDA

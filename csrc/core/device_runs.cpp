@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Joins neighbouring copies.
 #include "core/device.hpp"
 
 namespace kv::device {

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Formats messages; decides which errno means that the medium is full.
 #include "core/error.hpp"
 
 #include <cerrno>

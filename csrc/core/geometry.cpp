@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Limits and offsets of slots.
 #include "core/geometry.hpp"
 
 #include <string>

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// The CPU twin of cuda/paged.cu.
 #include "core/paged.hpp"
 
 #include <cstring>

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Maps, advises, pins and gives back memory.
 #include "io/arena.hpp"
 
 #include <sys/mman.h>

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// System calls on one file, repeated until all bytes are through.
 #include "io/direct_file.hpp"
 
 #include <fcntl.h>

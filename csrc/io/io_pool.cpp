@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// The queue, its workers, and the checks before anything is queued.
 #include "io/io_pool.hpp"
 
 #include <unistd.h>

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the native tests without Python, so that sanitizers see every access.
+#include "check.hpp"
+
+int main() {
+  test_codec();
+  test_io();
+  return 0;
+}

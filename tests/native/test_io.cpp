@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// The pool under load from several threads, its faults, and its end with work queued, for race
+// checkers to watch.
+#include <unistd.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.hpp"
+#include "io/arena.hpp"
+#include "io/direct_file.hpp"
+#include "io/io_pool.hpp"
+
+namespace {
+
+constexpr std::size_t kOpNbytes = 3 * kv::IoPool::kPieceNbytes / 2;
+constexpr std::size_t kNumOps = 8;
+constexpr std::size_t kPage = 4096;
+
+void fill(kv::Bytes bytes, std::size_t seed) {
+  for (std::size_t at = 0; at < bytes.size(); at += sizeof(std::uint64_t)) {
+    const std::uint64_t value = (seed + at) * 0x9E3779B97F4A7C15ULL;
+    std::memcpy(bytes.data() + at, &value, sizeof(value));
+  }
+}
+
+kv::ConstBytes constant(kv::Bytes bytes) { return {bytes.data(), bytes.size()}; }
+
+void threads_share_a_pool(kv::IoPool& pool, const std::shared_ptr<kv::DirectFile>& file) {
+  std::vector<std::thread> threads;
+  for (std::size_t index = 0; index < 3; ++index) {
+    threads.emplace_back([&pool, &file, index] {
+      const std::uint64_t base = index * kNumOps * kOpNbytes;
+      kv::Arena source(kNumOps * kOpNbytes, false);
+      kv::Arena destination(kNumOps * kOpNbytes, false);
+      fill(source.bytes(), index);
+      std::vector<kv::IoOp> ops;
+      for (std::size_t op = 0; op < kNumOps; ++op) {
+        ops.push_back(kv::IoOp{base + op * kOpNbytes, op * kOpNbytes, kOpNbytes});
+      }
+      pool.submit_write(file, constant(source.bytes()), ops)->wait();
+      pool.submit_read(file, destination.bytes(), ops)->wait();
+      CHECK(std::memcmp(source.bytes().data(), destination.bytes().data(), kNumOps * kOpNbytes) ==
+            0);
+    });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+}
+
+void faults_travel_in_tickets(kv::IoPool& pool, const std::shared_ptr<kv::DirectFile>& file) {
+  kv::Arena arena(4 * kPage, false);
+  const std::uint64_t beyond = 1ULL << 30;
+  const auto ticket = pool.submit_read(
+      file, arena.bytes(), {kv::IoOp{beyond, 0, kPage}, kv::IoOp{beyond, kPage, kPage}});
+  CHECK_THROWS(ticket->wait(), kv::IoError);
+  CHECK(ticket->done());
+  CHECK_THROWS(pool.submit_read(file, arena.bytes(), {kv::IoOp{0, 4 * kPage, kPage}}),
+               kv::ShapeError);
+  CHECK_THROWS(pool.submit_read(file, arena.bytes(), {kv::IoOp{0, UINT64_MAX, kPage}}),
+               kv::ShapeError);
+}
+
+void the_end_waits_for_queued_work(const std::shared_ptr<kv::DirectFile>& file) {
+  kv::Arena arena(kNumOps * kOpNbytes, false);
+  std::shared_ptr<kv::Ticket> ticket;
+  {
+    kv::IoPool pool(2);
+    ticket =
+        pool.submit_write(file, constant(arena.bytes()), {kv::IoOp{0, 0, kNumOps * kOpNbytes}});
+  }
+  CHECK(ticket->done());
+  ticket->wait();
+}
+
+}  // namespace
+
+void test_io() {
+  std::string path = "/tmp/kvstore-native-test-XXXXXX";
+  const int descriptor = ::mkstemp(path.data());
+  CHECK(descriptor >= 0);
+  ::close(descriptor);
+  {
+    const auto file = std::make_shared<kv::DirectFile>(path, true);
+    kv::IoPool pool(2);
+    threads_share_a_pool(pool, file);
+    faults_travel_in_tickets(pool, file);
+    the_end_waits_for_queued_work(file);
+    pool.close();
+    CHECK_THROWS(kv::DirectFile(path + "-absent", false), kv::IoError);
+  }
+  CHECK(::unlink(path.c_str()) == 0);
+}

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arena: aligned, zero-filled, shared without copies, and safe to close while views are left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvstore.errors import ConfigError, ShapeError
+from kvstore.native import Arena, build_info
+
+PAGE = 4096
+
+
+def resident_nbytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+@pytest.mark.parametrize(("asked", "given"), [(1, PAGE), (PAGE - 1, PAGE), (PAGE, PAGE), (PAGE + 1, 2 * PAGE)])
+def test_sizes_are_rounded_up_to_pages(asked: int, given: int) -> None:
+    arena = Arena(asked, pinned=False)
+
+    assert arena.nbytes == given
+    assert memoryview(arena).nbytes == given
+
+
+@pytest.mark.parametrize("nbytes", [PAGE, 1 << 20, 4 << 20])
+def test_memory_is_page_aligned_and_zero(nbytes: int) -> None:
+    tensor = torch.frombuffer(Arena(nbytes, pinned=False), dtype=torch.uint8)
+
+    assert tensor.data_ptr() % PAGE == 0
+    assert not tensor.any()
+
+
+def test_all_views_share_the_memory() -> None:
+    arena = Arena(PAGE, pinned=False)
+    view, tensor = memoryview(arena), torch.frombuffer(arena, dtype=torch.uint8)
+
+    view[7] = 9
+    tensor[8] = 10
+
+    assert view.format == "B"
+    assert not view.readonly
+    assert (int(tensor[7]), view[8]) == (9, 10)
+
+
+def test_a_view_keeps_the_memory_alive() -> None:
+    tensor = torch.frombuffer(Arena(1 << 20, pinned=False), dtype=torch.uint8)
+    tensor.fill_(3)
+
+    assert int(tensor.sum()) == 3 << 20
+
+
+def test_close_gives_the_pages_back_and_views_read_zeros() -> None:
+    arena = Arena(64 << 20, pinned=False)
+    tensor = torch.frombuffer(arena, dtype=torch.uint8)
+    tensor.fill_(1)
+    full = resident_nbytes()
+
+    arena.close()
+    arena.close()
+
+    assert full - resident_nbytes() > 60 << 20
+    assert not tensor[:PAGE].any()
+    with pytest.raises((BufferError, ConfigError)):
+        memoryview(arena)
+
+
+@pytest.mark.parametrize("nbytes", [0, (1 << 48) + 1])
+def test_sizes_out_of_range_are_refused(nbytes: int) -> None:
+    with pytest.raises(ShapeError):
+        Arena(nbytes, pinned=False)
+
+
+def test_pinning_is_what_the_machine_allows() -> None:
+    arena = Arena(1 << 20, pinned=True)
+
+    assert arena.is_pinned == (build_info()["cuda_devices"] > 0)
+    assert not Arena(1 << 20, pinned=False).is_pinned
+    arena.close()
+    assert not arena.is_pinned

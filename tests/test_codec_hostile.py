@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes that are cut off, damaged or made up: always a typed error, never a crash, never a different tensor."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+
+import pytest
+import torch
+import zstandard
+
+from kvstore.codec import Codec, Coding, PlaneInfo, Profile
+from kvstore.errors import CorruptRecordError, UnsupportedFormatError
+from kvstore.layout import BlockLayout
+from kvstore.native import crc32c
+from kvstore.spec import ModelSpec
+
+TOKENS = 4
+SMALL = BlockLayout(ModelSpec(1, 1, 16, 16, "bfloat16", "pre", "llama", "{}", "0"), TOKENS)
+LARGE = BlockLayout(ModelSpec(1, 2, 64, 64, "bfloat16", "pre", "llama", "{}", "0"), 16)
+REFUSALS = (CorruptRecordError, UnsupportedFormatError)
+
+
+def make_slot(layout: BlockLayout) -> torch.Tensor:
+    slot = torch.zeros(layout.slot_nbytes, dtype=torch.uint8)
+    for view in (layout.keys(slot), layout.values(slot)):
+        view.copy_(torch.randn(view.shape, generator=torch.Generator().manual_seed(1)))
+    return slot
+
+
+def make_record(layout: BlockLayout, profile: Profile) -> bytearray:
+    codec = Codec(layout, profile)
+    out = bytearray(codec.bound(layout.block_tokens))
+    return out[: codec.encode(make_slot(layout), layout.block_tokens, 7, out)]
+
+
+def decode(layout: BlockLayout, record: bytes | bytearray, profile: Profile) -> torch.Tensor:
+    slot = torch.zeros(layout.slot_nbytes, dtype=torch.uint8)
+    Codec(layout, profile).decode(memoryview(record), slot, num_tokens=layout.block_tokens)
+    return slot
+
+
+def seal(record: bytearray) -> bytearray:
+    """Make header and plane checksums right again: what a forger would do."""
+    header_nbytes = struct.unpack_from("<I", record, 24)[0]
+    for entry in range(64, header_nbytes, 32):
+        offset, nbytes = struct.unpack_from("<QQ", record, entry)
+        struct.pack_into("<I", record, entry + 24, crc32c(record[offset : offset + -(-nbytes // 16) * 16]))
+    struct.pack_into("<I", record, 8, 0)
+    struct.pack_into("<I", record, 8, crc32c(record[:header_nbytes]))
+    return record
+
+
+@pytest.mark.parametrize("profile", list(Profile))
+def test_truncation_at_every_length_is_reported(profile: Profile) -> None:
+    record = make_record(SMALL, profile)
+    for length in range(len(record)):
+        with pytest.raises(CorruptRecordError):
+            decode(SMALL, record[:length], profile)
+
+
+@pytest.mark.parametrize("profile", list(Profile))
+def test_every_single_flipped_bit_is_reported(profile: Profile) -> None:
+    record = make_record(SMALL, profile)
+    for bit in range(8 * len(record)):
+        damaged = bytearray(record)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        with pytest.raises(REFUSALS):
+            decode(SMALL, damaged, profile)
+
+
+def test_bytes_after_the_record_are_not_read() -> None:
+    record = make_record(SMALL, Profile.LOSSLESS)
+
+    assert torch.equal(decode(SMALL, record + b"\xff" * 99, Profile.LOSSLESS), make_slot(SMALL))
+
+
+def test_another_count_of_tokens_is_reported() -> None:
+    record = make_record(SMALL, Profile.RAW)
+
+    with pytest.raises(CorruptRecordError, match="holds 4 tokens; 3 were expected"):
+        Codec(SMALL, Profile.RAW).decode(memoryview(record), make_slot(SMALL), num_tokens=3)
+
+
+# offset in the header, struct code, value, expected error, part of its message
+HEADER_FORGERIES = [
+    (0, "B", 0, CorruptRecordError, "KVX1"),
+    (4, "B", 1, UnsupportedFormatError, "newer kvstore"),
+    (12, "I", 1, UnsupportedFormatError, "flags"),
+    (12, "I", 0x8000, UnsupportedFormatError, "flags"),
+    (16, "Q", 0, CorruptRecordError, "in all"),
+    (16, "Q", 2**64 - 1, CorruptRecordError, "in all"),
+    (28, "B", 3, UnsupportedFormatError, "dtype"),
+    (28, "B", 2, CorruptRecordError, "raw bytes"),
+    (29, "B", 3, UnsupportedFormatError, "profile"),
+    (29, "B", 0, CorruptRecordError, "profile"),
+    (30, "H", 0, CorruptRecordError, "planes"),
+    (30, "H", 65535, CorruptRecordError, "planes"),
+    (32, "H", 0, CorruptRecordError, "size of 0"),
+    (32, "H", 65535, CorruptRecordError, "raw bytes"),
+    (36, "H", 65535, CorruptRecordError, "V of layer 0"),
+    (38, "H", 65535, CorruptRecordError, "raw bytes"),
+    (64, "Q", 2**64 - 16, CorruptRecordError, "offset"),
+    (64, "Q", 0, CorruptRecordError, "offset"),
+    (72, "Q", 2**64 - 1, CorruptRecordError, "K of layer 0"),
+    (72, "Q", 2**63, CorruptRecordError, "K of layer 0"),
+    (80, "Q", 2**64 - 1, CorruptRecordError, "raw bytes"),
+    (92, "B", 3, UnsupportedFormatError, "coding"),
+    (92, "B", 2, CorruptRecordError, "K of layer 0"),
+    (92, "B", 0, CorruptRecordError, "K of layer 0"),
+]
+
+
+@pytest.mark.parametrize(("at", "code", "value", "error", "text"), HEADER_FORGERIES)
+def test_forged_header_fields_with_a_right_checksum_are_refused(
+    at: int, code: str, value: int, error: type[Exception], text: str
+) -> None:
+    record = make_record(LARGE, Profile.LOSSLESS)
+    header_nbytes = Codec.probe(record).header_nbytes
+    struct.pack_into("<" + code, record, at, value)
+    struct.pack_into("<I", record, 8, 0)
+    struct.pack_into("<I", record, 8, crc32c(record[:header_nbytes]))
+
+    with pytest.raises(error, match=text):
+        decode(LARGE, record, Profile.LOSSLESS)
+
+
+def test_newer_minor_versions_ignorable_flags_and_reserved_bytes_are_accepted() -> None:
+    record = make_record(LARGE, Profile.LOSSLESS)
+    record[5] = 9
+    struct.pack_into("<I", record, 12, 0xFFFF0000)
+    record[48:64] = b"\xff" * 16
+    seal(record)
+
+    assert Codec.probe(record).version == (0, 9)
+    assert torch.equal(decode(LARGE, record, Profile.LOSSLESS), make_slot(LARGE))
+
+
+def replace_k_plane(payload: bytes) -> bytearray:
+    """A record of LARGE whose K plane of coding split has another payload, with all sums and checksums right."""
+    record = make_record(LARGE, Profile.LOSSLESS)
+    info = Codec.probe(record)
+    value = info.planes[1]
+    stored_value = record[value.offset :]
+    padded = payload + bytes(-len(payload) % 16)
+    record[info.header_nbytes :] = padded + stored_value
+    struct.pack_into("<Q", record, 72, len(payload))
+    struct.pack_into("<Q", record, 96, info.header_nbytes + len(padded))
+    struct.pack_into("<Q", record, 16, len(record))
+    return seal(record)
+
+
+ELEMENTS = 2 * 16 * 64
+NOISE = torch.randint(0, 256, (ELEMENTS,), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+PLAIN = NOISE.numpy().tobytes()
+FRAME = zstandard.compress(bytes(ELEMENTS))
+BOMB = zstandard.compress(bytes(1 << 24))
+UNSIZED = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(ELEMENTS))
+SHORT = zstandard.compress(bytes(ELEMENTS - 1))
+
+
+def split_payload(low: bytes, high: bytes) -> bytes:
+    return struct.pack("<II", len(low), len(high)) + low + high
+
+
+def test_a_rebuilt_plane_is_decoded() -> None:
+    slot = decode(LARGE, replace_k_plane(split_payload(PLAIN, FRAME)), Profile.LOSSLESS)
+
+    # High stream 0 leaves the low stream: 7 mantissa bits above the sign.
+    low = NOISE.view(2, 16, 64).to(torch.int32)
+    expected = ((low >> 1) | ((low & 1) << 15)).to(torch.int16)
+    assert torch.equal(LARGE.keys(slot)[0].contiguous().view(torch.int16), expected)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"\0" * 8,
+        struct.pack("<II", 2**32 - 1, 1) + b"x",
+        struct.pack("<II", 0, len(FRAME)) + FRAME,
+        struct.pack("<II", ELEMENTS, len(FRAME)) + PLAIN + FRAME + b"x",
+        struct.pack("<II", ELEMENTS, len(FRAME) + 1) + PLAIN + FRAME,
+        split_payload(PLAIN, BOMB),
+        split_payload(PLAIN, UNSIZED),
+        split_payload(PLAIN, SHORT),
+        split_payload(PLAIN, FRAME + b"x"),
+        split_payload(PLAIN, FRAME[:-1]),
+        split_payload(PLAIN, FRAME + FRAME),
+        split_payload(PLAIN, b"not a frame"),
+    ],
+    ids=[
+        "empty", "zero-lengths", "huge-length", "zero-length", "spare-byte", "length-beyond", "bomb", "no-size",
+        "short", "trailing", "cut", "two-frames", "no-frame",
+    ],
+)  # fmt: skip
+def test_forged_streams_with_right_checksums_are_refused(payload: bytes) -> None:
+    with pytest.raises(CorruptRecordError, match="K of layer 0"):
+        decode(LARGE, replace_k_plane(payload), Profile.LOSSLESS)
+
+
+@pytest.mark.parametrize(
+    ("at", "stored"),
+    [
+        (0, struct.pack("<f", float("nan"))),
+        (0, struct.pack("<f", float("inf"))),
+        (0, struct.pack("<f", -1.0)),
+        (200, b"\x80"),
+    ],
+    ids=["nan", "infinite", "negative", "code"],
+)
+def test_q8_scales_and_codes_out_of_range_are_refused(at: int, stored: bytes) -> None:
+    record = make_record(LARGE, Profile.Q8)
+    offset = Codec.probe(record).planes[0].offset
+    record[offset + at : offset + at + len(stored)] = stored
+
+    with pytest.raises(CorruptRecordError, match="K of layer 0"):
+        decode(LARGE, seal(record), Profile.Q8)
+
+
+INTACT = Codec.probe(make_record(LARGE, Profile.LOSSLESS)).planes[0]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        INTACT._replace(nbytes=2**64 - 1),
+        INTACT._replace(raw_nbytes=2**64 - 1),
+        INTACT._replace(raw_nbytes=0),
+        INTACT._replace(offset=2**64 - 1),
+        INTACT._replace(crc32c=INTACT.crc32c ^ 1),
+        INTACT._replace(coding=Coding.RAW),
+        INTACT._replace(coding=Coding.Q8),
+    ],
+)
+def test_a_forged_directory_from_elsewhere_is_refused(entry: PlaneInfo) -> None:
+    record = make_record(LARGE, Profile.LOSSLESS)
+    info = Codec.probe(record)
+    forged = replace(info, planes=(entry, *info.planes[1:]))
+
+    with pytest.raises(CorruptRecordError):
+        Codec(LARGE, Profile.LOSSLESS).decode_planes(forged, record, 0, make_slot(LARGE), layers=range(1))
