@@ -24,5 +24,6 @@
     CHECK(was_thrown && #Type);        \
   } while (false)
 
-void test_codec();
+/// Returns a checksum of all bytes made, which must not depend on the machine.
+unsigned test_codec();
 void test_io();

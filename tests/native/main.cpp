@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the native tests without Python, so that sanitizers see every access.
+#include <cstdio>
+
 #include "check.hpp"
 
 int main() {
-  test_codec();
+  std::printf("%08x\n", test_codec());
   test_io();
   return 0;
 }
