@@ -132,6 +132,11 @@ class Store:
             if self._data is not None:
                 cleanup.callback(self._data.close)
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether this process may write."""
+        return self._disk.is_writable
+
     def create_stream(self, header: StreamHeader) -> Manifest:
         """Create a stream, or resume one: a stream with an equal header, but for the time, is returned as it stands.
 

@@ -119,6 +119,6 @@ def test_trimming_gives_free_tails_back_to_the_file_system(tmp_path: Path) -> No
     assert kept is not None
     assert dropped is not None
     allocator.release([dropped])
-    allocator.trim()
+    allocator.trim(MIN_STEP_NBYTES)
     assert (tmp_path / "00000000.extents").stat().st_size == ALIGNMENT
     assert allocator.allocate(ALIGNMENT, None) == Extent(0, ALIGNMENT, ALIGNMENT)

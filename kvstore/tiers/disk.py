@@ -173,7 +173,7 @@ class DiskTier:
             cleanup.callback(self.catalogue.close)
             cleanup.callback(self.files.close)
             if self.is_writable:
-                self.allocator.trim()
+                self.allocator.trim(0)
 
     def _evict(self, target_nbytes: int, keep: Collection[BlockKey]) -> bool:
         uses = self.take_uses()

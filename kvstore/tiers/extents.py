@@ -149,11 +149,14 @@ class ExtentAllocator:
             for extent in extents:
                 self._spaces[extent.file_id].release(extent.offset, extent.nbytes)
 
-    def trim(self) -> None:
-        """Give free tails of the files back; a reader of a freed extent sees a short file, looks again, and misses."""
+    def trim(self, least_nbytes: int) -> None:
+        """Give free tails of at least `least_nbytes` back to the file system.
+
+        A reader of an extent that was there sees a short file, looks again, and misses.
+        """
         with self._lock:
             for file_id, space in self._spaces.items():
-                if space.tail_nbytes >= MIN_STEP_NBYTES:
+                if space.tail_nbytes >= max(least_nbytes, ALIGNMENT):
                     self._files.shorten(file_id, space.cut_tail())
 
     def _allocate_grown(self, nbytes: int, limit_nbytes: int | None) -> Extent | None:

@@ -11,6 +11,7 @@ from kvstore.tiers.block_table import delete_unreferenced
 from kvstore.tiers.catalogue import WriteView
 from kvstore.tiers.data_path import DataPath
 from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.extents import MIN_STEP_NBYTES
 from kvstore.tiers.stream_table import delete_stream
 
 
@@ -22,7 +23,7 @@ def remove_stream(disk: DiskTier, data: DataPath | None, name: str) -> int:
     with disk.mutation:
         gone = disk.catalogue.write(lambda view: delete_stream(view, name))
         disk.allocator.release(extent for _, extent in gone)
-        disk.allocator.trim()
+        disk.allocator.trim(MIN_STEP_NBYTES)
     if data is not None:
         for key, _ in gone:
             data.host.forget(key)
