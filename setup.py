@@ -16,36 +16,29 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 VERSION = tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"]
-SUBPACKAGES = ["tiers", "engines", "video", "retrieval", "kernels", "cli"]
-SOURCES = sorted(str(path) for path in Path("csrc").glob("*/*.cpp"))
-CUDA_SOURCES = sorted(Path("csrc/cuda").glob("*.cu"))
-WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion"]
-FLAGS = [*WARNINGS, "-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-MMD"]
+PACKAGES = ["kvstore", *(f"kvstore.{name}" for name in ("tiers", "engines", "video", "retrieval", "kernels", "cli"))]
+FLAGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-MMD"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-MMD", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
-ARCHITECTURES = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (80, 90)]
-# Machines newer than sm_90 translate this when the module is loaded.
-PTX = ["-gencode=arch=compute_90,code=compute_90"]
+# compute_90 is the portable form, which machines newer than sm_90 translate when the module is loaded.
+NVCC_FLAGS += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
 
 
 def find_nvcc() -> str | None:
     """Path of nvcc when this build is to contain CUDA: KVSTORE_CUDA is auto (when nvcc is there), on or off."""
-    choice = os.environ.get("KVSTORE_CUDA", "auto")
-    if choice not in ("auto", "on", "off"):
-        raise SystemExit(f"KVSTORE_CUDA is {choice!r}; use auto, on or off")
-    nvcc = None if choice == "off" else shutil.which("nvcc")
-    if choice == "on" and nvcc is None:
-        raise SystemExit("KVSTORE_CUDA=on, but there is no nvcc on PATH")
-    return nvcc
+    choice, nvcc = os.environ.get("KVSTORE_CUDA", "auto"), shutil.which("nvcc")
+    if choice not in ("auto", "on", "off") or (choice == "on" and nvcc is None):
+        raise SystemExit(f"KVSTORE_CUDA={choice}: use auto, on (which needs nvcc on PATH) or off")
+    return None if choice == "off" else nvcc
 
 
-def is_stale(target: str, _source: str) -> bool:
-    """True when an object file is missing or older than anything that its compiler read, or than this file."""
+def is_stale(target: str, source: str) -> bool:
+    """True when an object file is missing or older than what its compiler read, this file, or the version in it."""
     listing = Path(target).with_suffix(".d")
     if not Path(target).exists() or not listing.exists():
         return True
     inputs = ["setup.py", *listing.read_text().split(":", 1)[1].replace("\\\n", " ").split()]
-    built = Path(target).stat().st_mtime
-    return any(not Path(name).exists() or Path(name).stat().st_mtime > built for name in inputs)
+    inputs += ["pyproject.toml"] if "KV_VERSION" in Path(source).read_text() else []
+    return any(not Path(name).exists() or Path(name).stat().st_mtime > listing.stat().st_mtime for name in inputs)
 
 
 class BuildNative(build_ext):
@@ -60,27 +53,27 @@ class BuildNative(build_ext):
             ext.define_macros.append(("KV_WITH_CUDA", None))
             ext.library_dirs += [f"{toolkit}/lib64", f"{toolkit}/lib"]
             ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
-            for source in CUDA_SOURCES:
+            for source in sorted(Path("csrc/cuda").glob("*.cu")):
                 target = Path(self.build_temp, source).with_suffix(".cu.o")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if is_stale(str(target), str(source)):
-                    flags = [*NVCC_FLAGS, "-MF", str(target.with_suffix(".d")), *ARCHITECTURES, *PTX]
-                    self.spawn([nvcc, *flags, "-DKV_WITH_CUDA", "-c", str(source), "-o", str(target)])
+                    files = ["-MF", str(target.with_suffix(".d")), "-c", str(source), "-o", str(target)]
+                    self.spawn([nvcc, *NVCC_FLAGS, "-DKV_WITH_CUDA", *files])
                 ext.extra_objects.append(str(target))
         super().build_extension(ext)
 
 
 ParallelCompile("KVSTORE_BUILD_JOBS", needs_recompile=is_stale, default=2).install()
 setup(
-    packages=["kvstore", *(f"kvstore.{name}" for name in SUBPACKAGES)],
+    packages=PACKAGES,
     package_dir={"kvstore.retrieval": "retrieval", "kvstore.kernels": "kernels"},
     ext_modules=[
         Extension(
             "kvstore._native",
-            SOURCES,
+            sorted(str(path) for path in Path("csrc").glob("*/*.cpp")),
             include_dirs=["csrc"],
             define_macros=[("KV_VERSION", f'"{VERSION}"')],
-            extra_compile_args=[*FLAGS, "-isystem", pybind11.get_include()],
+            extra_compile_args=[*FLAGS, "-ffp-contract=off", "-isystem", pybind11.get_include()],
             language="c++",
         )
     ],

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.errors import CapacityError, ConfigError, ShapeError, StoreIOError
+from kvstore.errors import ConfigError, ShapeError, StoreIOError
 from kvstore.native import Arena, DirectFile, IoPool
 
 PAGE = 4096
@@ -26,18 +25,6 @@ def pool() -> Iterator[IoPool]:
     pool = IoPool(2)
     yield pool
     pool.close()
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip()}")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def arena_of(data: bytes) -> Arena:
@@ -143,20 +130,6 @@ def test_one_failed_op_fails_its_batch_and_leaves_the_pool_usable(tmp_path: Path
     pool.submit_read(file, arena, [(0, 0, PAGE)]).wait()
 
 
-def test_a_missing_file_is_named_with_its_errno(tmp_path: Path) -> None:
-    with pytest.raises(StoreIOError, match="absent") as caught:
-        DirectFile(str(tmp_path / "absent"), writable=False)
-    assert caught.value.errno == errno.ENOENT
-
-
-def test_a_writable_file_is_created_and_never_truncated(tmp_path: Path) -> None:
-    path = tmp_path / "data"
-    DirectFile(str(path), writable=True).close()
-    path.write_bytes(b"kept")
-
-    assert DirectFile(str(path), writable=True).size() == 4
-
-
 def test_ranges_outside_the_buffer_are_refused(tmp_path: Path, pool: IoPool) -> None:
     file = DirectFile(str(tmp_path / "data"), writable=True)
     arena = Arena(2 * PAGE, pinned=False)
@@ -181,17 +154,6 @@ def test_direct_files_refuse_what_is_not_aligned(tmp_path: Path, pool: IoPool) -
         pool.submit_read(file, memoryview(arena)[1:], [(0, 0, PAGE)])
 
 
-def test_files_without_o_direct_work_buffered_at_any_offset(pool: IoPool) -> None:
-    # procfs refuses O_DIRECT with EINVAL, and every Linux has it.
-    file = DirectFile("/proc/self/status", writable=False)
-    buffer = bytearray(8)
-
-    pool.submit_read(file, buffer, [(0, 1, 5)]).wait()
-
-    assert not file.is_direct
-    assert bytes(buffer) == b"\0Name:\0\0"
-
-
 def test_unwritable_buffers_and_files_are_refused(tmp_path: Path, pool: IoPool) -> None:
     (tmp_path / "data").write_bytes(noise(PAGE))
     file = DirectFile(str(tmp_path / "data"), writable=False)
@@ -200,40 +162,6 @@ def test_unwritable_buffers_and_files_are_refused(tmp_path: Path, pool: IoPool) 
         pool.submit_read(file, bytes(PAGE), [(0, 0, PAGE)])
     with pytest.raises(ConfigError, match="reading only"):
         pool.submit_write(file, Arena(PAGE, pinned=False), [(0, 0, PAGE)])
-
-
-def test_a_full_disk_is_a_capacity_error_on_write_and_preallocation(tiny_disk: Path, pool: IoPool) -> None:
-    file = DirectFile(str(tiny_disk / "data"), writable=True)
-
-    with pytest.raises(CapacityError):
-        file.preallocate(2 * MIB)
-    assert file.size() == 0
-    with pytest.raises(CapacityError):
-        pool.submit_write(file, Arena(2 * MIB, pinned=False), [(0, 0, 2 * MIB)]).wait()
-
-
-def test_preallocation_grows_a_file_and_keeps_its_bytes(tmp_path: Path) -> None:
-    (tmp_path / "data").write_bytes(b"kept")
-    file = DirectFile(str(tmp_path / "data"), writable=True)
-
-    file.preallocate(MIB)
-    file.preallocate(PAGE)
-
-    assert file.size() == MIB
-    assert (tmp_path / "data").read_bytes()[:4] == b"kept"
-
-
-def test_a_file_syncs_drops_its_cache_and_refuses_after_close(tmp_path: Path, pool: IoPool) -> None:
-    file = DirectFile(str(tmp_path / "data"), writable=True)
-    pool.submit_write(file, arena_of(noise(PAGE)), [(0, 0, PAGE)]).wait()
-    file.sync()
-    file.drop_cache()
-    file.close()
-    file.close()
-
-    for call in (file.size, file.sync, lambda: pool.submit_read(file, Arena(PAGE, pinned=False), [(0, 0, PAGE)])):
-        with pytest.raises(ConfigError, match="closed"):
-            call()
 
 
 def test_closing_the_file_lets_running_transfers_end(tmp_path: Path, pool: IoPool) -> None:

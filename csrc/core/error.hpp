@@ -3,6 +3,7 @@
 // of the same meaning in kvstore/errors.py.
 #pragma once
 
+#include <cerrno>
 #include <stdexcept>
 #include <string>
 
@@ -78,9 +79,10 @@ class IoError : public Error {
   } while (false)
 
 /// System call that returns a negative number and sets errno on failure.
-#define KV_ERRNO(call, message)                                \
-  do {                                                         \
-    if ((call) < 0) {                                          \
-      ::kv::throw_errno((message), errno, __FILE__, __LINE__); \
-    }                                                          \
+#define KV_ERRNO(call, message)                                         \
+  do {                                                                  \
+    if ((call) < 0) {                                                   \
+      const int kv_errno = errno; /* building the message may set it */ \
+      ::kv::throw_errno((message), kv_errno, __FILE__, __LINE__);       \
+    }                                                                   \
   } while (false)

@@ -94,6 +94,7 @@ void DirectFile::read_exactly(Bytes destination, std::uint64_t offset) {
   for (std::size_t at = 0; at < destination.size();) {
     const ssize_t count = ::pread(descriptor_, destination.data() + at, destination.size() - at,
                                   static_cast<off_t>(offset + at));
+    const int error_number = errno;  // before anything else can set it
     if (count > 0) {
       at += static_cast<std::size_t>(count);
     } else if (count == 0) {
@@ -101,11 +102,11 @@ void DirectFile::read_exactly(Bytes destination, std::uint64_t offset) {
                                 ": end of file after " + std::to_string(at) + " bytes",
                             __FILE__, __LINE__),
                     0);
-    } else if (errno == EINVAL && may_fall_back) {
+    } else if (error_number == EINVAL && may_fall_back) {
       may_fall_back = false;
       leave_direct_mode();
-    } else if (errno != EINTR) {
-      throw_errno(about("read") + range_text(destination.size(), offset), errno, __FILE__,
+    } else if (error_number != EINTR) {
+      throw_errno(about("read") + range_text(destination.size(), offset), error_number, __FILE__,
                   __LINE__);
     }
   }
@@ -116,14 +117,15 @@ void DirectFile::write_exactly(ConstBytes source, std::uint64_t offset) {
   for (std::size_t at = 0; at < source.size();) {
     const ssize_t count = ::pwrite(descriptor_, source.data() + at, source.size() - at,
                                    static_cast<off_t>(offset + at));
+    const int error_number = count == 0 ? EIO : errno;
     if (count > 0) {
       at += static_cast<std::size_t>(count);
-    } else if (count < 0 && errno == EINVAL && may_fall_back) {
+    } else if (error_number == EINVAL && may_fall_back) {
       may_fall_back = false;
       leave_direct_mode();
-    } else if (count == 0 || errno != EINTR) {
-      throw_errno(about("write") + range_text(source.size(), offset), count == 0 ? EIO : errno,
-                  __FILE__, __LINE__);
+    } else if (error_number != EINTR) {
+      throw_errno(about("write") + range_text(source.size(), offset), error_number, __FILE__,
+                  __LINE__);
     }
   }
 }
