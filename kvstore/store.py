@@ -12,25 +12,25 @@ from torch import Tensor
 
 from kvstore.codec import Profile
 from kvstore.config import Access, Durability, StoreConfig
-from kvstore.errors import BusyError, ConfigError, ReadOnlyError, ShapeError
+from kvstore.errors import BusyError, ConfigError, ReadOnlyError
 from kvstore.layout import BlockLayout
 from kvstore.native import IoPool
-from kvstore.spec import BLOCK_KEY_NBYTES, BlockKey
+from kvstore.spec import BlockKey
 from kvstore.stats import StoreStats
-from kvstore.tiers.appender import NewBlock
 from kvstore.tiers.base import Outcome, Tier
-from kvstore.tiers.block_table import has_block
 from kvstore.tiers.data_path import DataPath, WritePath
 from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.fetcher import FetchReport, FetchRequest
 from kvstore.tiers.manifest import JSON, Manifest, StreamHeader, check_spec
-from kvstore.tiers.records import Entry
+from kvstore.tiers.reading.fetcher import FetchReport, FetchRequest
+from kvstore.tiers.reading.verify import BlockFault, Verifier, VerifyReport
 from kvstore.tiers.removal import remove_blocks, remove_stream
-from kvstore.tiers.slots import check_layers, check_slot
-from kvstore.tiers.stream_table import ensure_stream, find_stream, read_manifest, read_summaries, stream_rows
+from kvstore.tiers.slots import check_blocks, check_keys, check_layers, check_slot
+from kvstore.tiers.tables.blocks import has_block
+from kvstore.tiers.tables.records import Entry
+from kvstore.tiers.tables.streams import ensure_stream, find_stream, read_manifest, read_summaries, stream_rows
 from kvstore.tiers.usage import collect_stats
-from kvstore.tiers.verify import BlockFault, Verifier, VerifyReport
-from kvstore.tiers.write_jobs import PutJob
+from kvstore.tiers.writing.appender import NewBlock
+from kvstore.tiers.writing.jobs import PutJob
 
 __all__ = [
     "Access",
@@ -55,8 +55,8 @@ __all__ = [
 class Store:
     """One open store folder; make it with `Store.open`, close it with `with`. Thread-safe.
 
-    One process writes, any number read at the same time; readers see what the writer has committed. A process opens a
-    store once and shares the object; a forked child opens its own.
+    One process writes, any number read beside it and see what it has committed; changing calls raise `ReadOnlyError`
+    for them. A process opens a store once and shares the object; a forked child opens its own.
 
     Args:
         disk: the open folder.
@@ -143,7 +143,6 @@ class Store:
         Raises:
             ConfigError: the name exists with another header, or the profile is not the store's.
             SpecMismatchError: the spec or block size is not the store's.
-            ReadOnlyError: the store is open for reading.
         """
         self._check_open(writing=True)
         if self._data is not None:
@@ -182,7 +181,6 @@ class Store:
             ShapeError: a slot or a number does not fit.
             SpecMismatchError: the stream holds another model's KV.
             StreamNotFoundError: create it first.
-            ReadOnlyError: the store is open for reading.
         """
         self._writing().appender.append(name, blocks, cursor)
 
@@ -200,6 +198,7 @@ class Store:
             ConfigError: the store was opened without a layout.
         """
         data = self._moving()
+        check_keys(request.key for request in requests)
         for request in requests:
             check_slot(request.slot, data.layout)
             check_layers(request.layers, data.layout)
@@ -227,13 +226,9 @@ class Store:
         Raises:
             ShapeError: an argument does not fit.
             StoreIOError: the device failed.
-            ReadOnlyError: the store is open for reading.
         """
         writer, layout = self._writing().writer, self._moving().layout
-        for key, slot, tokens in zip(keys, slots, num_tokens, strict=True):
-            check_slot(slot, layout)
-            if len(key) != BLOCK_KEY_NBYTES or not 1 <= tokens <= layout.block_tokens:
-                raise ShapeError(f"put: key of {len(key)} bytes, {tokens} tokens; a slot takes {layout.block_tokens}")
+        check_blocks(keys, slots, num_tokens, layout)
         stored = writer.put(PutJob(tuple(keys), tuple(slots), tuple(num_tokens)))
         self._disk.note_use(key for key, is_stored in zip(keys, stored, strict=True) if is_stored)
         return stored
@@ -243,18 +238,18 @@ class Store:
         return self.fetch([FetchRequest(key, slot) for key, slot in zip(keys, slots, strict=True)]).outcomes
 
     def exists(self, keys: Sequence[BlockKey]) -> list[bool]:
-        """Say per block whether it is held, in memory or on disk; does not count as a use."""
+        """Say per block whether memory or disk holds it; does not count as a use."""
         self._check_open()
+        check_keys(keys)
         with self._disk.catalogue.read() as view:
             on_disk = [has_block(view, key) for key in keys]
-        if self._data is None:
-            return on_disk
-        host = self._data.host
-        return [found or host.contains(key) for key, found in zip(keys, on_disk, strict=True)]
+        host = None if self._data is None else self._data.host
+        return [on or (host is not None and host.contains(key)) for key, on in zip(keys, on_disk, strict=True)]
 
     def remove(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Remove plain blocks; those that a stream needs stay. Returns per block whether it was removed."""
         self._check_open(writing=True)
+        check_keys(keys)
         return remove_blocks(self._disk, self._data, keys)
 
     def remove_stream(self, name: str) -> int:
@@ -287,7 +282,7 @@ class Store:
         if not self._is_open:
             raise BusyError(f"{self._disk.folder}: the store is closed")
         if os.getpid() != self._pid:
-            raise BusyError(f"{self._disk.folder}: opened by process {self._pid}; a forked child opens its own")
+            raise BusyError(f"{self._disk.folder}: opened by process {self._pid}; open it again in the forked child")
         if writing and not self._disk.is_writable:
             raise ReadOnlyError(f"{self._disk.folder}: open for reading; open it with Access.WRITE")
 

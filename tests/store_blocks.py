@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -76,6 +77,11 @@ def make_blocks(count: int, first: int = 0, num_tokens: int = 40) -> list[NewBlo
         )
         for index in range(first, first + count)
     ]
+
+
+def renumbered(block: NewBlock, index: int) -> NewBlock:
+    """The same block at another place of a stream."""
+    return replace(block, entry=replace(block.entry, index=index))
 
 
 def requests_for(blocks: Iterable[NewBlock], layers: range | None = None) -> list[FetchRequest]:

@@ -22,7 +22,7 @@ from kvstore.errors import (
     UnsupportedFormatError,
 )
 from kvstore.tiers.catalogue import Catalogue, Table, WriteView
-from kvstore.tiers.meta_table import begin_epoch, check_format
+from kvstore.tiers.tables.meta import begin_epoch, check_format
 
 
 @pytest.fixture

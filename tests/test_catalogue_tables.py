@@ -17,20 +17,20 @@ from kvstore.errors import (
 )
 from kvstore.spec import BlockKey, ModelSpec
 from kvstore.tiers.base import Extent
-from kvstore.tiers.block_table import (
+from kvstore.tiers.catalogue import Catalogue, Table, WriteView
+from kvstore.tiers.manifest import StreamHeader
+from kvstore.tiers.tables.blocks import (
     delete_unreferenced,
     find_block,
     insert_block,
     oldest_first,
     touch,
 )
-from kvstore.tiers.catalogue import Catalogue, Table, WriteView
-from kvstore.tiers.manifest import StreamHeader
-from kvstore.tiers.records import (
+from kvstore.tiers.tables.records import (
     BlockRecord,
     Entry,
 )
-from kvstore.tiers.stream_table import (
+from kvstore.tiers.tables.streams import (
     append_entries,
     delete_stream,
     ensure_stream,

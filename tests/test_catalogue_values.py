@@ -19,7 +19,7 @@ from kvstore.errors import (
 from kvstore.spec import BlockKey, ModelSpec
 from kvstore.tiers.base import Extent
 from kvstore.tiers.manifest import StreamHeader
-from kvstore.tiers.records import (
+from kvstore.tiers.tables.records import (
     BlockRecord,
     Entry,
     ExtentHeader,

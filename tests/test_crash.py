@@ -17,7 +17,7 @@ import pytest
 
 import kvstore
 from kvstore.config import Durability
-from kvstore.store import Access, NewBlock, Outcome, Store
+from kvstore.store import Access, Outcome, Store
 from tests.store_blocks import (
     EXTENT_NBYTES,
     HEADER,
@@ -26,6 +26,7 @@ from tests.store_blocks import (
     make_blocks,
     make_slot,
     open_store,
+    renumbered,
     requests_for,
     same_block,
 )
@@ -69,15 +70,12 @@ def write_side_stream(store: Store) -> None:
     """A second stream that shares its blocks with the first, made and removed."""
     store.create_stream(SIDE)
     first = len(store.manifest("side").entries)
-    store.append("side", [rebased(block, first) for block in make_blocks(3)], {"next": first + 3})
+    store.append(
+        "side", [renumbered(block, first + block.entry.index) for block in make_blocks(3)], {"next": first + 3}
+    )
     store.flush()
     if first > 6:
         store.remove_stream("side")
-
-
-def rebased(block: NewBlock, first: int) -> NewBlock:
-    """The same block, later in a stream."""
-    return replace(block, entry=replace(block.entry, index=block.entry.index + first))
 
 
 def say(line: str) -> None:

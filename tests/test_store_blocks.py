@@ -23,6 +23,7 @@ from tests.store_blocks import (
     make_blocks,
     make_slot,
     open_store,
+    renumbered,
     requests_for,
     same_block,
 )
@@ -120,6 +121,25 @@ def test_a_misuse_of_put_is_refused(tmp_path: Path, key: bytes, tokens: int) -> 
         store.put([BlockKey(key)], [make_slot(0)], [tokens])
 
 
+@pytest.mark.parametrize("key", [b"", b"short", bytes(600)])
+def test_keys_of_another_length_are_refused(tmp_path: Path, key: bytes) -> None:
+    with open_store(tmp_path) as store:
+        for call in (store.exists, store.remove, lambda keys: store.get(keys, [empty_slot()])):
+            with pytest.raises(ShapeError, match="32 bytes"):
+                call([BlockKey(key)])
+
+
+def test_making_room_for_an_append_spares_the_old_blocks_that_it_names(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        _put(store, 0, 1, 2)
+    with open_store(tmp_path, disk_nbytes=1) as store:  # no growth: block 50 needs the room of another one
+        store.create_stream(HEADER)
+        store.append("lecture", [*make_blocks(1), renumbered(make_blocks(1, 50)[0], 1)], {})
+        store.flush()
+        assert _exists(store, 0, 1, 2, 50) == [True, False, True, True]
+        assert store.verify().is_clean
+
+
 class BlocksAgainstDict(RuleBasedStateMachine):
     """Twelve blocks of changing length in a store with room for about eight; a dict says what must come back."""
 
@@ -166,9 +186,8 @@ class BlocksAgainstDict(RuleBasedStateMachine):
     @precondition(lambda self: len(self.in_stream) < 3)
     def append(self, number: int) -> None:
         self.store.create_stream(HEADER)
-        (block,) = make_blocks(1, self.num_entries, 3 * number + 1)
-        entry = type(block.entry)(self.num_entries, block_key(number), 3 * number + 1, 0, 0.0, 1.0, 0)
-        self.store.append("lecture", [type(block)(entry, make_slot(number), b"")], {})
+        (block,) = make_blocks(1, number, 3 * number + 1)
+        self.store.append("lecture", [renumbered(block, self.num_entries)], {})
         self.store.flush()
         self.num_entries += 1
         self.known[number] = 3 * number + 1

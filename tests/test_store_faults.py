@@ -24,7 +24,7 @@ from kvstore.spec import BlockKey
 from kvstore.store import Access, Outcome, Store
 from kvstore.tiers.catalogue import Catalogue, Table
 from kvstore.tiers.disk import DiskTier, Found
-from kvstore.tiers.records import EXTENT_HEADER_NBYTES, unpack_block
+from kvstore.tiers.tables.records import EXTENT_HEADER_NBYTES, unpack_block
 from tests.store_blocks import (
     EXTENT_NBYTES,
     HEADER,

@@ -10,19 +10,20 @@ from kvstore.codec import Codec, Profile
 from kvstore.errors import ConfigError, SpecMismatchError
 from kvstore.layout import BlockLayout
 from kvstore.native import IoPool
-from kvstore.tiers.appender import Appender
 from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.fetcher import Fetcher
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.manifest import StreamHeader, check_spec
-from kvstore.tiers.record_writer import RecordWriter
-from kvstore.tiers.writer import Writer
+from kvstore.tiers.reading.fetcher import Fetcher
+from kvstore.tiers.writing.appender import Appender
+from kvstore.tiers.writing.record_writer import RecordWriter
+from kvstore.tiers.writing.writer import Writer
 
 
 class WritePath:
     """The writer's half: what `append` and `put` go through."""
 
-    def __init__(self, writer: Writer, appender: Appender) -> None:
+    def __init__(self, records: RecordWriter, writer: Writer, appender: Appender) -> None:
+        self.records = records
         self.writer = writer
         self.appender = appender
 
@@ -58,7 +59,7 @@ class DataPath:
                 building.callback(records.close)
                 writer = Writer(disk, self.host, records, self.fetcher.damaged)
                 building.callback(writer.close)
-                self.write = WritePath(writer, Appender(disk, self.host, writer, layout))
+                self.write = WritePath(records, writer, Appender(disk, self.host, writer, layout))
             self._cleanup = building.pop_all()
 
     def check_header(self, header: StreamHeader) -> None:

@@ -18,7 +18,10 @@ from kvstore.policy import choose_victims, eviction_target
 from kvstore.spec import BlockKey
 from kvstore.stats import DiskUsage, Meter, TierStats
 from kvstore.tiers.base import Extent
-from kvstore.tiers.block_table import (
+from kvstore.tiers.catalogue import Catalogue, WriteView
+from kvstore.tiers.extents import ExtentAllocator, ExtentFiles
+from kvstore.tiers.lock import WriterLock
+from kvstore.tiers.tables.blocks import (
     allocated_extents,
     delete_unreferenced,
     find_block,
@@ -26,11 +29,8 @@ from kvstore.tiers.block_table import (
     oldest_first,
     touch,
 )
-from kvstore.tiers.catalogue import Catalogue, WriteView
-from kvstore.tiers.extents import ExtentAllocator, ExtentFiles
-from kvstore.tiers.lock import WriterLock
-from kvstore.tiers.meta_table import begin_epoch, check_format
-from kvstore.tiers.records import BlockRecord
+from kvstore.tiers.tables.meta import begin_epoch, check_format
+from kvstore.tiers.tables.records import BlockRecord
 
 _MAX_TOUCHES = 65536
 
@@ -159,7 +159,7 @@ class DiskTier:
         return DiskUsage(used_nbytes, sum(self.files.sizes().values()), catalogue_nbytes)
 
     def take_uses(self) -> list[tuple[BlockKey, int]]:
-        """Take the remembered uses, oldest first, each with a stamp for `block_table.touch`."""
+        """Take the remembered uses, oldest first, each with a stamp for `blocks.touch`."""
         with self._touched_lock:
             keys = list(self._touched)
             self._touched.clear()

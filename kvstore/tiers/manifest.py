@@ -13,7 +13,7 @@ from kvstore.codec import Profile
 from kvstore.errors import ConfigError, CorruptRecordError, KVStoreError, SpecMismatchError
 from kvstore.layout import BlockLayout
 from kvstore.spec import ModelSpec
-from kvstore.tiers.records import Entry
+from kvstore.tiers.tables.records import Entry
 
 JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
 

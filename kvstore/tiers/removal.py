@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from kvstore.spec import BlockKey
 from kvstore.tiers.base import Extent
-from kvstore.tiers.block_table import delete_unreferenced
 from kvstore.tiers.catalogue import WriteView
 from kvstore.tiers.data_path import DataPath
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.extents import MIN_STEP_NBYTES
-from kvstore.tiers.stream_table import delete_stream
+from kvstore.tiers.tables.blocks import delete_unreferenced
+from kvstore.tiers.tables.streams import delete_stream
 
 
 def remove_stream(disk: DiskTier, data: DataPath | None, name: str) -> int:

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a caller's slot must look like before native code may touch it."""
+"""What a caller's keys and slots must look like before LMDB and native code may touch them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from kvstore.errors import ShapeError
 from kvstore.layout import BlockLayout
+from kvstore.spec import BLOCK_KEY_NBYTES, BlockKey
 
 
 def check_slot(slot: Tensor, layout: BlockLayout) -> None:
@@ -30,3 +33,23 @@ def check_layers(layers: range | None, layout: BlockLayout) -> None:
         return
     if layers.step != 1 or not 0 <= layers.start < layers.stop <= layout.spec.num_layers:
         raise ShapeError(f"layers {layers}: not a run of layers 0 to {layout.spec.num_layers - 1}")
+
+
+def check_keys(keys: Iterable[BlockKey]) -> None:
+    """Raise `ShapeError` unless every key has the length of a block key."""
+    for key in keys:
+        if len(key) != BLOCK_KEY_NBYTES:
+            raise ShapeError(f"a block key has {BLOCK_KEY_NBYTES} bytes, got {len(key)}")
+
+
+def check_blocks(
+    keys: Sequence[BlockKey], slots: Sequence[Tensor], num_tokens: Sequence[int], layout: BlockLayout
+) -> None:
+    """Raise `ShapeError` unless keys, slots and token counts are as many and fit the layout."""
+    if not len(keys) == len(slots) == len(num_tokens):
+        raise ShapeError(f"{len(keys)} keys, {len(slots)} slots, {len(num_tokens)} token counts")
+    check_keys(keys)
+    for slot, tokens in zip(slots, num_tokens, strict=True):
+        check_slot(slot, layout)
+        if not 1 <= tokens <= layout.block_tokens:
+            raise ShapeError(f"a block of {tokens} tokens; a slot takes 1 to {layout.block_tokens}")

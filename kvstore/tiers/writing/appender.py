@@ -11,15 +11,14 @@ from torch import Tensor
 
 from kvstore.errors import ConfigError, ShapeError
 from kvstore.layout import BlockLayout
-from kvstore.spec import BLOCK_KEY_NBYTES
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier, Lease
 from kvstore.tiers.manifest import JSON, check_spec, dump_json
-from kvstore.tiers.records import Entry
-from kvstore.tiers.slots import check_slot
-from kvstore.tiers.stream_table import find_state, find_stream
-from kvstore.tiers.write_jobs import AppendPiece
-from kvstore.tiers.writer import Writer
+from kvstore.tiers.slots import check_blocks
+from kvstore.tiers.tables.records import Entry
+from kvstore.tiers.tables.streams import find_state, find_stream
+from kvstore.tiers.writing.jobs import AppendPiece
+from kvstore.tiers.writing.writer import Writer
 
 _MAX_PIECE_BLOCKS = 32
 
@@ -128,10 +127,11 @@ class Appender:
             entry = block.entry
             if entry.index != index:
                 raise ConfigError(f"stream {name!r}: entry {entry.index} appended, it continues at {index}")
-            if len(entry.key) != BLOCK_KEY_NBYTES:
-                raise ShapeError(f"entry {index}: a key has {BLOCK_KEY_NBYTES} bytes, got {len(entry.key)}")
-            if not 1 <= entry.num_tokens <= self._layout.block_tokens:
-                raise ShapeError(f"entry {index}: {entry.num_tokens} tokens, a slot takes {self._layout.block_tokens}")
             if entry.first_token < 0 or not -(1 << 63) <= entry.group < 1 << 63:
                 raise ShapeError(f"entry {index}: first_token {entry.first_token}, group {entry.group} out of range")
-            check_slot(block.slot, self._layout)
+        check_blocks(
+            [block.entry.key for block in blocks],
+            [block.slot for block in blocks],
+            [block.entry.num_tokens for block in blocks],
+            self._layout,
+        )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvstore.spec import BlockKey
 from kvstore.tiers.host import Lease
-from kvstore.tiers.records import Entry
+from kvstore.tiers.tables.records import Entry
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from kvstore.errors import KVStoreError, StoreIOError
 from kvstore.native import IoPool, Ticket
 from kvstore.tiers.extents import ExtentFiles
-from kvstore.tiers.read_plan import MERGE_GAP_NBYTES, Piece, Run, merge
-from kvstore.tiers.staging import Region, Staging
+from kvstore.tiers.reading.plan import MERGE_GAP_NBYTES, Piece, Run, merge
+from kvstore.tiers.reading.staging import Region, Staging
 
 _NUM_REGIONS = 4
 _MIN_REGION_NBYTES = 2 << 20

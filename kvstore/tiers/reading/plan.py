@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kvstore.errors import CorruptRecordError
 from kvstore.layout import ALIGNMENT, round_up
 from kvstore.tiers.base import Extent
-from kvstore.tiers.records import EXTENT_HEADER_NBYTES
+from kvstore.tiers.tables.records import EXTENT_HEADER_NBYTES
 
 MERGE_GAP_NBYTES = 64 << 10
 """Reading this much for nothing costs less than one more transfer (LLM in a flash, arXiv:2312.11514)."""

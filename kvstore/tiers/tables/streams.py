@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from kvstore.errors import ConfigError, CorruptRecordError, StreamNotFoundError, UnsupportedFormatError
 from kvstore.spec import BlockKey
 from kvstore.tiers.base import Extent
-from kvstore.tiers.block_table import add_reference, drop_reference
 from kvstore.tiers.catalogue import ReadView, Table, WriteView
 from kvstore.tiers.manifest import Manifest, StreamHeader, check_name, load_json
-from kvstore.tiers.meta_table import next_stream_id
-from kvstore.tiers.records import (
+from kvstore.tiers.tables.blocks import add_reference, drop_reference
+from kvstore.tiers.tables.meta import next_stream_id
+from kvstore.tiers.tables.records import (
     VALUE_VERSION,
     Entry,
     StreamState,

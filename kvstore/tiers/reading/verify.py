@@ -17,11 +17,11 @@ from kvstore.layout import BlockLayout
 from kvstore.native import Arena, IoPool, crc32c
 from kvstore.spec import BlockKey, ModelSpec
 from kvstore.tiers.base import Extent
-from kvstore.tiers.block_table import allocated_extents, find_block, has_block
 from kvstore.tiers.catalogue import ReadView, Table
 from kvstore.tiers.disk import DiskTier, Found
-from kvstore.tiers.records import EXTENT_HEADER_NBYTES, Entry, check_key, unpack_extent_header
-from kvstore.tiers.stream_table import StreamRow, find_state, find_stream, read_entries, stream_rows
+from kvstore.tiers.tables.blocks import allocated_extents, find_block, has_block
+from kvstore.tiers.tables.records import EXTENT_HEADER_NBYTES, Entry, check_key, unpack_extent_header
+from kvstore.tiers.tables.streams import StreamRow, find_state, find_stream, read_entries, stream_rows
 
 _KEYS_PER_READ = 1024
 _MAX_EXTENT_NBYTES = 4 << 30

@@ -22,10 +22,10 @@ from kvstore.spec import BlockKey
 from kvstore.stats import Meter, TierStats
 from kvstore.tiers.base import Outcome, Tier
 from kvstore.tiers.disk import DiskTier, Found
-from kvstore.tiers.extent_reader import ExtentReader
 from kvstore.tiers.host import HostTier
-from kvstore.tiers.read_plan import Piece, part_piece, whole_piece
-from kvstore.tiers.records import EXTENT_HEADER_NBYTES, extent_nbytes, unpack_extent_header
+from kvstore.tiers.reading.extent_reader import ExtentReader
+from kvstore.tiers.reading.plan import Piece, part_piece, whole_piece
+from kvstore.tiers.tables.records import EXTENT_HEADER_NBYTES, extent_nbytes, unpack_extent_header
 
 _MAX_ROUNDS = 3
 

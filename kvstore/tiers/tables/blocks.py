@@ -12,7 +12,7 @@ from kvstore.policy import Candidate
 from kvstore.spec import BlockKey
 from kvstore.tiers.base import Extent
 from kvstore.tiers.catalogue import ReadView, Table, WriteView
-from kvstore.tiers.records import (
+from kvstore.tiers.tables.records import (
     BlockRecord,
     check_key,
     pack_block,

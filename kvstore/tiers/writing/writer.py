@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from kvstore.errors import BusyError, CapacityError, KVStoreError, StoreIOError
 from kvstore.spec import BlockKey
 from kvstore.tiers.base import Extent
-from kvstore.tiers.block_table import find_block, insert_block, touch
 from kvstore.tiers.catalogue import WriteView
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier
-from kvstore.tiers.record_writer import NewRecord, RecordWriter, WrittenRecord
-from kvstore.tiers.stream_table import append_entries
-from kvstore.tiers.write_jobs import AppendPiece, GrowingAppend, PutJob
+from kvstore.tiers.tables.blocks import find_block, insert_block, touch
+from kvstore.tiers.tables.streams import append_entries
+from kvstore.tiers.writing.jobs import AppendPiece, GrowingAppend, PutJob
+from kvstore.tiers.writing.record_writer import NewRecord, RecordWriter, WrittenRecord
 
 _MAX_BATCH_BLOCKS = 64
 

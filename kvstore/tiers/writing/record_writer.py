@@ -20,7 +20,7 @@ from kvstore.spec import BlockKey
 from kvstore.stats import TierStats
 from kvstore.tiers.base import Extent
 from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.records import (
+from kvstore.tiers.tables.records import (
     EXTENT_HEADER_NBYTES,
     BlockRecord,
     ExtentHeader,
