@@ -72,8 +72,13 @@ setup(
             "kvstore._native",
             sorted(str(path) for path in Path("csrc").glob("*/*.cpp")),
             include_dirs=["csrc"],
-            define_macros=[("KV_VERSION", f'"{VERSION}"')],
-            extra_compile_args=[*FLAGS, "-ffp-contract=off", "-isystem", pybind11.get_include()],
+            extra_compile_args=[
+                *FLAGS,
+                "-ffp-contract=off",
+                f'-DKV_VERSION="{VERSION}"',
+                "-isystem",
+                pybind11.get_include(),
+            ],
             language="c++",
         )
     ],
