@@ -18,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 VERSION = tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"]
 PACKAGES = ["kvstore", *(f"kvstore.{name}" for name in ("tiers", "engines", "video", "retrieval", "kernels", "cli"))]
 FLAGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-MMD"]
+FLAGS += ["-ffp-contract=off", f'-DKV_VERSION="{VERSION}"', "-isystem", pybind11.get_include()]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-MMD", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 # compute_90 is the portable form, which machines newer than sm_90 translate when the module is loaded.
 NVCC_FLAGS += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
@@ -72,13 +73,7 @@ setup(
             "kvstore._native",
             sorted(str(path) for path in Path("csrc").glob("*/*.cpp")),
             include_dirs=["csrc"],
-            extra_compile_args=[
-                *FLAGS,
-                "-ffp-contract=off",
-                f'-DKV_VERSION="{VERSION}"',
-                "-isystem",
-                pybind11.get_include(),
-            ],
+            extra_compile_args=FLAGS,
             language="c++",
         )
     ],
