@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvstore.config import Durability
 from kvstore.native import Arena, DirectFile
 from kvstore.tiers.tables.records import unpack_extent_header
 from kvstore.tiers.writing.record_writer import NewRecord
@@ -17,10 +18,10 @@ def test_records_are_on_disk_before_anybody_can_name_them(tmp_path: Path) -> Non
     ballast = tmp_path / "ballast"
     ballast.write_bytes(bytes(BALLAST_NBYTES))
     memory = Arena(BALLAST_NBYTES, False)
-    with open_store(tmp_path / "store") as store:
+    with open_store(tmp_path / "store", durability=Durability.NONE) as store:
         # Transfers start in the order of submission: the record's must wait behind these.
         busy = [
-            store._pool.submit_read(DirectFile(str(ballast), False), memory, [(0, 0, BALLAST_NBYTES)]) for _ in range(4)
+            store._pool.submit_read(DirectFile(str(ballast), False), memory, [(0, 0, BALLAST_NBYTES)]) for _ in range(8)
         ]
         assert store._data is not None
         assert store._data.write is not None
