@@ -16,7 +16,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 VERSION = tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"]
-PACKAGES = ["kvstore", *(f"kvstore.{name}" for name in ("tiers", "engines", "video", "retrieval", "kernels", "cli"))]
+PACKAGES = ["kvstore", *(f"kvstore.{name}" for name in ("tiers", "session", "engines", "video", "retrieval", "kernels", "cli"))]
+SOURCES = sorted(str(path) for path in Path("csrc").glob("*/*.cpp"))
 FLAGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-MMD"]
 FLAGS += ["-ffp-contract=off", f'-DKV_VERSION="{VERSION}"', "-isystem", pybind11.get_include()]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-MMD", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
@@ -69,13 +70,7 @@ setup(
     packages=PACKAGES,
     package_dir={"kvstore.retrieval": "retrieval", "kvstore.kernels": "kernels"},
     ext_modules=[
-        Extension(
-            "kvstore._native",
-            sorted(str(path) for path in Path("csrc").glob("*/*.cpp")),
-            include_dirs=["csrc"],
-            extra_compile_args=FLAGS,
-            language="c++",
-        )
+        Extension("kvstore._native", SOURCES, include_dirs=["csrc"], extra_compile_args=FLAGS, language="c++")
     ],
     cmdclass={"build_ext": BuildNative},
 )
