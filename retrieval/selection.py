@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rankings of blocks, and how a token budget turns a ranking into a selection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Blocks by score, best first.
+
+    Args:
+        blocks: [num_ranked] int64 block indices of the stream.
+        scores: [num_ranked] float32; what a score means depends on the policy, larger is better.
+    """
+
+    blocks: Tensor
+    scores: Tensor
+
+    @staticmethod
+    def of(scores: Tensor) -> Ranking:
+        """Rank `scores` `[num_blocks]`; equal scores keep the older block first."""
+        ordered = torch.sort(scores, descending=True, stable=True)
+        return Ranking(ordered.indices, ordered.values)
+
+    def before(self, num_blocks: int) -> Ranking:
+        """Keep the blocks below `num_blocks`: what a question that started earlier may see."""
+        kept = self.blocks < num_blocks
+        return Ranking(self.blocks[kept], self.scores[kept])
+
+
+def select(ranking: Ranking, num_tokens: Sequence[int], budget_tokens: int, excluded: frozenset[int]) -> list[int]:
+    """Take blocks in order of score while they fit the budget.
+
+    The best block is taken even when it alone exceeds the budget, so that a question never goes unanswered for want of
+    room; a block that does not fit is passed over for a smaller one behind it.
+
+    Args:
+        ranking: candidates.
+        num_tokens: tokens of every block of the stream, by block index.
+        budget_tokens: most tokens to take; 0 takes none.
+        excluded: blocks that are attended anyway (sinks, recent window).
+
+    Returns:
+        Block indices in time order.
+    """
+    chosen: list[int] = []
+    left = budget_tokens
+    for block in ranking.blocks.tolist():
+        if left <= 0:
+            break
+        if block in excluded:
+            continue
+        need = num_tokens[block]
+        if need <= left or not chosen:
+            chosen.append(block)
+            left -= need
+    return sorted(chosen)
