@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The growing end of a stream: cuts tokens into blocks, fills their slots, names, summarises and hands them on."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvstore.errors import ConfigError
+from kvstore.layout import BlockLayout
+from kvstore.session.residency import Residency
+from kvstore.spec import BlockKey, chain_key
+from kvstore.store import Entry, NewBlock
+
+Summarise = Callable[[Tensor, Tensor, Tensor], bytes]
+"""(keys [num_layers, kv_heads, num_tokens, key_dim], positions [rows, num_tokens], received mass) -> stored summary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of coming tokens that forms one block: its media span in seconds and its frame group."""
+
+    num_tokens: int
+    start_s: float
+    end_s: float
+    group: int
+
+
+@dataclass(slots=True)
+class OpenBlock:
+    """A block that still has room, or that is complete but not handed on yet.
+
+    Args:
+        slot_idx: its slot in the device pool.
+        segment: its size and span.
+        received: [num_layers, kv_heads, num_tokens] float32 attention mass so far.
+        filled: tokens written (or about to be, in the running forward).
+        ids: content ids of its tokens.
+        positions: [rows, count] int64 pieces.
+    """
+
+    slot_idx: int
+    segment: Segment
+    received: Tensor
+    filled: int = 0
+    ids: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every token of the segment is there."""
+        return self.filled == self.segment.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    block: OpenBlock
+    row: int
+    first: int
+    count: int
+
+
+class Appender:
+    """Writes the tokens of running forwards into slots and turns full slots into blocks.
+
+    Args:
+        residency: device slots.
+        namespace: what else, beside content, names a block: see `chain_key`.
+        summarise: makes a block's stored summary.
+        last: the stream's last entry, None for an empty stream.
+    """
+
+    def __init__(self, residency: Residency, namespace: str, summarise: Summarise, last: Entry | None) -> None:
+        self._residency = residency
+        self._layout: BlockLayout = residency.pool.layout
+        self._namespace = namespace
+        self._summarise = summarise
+        self._parent: BlockKey | None = last.key if last else None
+        self._next_index = last.index + 1 if last else 0
+        self._next_token = last.first_token + last.num_tokens if last else 0
+        self._segments: deque[Segment] = deque()
+        self._open: list[OpenBlock] = []
+        self._pieces: list[_Piece] = []
+
+    @property
+    def open_blocks(self) -> Sequence[OpenBlock]:
+        """Blocks not yet handed on, in order; the last may have room."""
+        return self._open
+
+    @property
+    def num_open_tokens(self) -> int:
+        """Tokens in `open_blocks`."""
+        return sum(block.filled for block in self._open)
+
+    def segment(self, segment: Segment) -> None:
+        """Announce how coming tokens are to be cut; without announcements blocks are of `block_tokens`.
+
+        Raises:
+            ConfigError: the segment is empty or larger than a slot.
+        """
+        if not 1 <= segment.num_tokens <= self._layout.block_tokens:
+            raise ConfigError(f"a block of {segment.num_tokens} tokens; it must hold 1 to {self._layout.block_tokens}")
+        self._segments.append(segment)
+
+    def begin(self, ids: Tensor, positions: Tensor) -> None:
+        """Find room for the tokens of a forward; the same rows are then written in every layer.
+
+        Args:
+            ids: [num_tokens] int64: token ids, or content hashes where tokens have no id of their own.
+            positions: [rows, num_tokens] int64 RoPE positions.
+        """
+        self._pieces = []
+        first, num_tokens = 0, ids.shape[0]
+        while first < num_tokens:
+            if not self._open or self._open[-1].is_complete:
+                self._open.append(self._new_block())
+            block = self._open[-1]
+            count = min(block.segment.num_tokens - block.filled, num_tokens - first)
+            self._pieces.append(_Piece(block, block.filled, first, count))
+            block.ids.append(ids[first : first + count].cpu())
+            block.positions.append(positions[:, first : first + count].cpu())
+            block.filled += count
+            first += count
+
+    def _new_block(self) -> OpenBlock:
+        segment = self._segments.popleft() if self._segments else Segment(self._layout.block_tokens, 0.0, 0.0, -1)
+        spec = self._layout.spec
+        received = torch.zeros(spec.num_layers, spec.kv_heads, segment.num_tokens)
+        return OpenBlock(self._residency.take_slot(), segment, received)
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store one layer of the running forward's tokens.
+
+        Args:
+            layer: layer index.
+            keys: [kv_heads, num_tokens, key_dim] in the stream's key space.
+            values: [kv_heads, num_tokens, value_dim].
+        """
+        pool = self._residency.pool
+        for piece in self._pieces:
+            rows = slice(piece.row, piece.row + piece.count)
+            source = slice(piece.first, piece.first + piece.count)
+            pool.keys(piece.block.slot_idx)[layer, :, rows].copy_(keys[:, source])
+            pool.values(piece.block.slot_idx)[layer, :, rows].copy_(values[:, source])
+
+    def receive(self, layer: int, mass: Tensor) -> None:
+        """Add attention mass `[kv_heads, num_open_tokens]` float32 that the open tokens got in one layer."""
+        first = 0
+        for block in self._open:
+            block.received[layer, :, : block.filled] += mass[:, first : first + block.filled].cpu()
+            first += block.filled
+
+    def drop(self, num_tokens: int) -> None:
+        """Forget the last tokens.
+
+        Raises:
+            ConfigError: some of them have been handed on already.
+        """
+        if num_tokens > self.num_open_tokens:
+            raise ConfigError(f"cannot drop {num_tokens} tokens; only {self.num_open_tokens} are not stored yet")
+        while num_tokens:
+            block = self._open[-1]
+            count = min(block.filled, num_tokens)
+            block.filled -= count
+            block.ids = [torch.cat(block.ids)[: block.filled]]
+            block.positions = [torch.cat(block.positions, dim=1)[:, : block.filled]]
+            block.received[:, :, block.filled :] = 0
+            num_tokens -= count
+            if block.filled == 0:
+                self._residency.pool.free(self._open.pop().slot_idx)
+
+    def finish(self) -> list[NewBlock]:
+        """Take the complete blocks off: named, summarised, and adopted (pinned) by the residency."""
+        done: list[NewBlock] = []
+        while self._open and self._open[0].is_complete:
+            done.append(self._close(self._open.pop(0)))
+        return done
+
+    def close_partial(self) -> list[NewBlock]:
+        """Take all blocks off, the last one too even if it has room."""
+        done = self.finish()
+        if self._open:
+            block = self._open.pop(0)
+            segment = block.segment
+            block.segment = Segment(block.filled, segment.start_s, segment.end_s, segment.group)
+            block.received = block.received[:, :, : block.filled]
+            done.append(self._close(block))
+        return done
+
+    def _close(self, block: OpenBlock) -> NewBlock:
+        segment, spec = block.segment, self._layout.spec
+        ids = torch.cat(block.ids).to(torch.int64).numpy().astype("<i8").tobytes()
+        key = chain_key(self._parent, ids, self._namespace)
+        entry = Entry(
+            self._next_index, key, segment.num_tokens, self._next_token, segment.start_s, segment.end_s, segment.group
+        )
+        pool = self._residency.pool
+        keys = pool.keys(block.slot_idx)[:, :, : segment.num_tokens]
+        summary = self._summarise(keys, torch.cat(block.positions, dim=1), block.received)
+        self._residency.adopt(key, block.slot_idx, spec.num_layers)
+        self._parent, self._next_index, self._next_token = key, entry.index + 1, entry.first_token + entry.num_tokens
+        return NewBlock(entry, pool.slot(block.slot_idx).cpu(), summary)

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A question asked of a stream: reads sinks, retrieved blocks and the stream's end, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from kvstore.retrieval.maxsim import scored_layers
+from kvstore.retrieval.policies import Scope, Trigger
+from kvstore.retrieval.positions import PositionPolicy
+from kvstore.retrieval.selection import Ranking, select
+from kvstore.session.attending import Attending, AttentionInputs, Past
+from kvstore.session.recall import Recall, cite
+from kvstore.session.view import StreamView
+from kvstore.store import Entry
+
+
+class _Phase(StrEnum):
+    """`SCOUT` collects the question's keys, `RECALL` lets each layer select, `ANSWER` attends to what was selected."""
+
+    SCOUT = "scout"
+    RECALL = "recall"
+    ANSWER = "answer"
+
+
+class Branch(Attending):
+    """One question. Its own tokens live in the contexts only, in any batch size, and are numbered from 0.
+
+    The engine runs the question through the model between `begin_recall` and `end_recall`, then the prompt and the
+    answer. Without that first pass, the first forward of the prompt selects by itself where the policy allows it
+    (`needs_recall` says where it does not). Not thread-safe: the engine's thread owns it.
+
+    Args:
+        view: the stream, as it is now.
+        continues: number the question's tokens on from the stream's end, as an engine that counts them all does.
+    """
+
+    def __init__(self, view: StreamView, *, continues: bool) -> None:
+        policy = view.config.policy
+        far = view.config.window_tokens
+        super().__init__(view.residency, view.rotate, policy.position, far, view.rows)
+        self._view = view
+        self._policy = policy
+        self._entries = list(view.entries)
+        self._open_planes = [view.open_planes(layer) for layer in range(view.num_layers)]
+        self._open_positions = [rows.positions for rows in view.open_rows]
+        self._end = view.end_position
+        self.first_token = view.num_tokens if continues else 0
+        self._tail_start = self._end if continues else 0
+        self._recent_first = view.first_block_within(policy.recent_tokens)
+        self._sinks = tuple(self._entries[: min(view.num_sink_blocks, self._recent_first)])
+        self._scout = Attending(view.residency, view.rotate, PositionPolicy.CONSECUTIVE, 0, view.rows)
+        self._scout_keys: dict[int, Tensor] = {}
+        self._votes: Counter[int] = Counter()
+        self._phase = _Phase.ANSWER
+        self._has_selected = False
+        self.recall = Recall()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the question and answer so far."""
+        return self.contexts[0].num_tail
+
+    @property
+    def batch(self) -> int:
+        """Sequences of the running question."""
+        return self.contexts[0].batch
+
+    @property
+    def needs_recall(self) -> bool:
+        """Whether a pass over the question must come before the first forward."""
+        return self._policy.scope is Scope.STREAM and not self._has_selected and self._phase is _Phase.ANSWER
+
+    def begin_recall(self) -> None:
+        """Start the pass over the question: the next forward selects and is then forgotten."""
+        self._view.retriever.refresh(len(self._entries))
+        self._phase = _Phase.SCOUT if self._policy.scope is Scope.STREAM else _Phase.RECALL
+        self._has_selected = False
+        self._votes.clear()
+        self.recall = Recall()
+        if self._phase is _Phase.SCOUT:
+            for context in self._scout.contexts:
+                context.drop_tail(context.num_tail)
+            self._attend_to(self._scout, [], [], range(len(self.contexts)))
+
+    def end_recall(self) -> None:
+        """End the pass over the question; for policies with one list, select and load now."""
+        if self._phase is _Phase.SCOUT:
+            self._select_for_all()
+        for context in self.contexts:
+            context.drop_tail(context.num_tail)
+        self._scout_keys.clear()
+        self._has_selected = True
+        self._phase = _Phase.ANSWER
+        if self._policy.scope is Scope.LAYER:
+            self._cite_votes()
+
+    def extend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> AttentionInputs:
+        """Add one layer of a forward's tokens to the question.
+
+        Args:
+            layer: layer index; layer 0 comes first.
+            query: [batch, num_heads, num_new, key_dim] in the stream's key space.
+            keys: [batch, kv_heads, num_new, key_dim].
+            values: [batch, kv_heads, num_new, value_dim].
+            positions: [rows, batch, num_new] int64, counted from the question's first token.
+        """
+        if self._phase is _Phase.SCOUT:
+            self._scout_keys[layer] = keys[0]
+            return self._scout.inputs(layer, query, keys, values, positions)
+        selects = self._phase is _Phase.RECALL or not self._has_selected or self._policy.trigger is Trigger.STEP
+        if selects and self._policy.scope is Scope.LAYER:
+            if layer == 0 and self._phase is _Phase.ANSWER:
+                self._view.retriever.refresh(len(self._entries))
+            self._select_for_layer(layer, query)
+            if layer == len(self.contexts) - 1:
+                self._has_selected = True
+                self._cite_votes()
+        return self.inputs(layer, query, keys, values, positions)
+
+    def drop(self, num_tokens: int) -> None:
+        """Forget the last tokens of the question."""
+        for context in self.contexts:
+            context.drop_tail(num_tokens)
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Reorder, repeat or drop sequences (beam search)."""
+        for context in self.contexts:
+            context.take_rows(rows)
+
+    # Selecting
+
+    def _choose(self, ranking: Ranking) -> list[Entry]:
+        excluded = frozenset(range(len(self._sinks))) | frozenset(range(self._recent_first, len(self._entries)))
+        sizes = [entry.num_tokens for entry in self._entries]
+        return [self._entries[i] for i in select(ranking, sizes, self._view.config.budget_tokens, excluded)]
+
+    def _select_for_all(self) -> None:
+        began = time.perf_counter()
+        layers = scored_layers(len(self.contexts))
+        question = torch.stack([self._scout_keys[layer].transpose(0, 1).flatten(1) for layer in layers], dim=1)
+        ranking = self._view.retriever.rank_stream(question.float().cpu(), len(self._entries))
+        chosen = self._choose(ranking)
+        self.recall.retrieve_s += time.perf_counter() - began
+        attended = self._attend_to(self, chosen, self._entries[self._recent_first :], range(len(self.contexts)))
+        scored = list(zip(ranking.blocks.tolist(), ranking.scores.tolist(), strict=True))
+        self.recall.spans = cite(scored, self._entries, attended)
+
+    def _select_for_layer(self, layer: int, query: Tensor) -> None:
+        began = time.perf_counter()
+        queries = query[0].unflatten(0, (self._view.header.spec.kv_heads, -1))
+        chosen = self._choose(self._view.retriever.rank_layer(layer, queries, len(self._entries)))
+        self.recall.retrieve_s += time.perf_counter() - began
+        self._attend_to(self, chosen, self._entries[self._recent_first :], range(layer, layer + 1))
+        self._votes.update(entry.index for entry in chosen)
+
+    def _cite_votes(self) -> None:
+        num_layers = len(self.contexts)
+        scored = [(block, count / num_layers) for block, count in self._votes.most_common()]
+        self.recall.spans = cite(scored, self._entries, frozenset(self._votes))
+
+    def _attend_to(
+        self, attending: Attending, chosen: Sequence[Entry], near: Sequence[Entry], layers: range
+    ) -> frozenset[int]:
+        """Load sinks, `chosen` and `near` and make them the past of some layers; returns the blocks that were had."""
+        wanted = [*self._sinks, *chosen, *near]
+        report = self._residency.load([entry.key for entry in wanted], layers)
+        self.recall.load.add(report)
+        far_had = [entry for entry in (*self._sinks, *chosen) if entry.key not in report.lost]
+        near_had = [entry for entry in near if entry.key not in report.lost]
+        past = Past(tuple(far_had), tuple(near_had))
+        where = {entry.index: self._view.positions_of(entry) for entry in (*far_had, *near_had)}
+        is_answer = attending is self
+        open_positions = self._open_positions if is_answer else []
+        placement = attending.place_past(past, where, open_positions, end=self._end, tail_start=self._tail_start)
+        for layer in layers:
+            attending.set_past(layer, past, self._open_planes[layer] if is_answer else [], placement)
+        self._residency.unpin([entry.key for entry in (*far_had, *near_had)])
+        if is_answer:
+            self.recall.num_attended_tokens = max(self.recall.num_attended_tokens, placement.past.shape[1])
+        return frozenset(entry.index for entry in (*far_had, *near_had))

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one layer attends to: a contiguous, growing run of keys and values, the placed past first, then the tail."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvstore.errors import ShapeError
+
+_SPARE_TOKENS = 256
+
+
+class LayerContext:
+    """Keys and values of one layer in attention order, `[batch, kv_heads, tokens, dim]`.
+
+    The past is replaced when another selection or another window is to be attended; the tail (tokens of the running
+    forwards) is only appended to, so a decode step writes one row and copies nothing. Buffers grow by doubling.
+    Not thread-safe: the engine's thread owns it.
+    """
+
+    def __init__(self) -> None:
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self.num_past = 0
+        self.num_tail = 0
+
+    @property
+    def batch(self) -> int:
+        """Sequences held: 1 until a larger batch is appended."""
+        return self._keys.shape[0] if self._keys is not None else 1
+
+    def set_past(self, keys: Tensor, values: Tensor) -> None:
+        """Replace the past and keep the tail.
+
+        Args:
+            keys: [1, kv_heads, num_past, key_dim], already at their positions.
+            values: [1, kv_heads, num_past, value_dim].
+        """
+        tail_keys, tail_values = self._tail()
+        batch = tail_keys.shape[0] if tail_keys is not None else 1
+        num_past = keys.shape[2]
+        self._keys = _buffer(keys, batch, num_past + self.num_tail + _SPARE_TOKENS)
+        self._values = _buffer(values, batch, num_past + self.num_tail + _SPARE_TOKENS)
+        self._keys[:, :, :num_past] = keys
+        self._values[:, :, :num_past] = values
+        if tail_keys is not None and tail_values is not None:
+            self._keys[:, :, num_past : num_past + self.num_tail] = tail_keys
+            self._values[:, :, num_past : num_past + self.num_tail] = tail_values
+        self.num_past = num_past
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append new tokens to the tail.
+
+        Args:
+            keys: [batch, kv_heads, num_new, key_dim]; the first append fixes the batch.
+            values: [batch, kv_heads, num_new, value_dim].
+
+        Returns:
+            (keys, values) of everything, past and tail: views that are valid until the next call.
+
+        Raises:
+            ShapeError: the batch differs from that of the tail.
+        """
+        batch, total = keys.shape[0], self.num_past + self.num_tail
+        if self._keys is None or self._values is None:
+            self._keys = _buffer(keys, batch, keys.shape[2] + _SPARE_TOKENS)
+            self._values = _buffer(values, batch, values.shape[2] + _SPARE_TOKENS)
+        if self._keys.shape[0] != batch:
+            if self.num_tail:
+                raise ShapeError(f"the tail holds {self._keys.shape[0]} sequences; these tokens are for {batch}")
+            self._keys, self._values = _repeat(self._keys, batch), _repeat(self._values, batch)
+        need = total + keys.shape[2]
+        if need > self._keys.shape[2]:
+            self._keys, self._values = _grow(self._keys, total, need), _grow(self._values, total, need)
+        self._keys[:, :, total:need] = keys
+        self._values[:, :, total:need] = values
+        self.num_tail += keys.shape[2]
+        return self._keys[:, :, :need], self._values[:, :, :need]
+
+    def drop_tail(self, num_tokens: int) -> None:
+        """Forget the last tokens of the tail.
+
+        Raises:
+            ShapeError: the tail is shorter than that.
+        """
+        if num_tokens > self.num_tail:
+            raise ShapeError(f"cannot drop {num_tokens} tokens; the tail holds {self.num_tail}")
+        self.num_tail -= num_tokens
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Reorder, repeat or drop sequences: row i becomes what row `rows[i]` was (beam search)."""
+        if self._keys is not None and self._values is not None:
+            self._keys = self._keys.index_select(0, rows.to(self._keys.device))
+            self._values = self._values.index_select(0, rows.to(self._values.device))
+
+    def _tail(self) -> tuple[Tensor | None, Tensor | None]:
+        if self._keys is None or self._values is None or self.num_tail == 0:
+            return None, None
+        end = self.num_past + self.num_tail
+        return self._keys[:, :, self.num_past : end], self._values[:, :, self.num_past : end]
+
+
+def _buffer(like: Tensor, batch: int, tokens: int) -> Tensor:
+    return torch.empty(batch, like.shape[1], tokens, like.shape[3], dtype=like.dtype, device=like.device)
+
+
+def _repeat(buffer: Tensor, batch: int) -> Tensor:
+    if buffer.shape[0] != 1:
+        raise ShapeError(f"a context of {buffer.shape[0]} sequences cannot become one of {batch}")
+    return buffer.expand(batch, -1, -1, -1).contiguous()
+
+
+def _grow(buffer: Tensor, used: int, need: int) -> Tensor:
+    grown = _buffer(buffer, buffer.shape[0], max(need + _SPARE_TOKENS, 2 * buffer.shape[2]))
+    grown[:, :, :used] = buffer[:, :, :used]
+    return grown

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a question found: cited time spans with scores, and what finding and loading them took."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvstore.session.residency import LoadReport
+from kvstore.store import Entry
+
+MAX_SPANS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of the stream's media that a question points at.
+
+    Args:
+        start_s: first second.
+        end_s: last second.
+        score: larger is better; comparable within one question only.
+        is_attended: whether its blocks were given to the model.
+        group: the frame group; -1 for text without frames.
+        first_token: where its best block begins in the stream.
+    """
+
+    start_s: float
+    end_s: float
+    score: float
+    is_attended: bool
+    group: int
+    first_token: int
+
+
+@dataclass(slots=True)
+class Recall:
+    """What one question found and attended to.
+
+    Args:
+        spans: best first; attended ones and the next best.
+        num_attended_tokens: tokens of the past that the model attends to (the largest number over the layers).
+        retrieve_s: seconds of searching.
+        load: what bringing the blocks took.
+    """
+
+    spans: list[Span] = field(default_factory=list)
+    num_attended_tokens: int = 0
+    retrieve_s: float = 0.0
+    load: LoadReport = field(default_factory=LoadReport)
+
+
+def cite(scores: Sequence[tuple[int, float]], entries: Sequence[Entry], attended: frozenset[int]) -> list[Span]:
+    """Turn scored blocks into cited spans: one per frame group, with its best score.
+
+    Args:
+        scores: (block, score), best first.
+        entries: the stream's entries.
+        attended: blocks given to the model.
+    """
+    spans: dict[tuple[int, float, float], Span] = {}
+    for block, score in scores:
+        entry = entries[block]
+        place = (entry.group, entry.start_s, entry.end_s)
+        old = spans.get(place)
+        if old is None:
+            if len(spans) == MAX_SPANS:
+                break
+            spans[place] = Span(entry.start_s, entry.end_s, score, block in attended, entry.group, entry.first_token)
+        elif block in attended and not old.is_attended:
+            spans[place] = Span(old.start_s, old.end_s, old.score, True, old.group, old.first_token)
+    return list(spans.values())

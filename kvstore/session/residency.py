@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of a stream's blocks lie in the device pool: loads what is missing, evicts what was used longest ago."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvstore.errors import CapacityError
+from kvstore.spec import BlockKey
+from kvstore.store import FetchRequest, Store
+from kvstore.tiers.base import Outcome
+from kvstore.tiers.device import DevicePool
+
+
+@dataclass(slots=True)
+class LoadReport:
+    """What bringing blocks to the device took.
+
+    Args:
+        bytes_read: bytes by tier (`device`, `host`, `disk`): uncompressed for device and host, as stored for disk.
+        load_s: seconds of waiting for I/O.
+        decode_s: seconds of waiting for the codec.
+        lost: keys that could not be had, with the reason.
+    """
+
+    bytes_read: dict[str, int] = field(default_factory=lambda: {"device": 0, "host": 0, "disk": 0})
+    load_s: float = 0.0
+    decode_s: float = 0.0
+    lost: dict[BlockKey, str] = field(default_factory=dict)
+
+    def add(self, other: LoadReport) -> None:
+        """Add another report to this one."""
+        for tier, nbytes in other.bytes_read.items():
+            self.bytes_read[tier] = self.bytes_read.get(tier, 0) + nbytes
+        self.load_s += other.load_s
+        self.decode_s += other.decode_s
+        self.lost.update(other.lost)
+
+
+@dataclass(slots=True)
+class _Place:
+    slot_idx: int
+    layers: set[int]
+    pins: int = 0
+
+
+class Residency:
+    """The device pool as a cache of blocks, keyed by content.
+
+    A pinned block stays; others leave in order of last use. A block may be present for some layers only. Not
+    thread-safe: the engine's thread owns it.
+
+    Args:
+        pool: slots on the device.
+        store: where missing blocks come from.
+    """
+
+    def __init__(self, pool: DevicePool, store: Store) -> None:
+        self._pool = pool
+        self._store = store
+        self._places: OrderedDict[BlockKey, _Place] = OrderedDict()
+
+    @property
+    def pool(self) -> DevicePool:
+        """The slots."""
+        return self._pool
+
+    def take_slot(self) -> int:
+        """Take a slot for a block that is being written, evicting if the pool is full.
+
+        Raises:
+            CapacityError: every slot is pinned or being written.
+        """
+        while (slot_idx := self._pool.allocate()) is None:
+            victim = next((key for key, place in self._places.items() if place.pins == 0), None)
+            if victim is None:
+                raise CapacityError(f"device pool: all {self._pool.num_slots} slots are in use; give it more slots")
+            self._pool.free(self._places.pop(victim).slot_idx)
+        return slot_idx
+
+    def adopt(self, key: BlockKey, slot_idx: int, num_layers: int) -> None:
+        """Enter a finished block under its key, pinned once; an equal block that is present already is replaced."""
+        old = self._places.pop(key, None)
+        if old is not None:
+            self._pool.free(old.slot_idx)
+        self._places[key] = _Place(slot_idx, set(range(num_layers)), pins=1 + (old.pins if old else 0))
+
+    def pin(self, keys: Sequence[BlockKey]) -> None:
+        """Keep blocks that are present until they are unpinned as often."""
+        for key in keys:
+            self._places[key].pins += 1
+
+    def unpin(self, keys: Sequence[BlockKey]) -> None:
+        """Undo one `pin` (or `adopt`) of each block."""
+        for key in keys:
+            self._places[key].pins -= 1
+
+    def has(self, key: BlockKey) -> bool:
+        """Say whether all or some layers of a block are present."""
+        return key in self._places
+
+    def load(self, keys: Sequence[BlockKey], layers: range) -> LoadReport:
+        """Bring blocks to the device and pin them; what cannot be had is reported, not raised.
+
+        Args:
+            keys: blocks, without repeats.
+            layers: layers wanted.
+
+        Raises:
+            CapacityError: more blocks than the pool has slots.
+        """
+        report = LoadReport()
+        layout = self._pool.layout
+        part = layout.slot_nbytes * len(layers) // layout.spec.num_layers
+        missing: list[BlockKey] = []
+        for key in keys:
+            place = self._places.get(key)
+            if place is not None:
+                self._places.move_to_end(key)
+                place.pins += 1
+            if place is not None and place.layers.issuperset(layers):
+                report.bytes_read["device"] += part
+            else:
+                missing.append(key)
+        if missing:
+            self._fetch(missing, layers, report)
+        return report
+
+    def _fetch(self, missing: Sequence[BlockKey], layers: range, report: LoadReport) -> None:
+        for key in missing:
+            if key not in self._places:
+                self._places[key] = _Place(self.take_slot(), set(), pins=1)
+        slots = [self._pool.slot(self._places[key].slot_idx) for key in missing]
+        staged = [slot if slot.device.type == "cpu" else torch.empty_like(slot, device="cpu") for slot in slots]
+        whole = len(layers) == self._pool.layout.spec.num_layers
+        began = time.perf_counter()
+        fetched = self._store.fetch(
+            [FetchRequest(key, slot, None if whole else layers) for key, slot in zip(missing, staged, strict=True)]
+        )
+        elapsed = time.perf_counter() - began
+        report.decode_s += min(fetched.decode_s, elapsed)
+        report.load_s += max(elapsed - fetched.decode_s, 0.0)
+        for tier, nbytes in fetched.bytes_read.items():
+            report.bytes_read[str(tier)] = report.bytes_read.get(str(tier), 0) + nbytes
+        for item, (key, outcome) in enumerate(zip(missing, fetched.outcomes, strict=True)):
+            if outcome in (Outcome.MISS, Outcome.DAMAGED):
+                report.lost[key] = fetched.reasons.get(item, str(outcome))
+                self._drop(key)
+                continue
+            if staged[item] is not slots[item]:
+                self._copy_layers(staged[item], slots[item], layers)
+            self._places[key].layers.update(layers)
+
+    def _copy_layers(self, source: Tensor, slot: Tensor, layers: range) -> None:
+        layout = self._pool.layout
+        window = slice(layers.start, layers.stop)
+        layout.keys(slot)[window].copy_(layout.keys(source)[window])
+        layout.values(slot)[window].copy_(layout.values(source)[window])
+
+    def _drop(self, key: BlockKey) -> None:
+        place = self._places[key]
+        place.pins -= 1
+        if not place.layers and place.pins == 0:
+            self._pool.free(self._places.pop(key).slot_idx)
+
+    def keys(self, key: BlockKey, layer: int, num_tokens: int) -> Tensor:
+        """View a block's keys of one layer: [kv_heads, num_tokens, key_dim] on the device."""
+        return self._pool.keys(self._places[key].slot_idx)[layer, :, :num_tokens]
+
+    def values(self, key: BlockKey, layer: int, num_tokens: int) -> Tensor:
+        """View a block's values of one layer: [kv_heads, num_tokens, value_dim] on the device."""
+        return self._pool.values(self._places[key].slot_idx)[layer, :, :num_tokens]

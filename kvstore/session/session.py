@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stream attached to a running model: forwards append to it, full blocks leave the device, questions branch off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kvstore.errors import ConfigError, CorruptRecordError, ReadOnlyError, ShapeError
+from kvstore.retrieval.positions import PositionPolicy
+from kvstore.retrieval.selection import select
+from kvstore.session.appender import Appender, Segment
+from kvstore.session.attending import Attending, AttentionInputs, Past, Rotate
+from kvstore.session.branch import Branch
+from kvstore.session.retriever import Summariser
+from kvstore.session.view import OpenRows, SessionConfig, StreamView
+from kvstore.store import Entry, Store, StreamHeader
+from kvstore.tiers.manifest import JSON
+
+
+class Session:
+    """The growing end of one stream, in the process that runs the model.
+
+    Each forward calls `extend` once per layer, in order of layers. Not thread-safe: the engine's thread owns it.
+
+    Args:
+        store: an open store; a reader can only ask.
+        header: the stream's header, as the store returned it.
+        config: see `SessionConfig`.
+        rotate: the model's rotary function; None where keys arrive rotated.
+        device: where attention runs.
+        rows: rows of a position: 1, or 3 for M-RoPE.
+
+    Raises:
+        ConfigError: the stream was written with another window, sinks or retrieval.
+        CorruptRecordError: a block that the next forward attends to is damaged or gone.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        header: StreamHeader,
+        config: SessionConfig,
+        rotate: Rotate | None,
+        device: torch.device,
+        rows: int = 1,
+    ) -> None:
+        self.view = StreamView(store, header, config, rotate, device, rows)
+        retrieves = config.policy.retrieves_while_appending
+        position = config.policy.position if retrieves else PositionPolicy.CONSECUTIVE
+        self._attending = Attending(self.view.residency, rotate, position, config.window_tokens, rows)
+        self._appender: Appender | None = None
+        self._window_first = 0
+        self._is_stale = True
+        if store.is_writable:
+            self._open_appender()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the stream before the running forward."""
+        return self.view.num_tokens
+
+    def segment(self, num_tokens: int, start_s: float, end_s: float, group: int) -> None:
+        """Announce that the next `num_tokens` tokens form one block with this media span.
+
+        Raises:
+            ReadOnlyError: the store was opened for reading.
+            ConfigError: the block would not fit a slot.
+        """
+        self._writer().segment(Segment(num_tokens, start_s, end_s, group))
+
+    def extend(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, ids: Tensor
+    ) -> AttentionInputs:
+        """Append one layer of a forward's tokens to the stream.
+
+        Args:
+            layer: layer index; layer 0 comes first.
+            query: [1, num_heads, num_new, key_dim] in the stream's key space.
+            keys: [1, kv_heads, num_new, key_dim].
+            values: [1, kv_heads, num_new, value_dim].
+            positions: [rows, 1, num_new] int64.
+            ids: [num_new] int64 token ids, or content hashes where tokens have no id.
+
+        Returns:
+            What the attention kernel needs.
+
+        Raises:
+            ShapeError: more than one sequence: a stream is one; use a branch.
+            ReadOnlyError: the store was opened for reading.
+            CapacityError: no slot is free.
+        """
+        if keys.shape[0] != 1:
+            raise ShapeError(f"a stream is one sequence; a batch of {keys.shape[0]} needs a branch")
+        appender = self._writer()
+        if layer == 0:
+            self._slide_window()
+        if self._is_stale or self.view.config.policy.retrieves_while_appending:
+            self._assemble(layer, query, int(positions.min()))
+        if layer == 0:
+            appender.begin(ids, positions[:, 0])
+        appender.write(layer, keys[0], values[0])
+        if layer == self.view.num_layers - 1:
+            self._is_stale = False
+            self._note_open_rows()
+        return self._attending.inputs(layer, query, keys, values, positions)
+
+    def receive(self, layer: int, mass: Tensor) -> None:
+        """Report attention mass `[kv_heads, num_keys]` float32 of the keys that `extend` returned for this layer."""
+        appender = self._writer()
+        appender.receive(layer, mass[:, mass.shape[1] - appender.num_open_tokens :])
+
+    def commit(self, cursor: Mapping[str, JSON] | None = None, *, partial: bool = False) -> None:
+        """Hand complete blocks to the store; returns before they are durable (see `Store.flush`).
+
+        Args:
+            cursor: where the producer stands once these blocks are stored; None keeps the last one.
+            partial: also close the last block although it has room.
+
+        Raises:
+            CapacityError, StoreIOError: what the store's writer met since the last call.
+        """
+        appender, view = self._writer(), self.view
+        blocks = appender.close_partial() if partial else appender.finish()
+        if cursor is not None:
+            view.cursor = dict(cursor)
+        if blocks or cursor is not None:
+            view.store.append(view.header.name, blocks, view.cursor)
+            view.entries.extend(block.entry for block in blocks)
+            view.note_sinks()
+            self._note_open_rows()
+
+    def drop(self, num_tokens: int) -> None:
+        """Forget the last tokens (assisted decoding); only tokens that are not handed on yet.
+
+        Raises:
+            ConfigError: some of them are stored already.
+        """
+        self._writer().drop(num_tokens)
+        self._is_stale = True
+        self._note_open_rows()
+
+    def branch(self, *, continues: bool = False) -> Branch:
+        """Start a question: it sees the stream as it is now and leaves nothing in it.
+
+        Args:
+            continues: number its tokens on from the stream's end instead of from 0.
+        """
+        if self._appender is not None:
+            self.commit()
+            self.view.store.flush()
+        return Branch(self.view, continues=continues)
+
+    def _writer(self) -> Appender:
+        if self._appender is None:
+            raise ReadOnlyError(f"stream {self.view.header.name!r} is open for reading; open the store for writing")
+        return self._appender
+
+    def _open_appender(self) -> None:
+        view = self.view
+        header, spec, wanted = view.header, view.header.spec, view.config.prefill
+        if header.prefill != wanted:
+            raise ConfigError(
+                f"stream {header.name!r} was written with {header.prefill}, not {wanted}; "
+                "use the same settings or another stream"
+            )
+        namespace = f"{spec.fingerprint};{header.profile};{header.prefill}"
+        last = view.entries[-1] if view.entries else None
+        self._appender = Appender(view.residency, namespace, Summariser(spec), last)
+        self._window_first = view.first_block_within(view.config.window_tokens)
+        kept = [*self._sinks(), *view.entries[self._window_first :]]
+        report = view.residency.load([entry.key for entry in kept], range(spec.num_layers))
+        if report.lost:
+            reason = next(iter(report.lost.values()))
+            raise CorruptRecordError(
+                f"stream {header.name!r}: its last blocks cannot be read ({reason}), so it cannot be continued"
+            )
+
+    def _note_open_rows(self) -> None:
+        self.view.open_rows = [
+            OpenRows(block.slot_idx, block.filled, torch.cat(block.positions, dim=1))
+            for block in self._writer().open_blocks
+        ]
+
+    def _sinks(self) -> list[Entry]:
+        return self.view.entries[: min(self.view.num_sink_blocks, self._window_first)]
+
+    def _slide_window(self) -> None:
+        """Fix what the coming forward sees.
+
+        The window is made of whole blocks, so it depends on the stream alone: a resumed session attends exactly as one
+        that was never interrupted.
+        """
+        self.commit()
+        view = self.view
+        first = view.first_block_within(view.config.window_tokens)
+        if first != self._window_first:
+            leaving = view.entries[max(self._window_first, view.num_sink_blocks) : first]
+            view.residency.unpin([entry.key for entry in leaving])
+            self._window_first = first
+            self._is_stale = True
+
+    def _assemble(self, layer: int, query: Tensor, tail_start: int) -> None:
+        view = self.view
+        retrieved = self._retrieve(layer, query) if view.config.policy.retrieves_while_appending else []
+        past = Past((*self._sinks(), *retrieved), tuple(view.entries[self._window_first :]))
+        where = {entry.index: view.positions_of(entry) for entry in (*past.far, *past.near)}
+        open_positions = [rows.positions for rows in view.open_rows]
+        placement = self._attending.place_past(past, where, open_positions, end=tail_start, tail_start=tail_start)
+        context = self._attending.contexts[layer]
+        context.drop_tail(context.num_tail)
+        self._attending.set_past(layer, past, view.open_planes(layer), placement)
+        view.residency.unpin([entry.key for entry in retrieved])
+
+    def _retrieve(self, layer: int, query: Tensor) -> list[Entry]:
+        """Blocks between sinks and window that this layer's queries ask for, loaded and pinned."""
+        view = self.view
+        if layer == 0:
+            view.store.flush()
+            view.retriever.refresh(self._window_first)
+        ranking = view.retriever.rank_layer(
+            layer, query[0].unflatten(0, (view.header.spec.kv_heads, -1)), self._window_first
+        )
+        sizes = [entry.num_tokens for entry in view.entries]
+        excluded = frozenset(range(view.num_sink_blocks))
+        chosen = [view.entries[block] for block in select(ranking, sizes, view.config.budget_tokens, excluded)]
+        report = view.residency.load([entry.key for entry in chosen], range(layer, layer + 1))
+        return [entry for entry in chosen if entry.key not in report.lost]

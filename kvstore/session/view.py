@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One stream as a model sees it: settings, entries, positions, device slots, index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvstore.errors import ConfigError, CorruptRecordError
+from kvstore.layout import BlockLayout
+from kvstore.retrieval.policies import Policy
+from kvstore.retrieval.positions import PositionPolicy
+from kvstore.retrieval.summary import Summary, SummaryKind
+from kvstore.session.attending import Rotate
+from kvstore.session.residency import Residency
+from kvstore.session.retriever import Retriever
+from kvstore.store import Entry, Store, StreamHeader
+from kvstore.tiers.device import DevicePool
+from kvstore.tiers.manifest import JSON
+
+_MIN_SLOTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    """How a stream is attended while it grows, and what a question may read.
+
+    Args:
+        policy: what a question retrieves by.
+        window_tokens: most recent tokens that an appending forward attends to, rounded up to whole blocks.
+        sink_tokens: first tokens of the stream, attended always (StreamingLLM, arXiv:2309.17453).
+        budget_tokens: most tokens of retrieved blocks per question.
+        device_nbytes: size of the device pool.
+
+    Raises:
+        ConfigError: a size is negative, or the window is empty.
+    """
+
+    policy: Policy
+    window_tokens: int = 1024
+    sink_tokens: int = 16
+    budget_tokens: int = 128
+    device_nbytes: int = 256 << 20
+
+    def __post_init__(self) -> None:
+        if self.window_tokens < 1:
+            raise ConfigError(f"window_tokens is {self.window_tokens}; it must be positive")
+        for name in ("sink_tokens", "budget_tokens", "device_nbytes"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
+
+    @property
+    def prefill(self) -> str:
+        """How keys and values of an appended token come about: a part of every block's name."""
+        retrieval = self.policy.name if self.policy.retrieves_while_appending else "none"
+        return f"window={self.window_tokens};sinks={self.sink_tokens};retrieval={retrieval}"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRows:
+    """Tokens that are in a slot but not yet a block: the slot, how many, and their positions `[rows, filled]`."""
+
+    slot_idx: int
+    filled: int
+    positions: Tensor
+
+
+class StreamView:
+    """What is known of a stream, by the process that attends to it. Not thread-safe: the engine's thread owns it.
+
+    Args:
+        store: the open store.
+        header: the stream's header, as the store returned it.
+        config: see `SessionConfig`.
+        rotate: the model's rotary function; None where keys arrive rotated.
+        device: where attention runs.
+        rows: rows of a position: 1, or 3 for M-RoPE.
+
+    Raises:
+        ConfigError: keys are stored rotated and the policy would move them.
+        StreamNotFoundError: the store has no such stream.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        header: StreamHeader,
+        config: SessionConfig,
+        rotate: Rotate | None,
+        device: torch.device,
+        rows: int,
+    ) -> None:
+        if rotate is None and config.policy.position is not PositionPolicy.ORIGINAL:
+            raise ConfigError(
+                f"policy {config.policy.name} moves keys, and these are stored rotated; none fits them yet"
+            )
+        self.store = store
+        self.header = header
+        self.config = config
+        self.rotate = rotate
+        self.rows = rows
+        self.layout = BlockLayout(header.spec, header.block_tokens)
+        num_slots = max(config.device_nbytes // self.layout.slot_nbytes, _MIN_SLOTS)
+        self.residency = Residency(DevicePool(self.layout, num_slots, device), store)
+        self.open_rows: list[OpenRows] = []
+        self.entries: list[Entry] = []
+        self.cursor: dict[str, JSON] = {}
+        self.num_sink_blocks = 0
+        self.reload()
+        self.retriever = Retriever(store, header.name, header.spec, config.policy, self.num_sink_blocks)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return self.header.spec.num_layers
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the stream before the running forward."""
+        stored = self.entries[-1].first_token + self.entries[-1].num_tokens if self.entries else 0
+        return stored + sum(rows.filled for rows in self.open_rows)
+
+    @property
+    def end_position(self) -> int:
+        """RoPE position that follows the last token."""
+        if self.open_rows:
+            return int(self.open_rows[-1].positions.max()) + 1
+        return int(self.positions_of(self.entries[-1]).max()) + 1 if self.entries else 0
+
+    def reload(self) -> None:
+        """Read the manifest again: see what another process has appended since."""
+        manifest = self.store.manifest(self.header.name)
+        self.entries = list(manifest.entries)
+        self.cursor = dict(manifest.cursor)
+        self.note_sinks()
+
+    def note_sinks(self) -> None:
+        """Count the leading blocks that lie within `sink_tokens`."""
+        while self.num_sink_blocks < len(self.entries):
+            entry = self.entries[self.num_sink_blocks]
+            if entry.first_token + entry.num_tokens > self.config.sink_tokens:
+                break
+            self.num_sink_blocks += 1
+
+    def first_block_within(self, num_tokens: int) -> int:
+        """The newest block from which on at least `num_tokens` tokens remain; open rows count."""
+        left = num_tokens - sum(rows.filled for rows in self.open_rows)
+        first = len(self.entries)
+        while first > 0 and left > 0:
+            first -= 1
+            left -= self.entries[first].num_tokens
+        return first
+
+    def positions_of(self, entry: Entry) -> Tensor:
+        """RoPE positions of a block: `[rows, num_tokens]` int64.
+
+        Raises:
+            CorruptRecordError: they are stored (M-RoPE) and cannot be read.
+        """
+        if self.rows == 1:
+            return torch.arange(entry.first_token, entry.first_token + entry.num_tokens)[None]
+        (data,) = self.store.summaries(self.header.name, entry.index, 1)
+        positions = Summary.from_bytes(data).parts.get(SummaryKind.POSITION)
+        if positions is None or positions.shape != (self.rows, entry.num_tokens):
+            raise CorruptRecordError(f"block {entry.index} of {self.header.name!r} has no usable positions")
+        return positions.long()
+
+    def open_planes(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values `[kv_heads, count, dim]` of the open rows in one layer."""
+        pool = self.residency.pool
+        return [
+            (pool.keys(rows.slot_idx)[layer, :, : rows.filled], pool.values(rows.slot_idx)[layer, :, : rows.filled])
+            for rows in self.open_rows
+        ]
