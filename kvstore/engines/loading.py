@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads a language model from a local folder or GGUF file, through transformers; never from a hub."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from kvstore.errors import ConfigError
+
+_SAMPLE_NBYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModel:
+    """A model and its tokenizer.
+
+    Args:
+        model: in evaluation mode, on its device.
+        tokenizer: the transformers tokenizer.
+        path: where it was loaded from.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    path: Path
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.model.device
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def load_model(path: Path, converted: Path, dtype: torch.dtype = torch.bfloat16) -> LanguageModel:
+    """Load a model onto the GPU where there is one, else onto the CPU.
+
+    Args:
+        path: a Hugging Face model folder, or a GGUF file.
+        converted: folder in which a GGUF file is kept as safetensors, so that it is converted once.
+        dtype: dtype of the weights, and so of keys and values.
+
+    Raises:
+        ConfigError: there is no such model, or transformers cannot read it.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path}: no such model; give a Hugging Face folder or a GGUF file")
+    folder = _converted(path, converted) if path.is_file() else path
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder}: no config.json; not a Hugging Face model folder")
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{folder}: transformers cannot load it: {error}") from error
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.nn.Module.to(model, device)  # transformers wraps its own `to` without types
+    return LanguageModel(model.eval(), tokenizer, path)
+
+
+def _converted(gguf: Path, root: Path) -> Path:
+    """The safetensors folder of a GGUF file, made on first use; complete or absent, never half there."""
+    home = root / f"{gguf.stem}-{_sampled_digest(gguf)}"
+    if (home / "config.json").is_file():
+        return home
+    root.mkdir(parents=True, exist_ok=True)
+    transformers_logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{gguf}: not a GGUF file that transformers can load: {error}") from error
+    # The loaded config still says "quantized", and save_pretrained refuses that; the same weights under a plain one.
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(loaded.state_dict())
+    scratch = Path(tempfile.mkdtemp(dir=root, prefix=".convert-"))
+    try:
+        plain.to(torch.bfloat16).save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        scratch.replace(home)
+    except OSError as error:
+        if not (home / "config.json").is_file():  # another process may have finished first
+            raise ConfigError(f"{home}: cannot keep the converted model: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return home
+
+
+def _sampled_digest(path: Path) -> str:
+    digest = hashlib.blake2b(path.stat().st_size.to_bytes(8, "little"), digest_size=8)
+    with path.open("rb") as file:
+        digest.update(file.read(_SAMPLE_NBYTES))
+        file.seek(max(path.stat().st_size - _SAMPLE_NBYTES, 0))
+        digest.update(file.read(_SAMPLE_NBYTES))
+    return digest.hexdigest()
