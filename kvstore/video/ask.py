@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks a stream: finds the passages, brings back their blocks, and lets the model answer from them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from kvstore.engines.anatomy import position_rows, rotation_of, spec_of
+from kvstore.engines.loading import LanguageModel
+from kvstore.engines.transformers import TierCache, attach
+from kvstore.layout import BlockLayout
+from kvstore.retrieval.policies import policy_named
+from kvstore.session.recall import Span
+from kvstore.session.session import Session
+from kvstore.session.view import SessionConfig
+from kvstore.store import Access, Store, check_spec
+from kvstore.video.prompt import PREAMBLE, question_prompt
+
+MAX_NEW_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Seconds of a question until its first token, by stage."""
+
+    retrieve: float
+    load: float
+    decode: float
+    attend: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was asked, what was answered, and from what.
+
+    Args:
+        question: as asked.
+        answer: the model's words, up to the first line break.
+        spans: cited stretches of the video, best first.
+        ttft_s: seconds from the question to the first token of the answer.
+        stages_s: the same by stage.
+        bytes_read: bytes by tier: device, host, disk.
+        policy: what retrieved.
+        tokens_in_stream: tokens of the stream.
+        tokens_attended: tokens of the stream that the answer attended to.
+        damaged: blocks that could not be had, with the reason.
+    """
+
+    question: str
+    answer: str
+    spans: list[Span]
+    ttft_s: float
+    stages_s: Stages
+    bytes_read: dict[str, int]
+    policy: str
+    tokens_in_stream: int
+    tokens_attended: int
+    damaged: list[str]
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for `json.dumps`."""
+        return asdict(self)
+
+
+class Asker:
+    """Answers questions about one stream; opens the store for reading, beside any writer.
+
+    Args:
+        store_folder: the store.
+        name: the stream.
+        language_model: the model that wrote the stream.
+        policy: name of the policy to retrieve by.
+        budget_tokens: most tokens of retrieved blocks.
+
+    Raises:
+        StoreNotFoundError, StreamNotFoundError: nothing there by that name.
+        SpecMismatchError: another model wrote the stream.
+        ConfigError: no such policy.
+    """
+
+    def __init__(
+        self,
+        store_folder: Path,
+        name: str,
+        language_model: LanguageModel,
+        *,
+        policy: str = "auto",
+        budget_tokens: int = 128,
+        host_nbytes: int = 128 << 20,
+    ) -> None:
+        self._language_model = language_model
+        model = language_model.model
+        spec = spec_of(model)
+        with Store.open(store_folder, access=Access.READ) as listing:
+            header = listing.manifest(name).header
+        check_spec(header, spec)
+        layout = BlockLayout(header.spec, header.block_tokens)
+        config = SessionConfig(
+            policy=policy_named(policy),
+            sink_tokens=len(language_model.encode(PREAMBLE)),
+            budget_tokens=budget_tokens,
+        )
+        self._store = Store.open(store_folder, access=Access.READ, layout=layout, host_nbytes=host_nbytes)
+        try:
+            self._session = Session(
+                self._store, header, config, rotation_of(model), language_model.device, position_rows(model)
+            )
+        except BaseException:
+            self._store.close()
+            raise
+
+    def __enter__(self) -> Asker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the store."""
+        self._store.close()
+
+    def ask(self, question: str, max_new_tokens: int = MAX_NEW_TOKENS) -> Answer:
+        """Answer one question.
+
+        Args:
+            question: in words.
+            max_new_tokens: where to stop an answer that does not end by itself.
+        """
+        began = time.perf_counter()
+        view = self._session.view
+        view.reload()
+        with attach(self._language_model.model, self._session) as attached, torch.inference_mode():
+            cache = attached.question(self._ids(question))
+            recalled_s = time.perf_counter() - began
+            ids, first_s = self._answer(cache, self._ids(question_prompt(question)), max_new_tokens)
+        recall, load = attached.last, attached.last.load
+        ttft_s = recalled_s + first_s
+        return Answer(
+            question=question,
+            answer=self._words(ids),
+            spans=recall.spans,
+            ttft_s=ttft_s,
+            stages_s=Stages(
+                retrieve=max(recalled_s - load.load_s - load.decode_s, 0.0),
+                load=load.load_s,
+                decode=load.decode_s,
+                attend=first_s,
+            ),
+            bytes_read=dict(load.bytes_read),
+            policy=view.config.policy.name,
+            tokens_in_stream=view.num_tokens,
+            tokens_attended=recall.num_attended_tokens,
+            damaged=[f"{key.hex()[:12]}: {reason}" for key, reason in load.lost.items()],
+        )
+
+    def _answer(self, cache: TierCache, prompt: torch.Tensor, max_new_tokens: int) -> tuple[list[int], float]:
+        """Greedy decoding up to a line break: token ids, and seconds to the first of them."""
+        began = time.perf_counter()
+        model, tokenizer = self._language_model.model, self._language_model.tokenizer
+        ids: list[int] = []
+        step, first_s = prompt, 0.0
+        for _ in range(max_new_tokens):
+            logits = model(input_ids=step, past_key_values=cache, logits_to_keep=1).logits
+            token = int(logits[0, -1].argmax())
+            first_s = first_s or time.perf_counter() - began
+            if token == tokenizer.eos_token_id:
+                break
+            ids.append(token)
+            if "\n" in tokenizer.decode(token) and self._words(ids):
+                break
+            step = torch.tensor([[token]], device=prompt.device)
+        return ids, first_s
+
+    def _ids(self, text: str) -> torch.Tensor:
+        return torch.tensor([self._language_model.encode(text)], device=self._language_model.device)
+
+    def _words(self, ids: list[int]) -> str:
+        text: str = self._language_model.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip().split("\n")[0].strip()
