@@ -65,9 +65,7 @@ class BlockLayout:
 
     def _view(self, slot: Tensor, dim: int, *, offset: int) -> Tensor:
         if slot.dtype != torch.uint8 or slot.shape != (self.slot_nbytes,) or not slot.is_contiguous():
-            raise ShapeError(
-                f"a slot is [{self.slot_nbytes}] uint8, contiguous; got {list(slot.shape)} {slot.dtype}"
-            )
+            raise ShapeError(f"a slot is [{self.slot_nbytes}] uint8, contiguous; got {list(slot.shape)} {slot.dtype}")
         typed = slot.view(TORCH_DTYPE[self.spec.dtype])
         per_layer = self._plane(self.spec.key_dim) + self._plane(self.spec.value_dim)
         return typed.as_strided(
