@@ -129,6 +129,8 @@ class Catalogue:
                 lock=writable or os.access(folder, os.W_OK),
             )
         try:
+            if writable:
+                self._env.reader_check()  # readers that were killed would pin old pages for ever
             self._check_length()
             self._tables = self._open_tables(writable)
         except BaseException:

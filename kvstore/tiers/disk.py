@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -19,7 +18,7 @@ from kvstore.spec import BlockKey
 from kvstore.stats import DiskUsage, Meter, TierStats
 from kvstore.tiers.base import Extent
 from kvstore.tiers.catalogue import Catalogue, WriteView
-from kvstore.tiers.extents import ExtentAllocator, ExtentFiles
+from kvstore.tiers.extents import ExtentAllocator, ExtentFiles, sync_folder
 from kvstore.tiers.lock import WriterLock
 from kvstore.tiers.tables.blocks import (
     allocated_extents,
@@ -204,10 +203,6 @@ class DiskTier:
         except OSError as error:
             raise StoreIOError(f"{folder}: cannot be a store: {error.strerror}") from error
         if self.config.durability is Durability.COMMIT:
-            for part in (folder, folder.parent):
-                descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+            sync_folder(folder)
+            sync_folder(folder.parent)
         return WriterLock(folder / "writer.lock")

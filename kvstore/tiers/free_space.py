@@ -6,6 +6,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable
 
+from kvstore.errors import CorruptRecordError
+
 
 class FreeSpace:
     """Which bytes of `[0, nbytes)` are free. Ranges are disjoint, sorted, and never touch each other.
@@ -89,16 +91,16 @@ class FreeSpace:
         """Give a range back and join it with free neighbours.
 
         Raises:
-            AssertionError: a byte of it is free already, or lies outside: two owners of one byte would be next.
+            CorruptRecordError: a byte of it is free already, or lies outside: two owners of one byte would be next.
         """
-        assert nbytes > 0, f"release {nbytes} bytes"
-        assert 0 <= offset <= self._nbytes - nbytes, f"{nbytes} bytes at {offset} lie outside"
+        if not 0 <= offset < offset + nbytes <= self._nbytes:
+            raise CorruptRecordError(f"{nbytes} bytes at {offset} lie outside of {self._nbytes}")
         position = bisect_left(self._offsets, offset)
         end = offset + nbytes
         before_end = self._offsets[position - 1] + self._sizes[position - 1] if position > 0 else -1
         after = self._offsets[position] if position < len(self._offsets) else self._nbytes + 1
-        assert before_end <= offset, f"the first of {nbytes} bytes at {offset} are free already"
-        assert end <= after, f"the last of {nbytes} bytes at {offset} are free already"
+        if offset < before_end or after < end:
+            raise CorruptRecordError(f"of {nbytes} bytes at {offset}, some are free already")
         self._free_nbytes += nbytes
         joins_before, joins_after = before_end == offset, end == after
         if joins_before and joins_after:

@@ -36,6 +36,8 @@ class _Queue:
     in_work: list[AppendPiece | PutJob] = field(default_factory=list)
     error: BaseException | None = None
     num_failures: int = 0
+    num_queued: int = 0
+    num_done: int = 0
     is_closed: bool = False
 
 
@@ -111,10 +113,12 @@ class Writer:
         return job.result.result()
 
     def flush(self) -> None:
-        """Wait until nothing is queued or in work; raises like `check`."""
+        """Wait until everything queued so far is committed or has failed; raises like `check`."""
         queue = self._queue
         with queue.changed:
-            queue.changed.wait_for(lambda: not queue.waiting and not queue.in_work)
+            # What others queue meanwhile is not waited for: a busy producer must not keep this caller here.
+            target = queue.num_queued
+            queue.changed.wait_for(lambda: queue.num_done >= target)
             self._raise_pending()
 
     def close(self) -> None:
@@ -139,6 +143,7 @@ class Writer:
 
     def _enqueue(self, item: AppendPiece | PutJob) -> None:
         self._queue.waiting.append(item)
+        self._queue.num_queued += 1
         self._thread.submit(self._work).add_done_callback(self._settle)
 
     def _work(self) -> None:
@@ -186,6 +191,7 @@ class Writer:
                     self._host.forget(lease.key)
                 lease.release()
         with queue.changed:
+            queue.num_done += len(done)
             queue.changed.notify_all()
         self._host.wake()
 
