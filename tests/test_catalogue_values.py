@@ -28,6 +28,7 @@ from kvstore.tiers.tables.records import (
     pack_entry,
     pack_extent_header,
     pack_state,
+    position_key,
     unpack_block,
     unpack_entry,
     unpack_extent_header,
@@ -89,6 +90,17 @@ def test_entries_survive_packing(entry: Entry) -> None:
 @given(st.builds(StreamState, u64, u64, st.binary(max_size=50)))
 def test_stream_states_survive_packing(state: StreamState) -> None:
     assert unpack_state(pack_state(state)) == state
+
+
+def test_the_bytes_are_those_of_the_documented_format() -> None:
+    block = "010000001000000000000000000000000010000000000000a00f000000000000" + 2 * "0700000000000000"
+    assert pack_block(RECORD).hex() == block
+    entry = "0100000010000000" + "6b" * 32 + "3000000000000000000000000000f83f0000000000000440" + "ff" * 8
+    assert pack_entry(ENTRY).hex() == entry
+    assert pack_state(StreamState(1, 16, b"{}")).hex() == "0100000002000000010000000000000010000000000000007b7d"
+    header = pack_extent_header(ExtentHeader(BlockKey(b"k" * 32), 9, 100, 5)).hex()
+    assert header[:-8] == "4b5658540100000009000000000000006400000000000000" + "6b" * 32 + "05000000"
+    assert position_key(1, 258).hex() == "00000000000000010000000000000102"
 
 
 def _values() -> list[bytes]:
