@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kvstore command: argument parsing and printing over the session facade."""
+"""The kvstore command: argument parsing and printing over the store and its videos."""

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`kvstore ingest`: reads a video into a stream, or goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
+
+from kvstore.cli import arguments, text
+from kvstore.cli.progress import Progress
+from kvstore.errors import CapacityError
+from kvstore.record import PROFILES, Profile
+from kvstore.video.prompt import stamp
+
+if TYPE_CHECKING:
+    from kvstore.video.ingest import IngestProgress
+
+_EXIT_INTERRUPTED = 130
+_STDERR = 2
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command and its arguments."""
+    parser = commands.add_parser(
+        "ingest",
+        help="read a video into a stream",
+        description="Read a video into a stream. Interrupted at any moment, the same command goes on from there.",
+    )
+    parser.add_argument("video", type=arguments.path, metavar="VIDEO", help="the video file")
+    arguments.add_store(parser, stream=True)
+    arguments.add_model(parser)
+    parser.add_argument("--fps", type=arguments.rate, default=1.0, help="frames per second to look at (default 1)")
+    parser.add_argument(
+        "--profile",
+        choices=[str(profile) for profile in PROFILES],
+        default=str(Profile.LOSSLESS),
+        help="how blocks are coded (default lossless)",
+    )
+    parser.add_argument("--policy", default="auto", metavar="NAME", help="policy to prepare the stream for")
+    parser.add_argument("--disk", type=arguments.size, metavar="SIZE", help="most that the store may take, e.g. 200GiB")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Ingest; see `kvstore.video.ingest`."""
+    from kvstore.video.decode import probe
+
+    probe(options.video)  # before the seconds that loading a model takes
+    from kvstore.retrieval.policies import policy_named
+
+    policy_named(options.policy)
+    from kvstore.video.ingest import IngestConfig, ingest
+    from kvstore.video.model import load
+
+    config = IngestConfig(
+        fps=options.fps, profile=Profile(options.profile), policy=options.policy, disk_nbytes=options.disk
+    )
+    with Progress(sys.stderr) as progress:
+        progress.note("loading the model")
+        language_model = load(options.model)
+        display = _Display(progress)
+        try:
+            with _Interruptible() as interruptible:
+
+                def on_progress(state: IngestProgress) -> None:
+                    display.show(state)
+                    interruptible.check()
+
+                last = ingest(options.video, options.store, options.stream, language_model, config, on_progress)
+        except KeyboardInterrupt:
+            progress.say(f"kvstore: stopped{_where(options)}; the same command goes on from there")
+            return _EXIT_INTERRUPTED
+        except CapacityError as error:
+            raise CapacityError(
+                f"{error}; what was read{_where(options)} is stored and can be asked; "
+                "with more room the same command goes on from there"
+            ) from error
+    for line in _summary(options.stream, last, is_new=display.has_begun):
+        print(line)
+    return 0
+
+
+class _Display:
+    """Turns the states of an ingest into lines."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.has_begun = False
+
+    def show(self, state: IngestProgress) -> None:
+        """Show one state; before the first one of a resumed run, say where it began."""
+        if not self.has_begun and state.resumed_s > 0:
+            self._progress.say(f"resumed at {stamp(state.resumed_s)}")
+        self.has_begun = True
+        fraction = min(state.video_s / state.duration_s, 1.0) if state.duration_s > 0 else None
+        self._progress.show(
+            fraction,
+            [
+                f"{stamp(state.video_s)}/{text.duration(state.duration_s or None)}",
+                f"{_per_s(state.num_frames, state):.1f} frames/s",
+                f"{_per_s(state.new_tokens, state):.0f} tokens/s",
+                f"host {text.size(state.host_nbytes)}",
+                f"disk {text.size(state.disk_nbytes)}",
+                f"ETA {text.duration(_remaining_s(state))}",
+            ],
+        )
+
+
+class _Interruptible:
+    """Lets the first Ctrl-C wait until what is being read is stored; a second one does not wait."""
+
+    def __init__(self) -> None:
+        self._is_stopping = False
+
+    def __enter__(self) -> _Interruptible:
+        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def check(self) -> None:
+        """Raise `KeyboardInterrupt` if Ctrl-C was pressed."""
+        if self._is_stopping:
+            raise KeyboardInterrupt
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._is_stopping:
+            raise KeyboardInterrupt
+        self._is_stopping = True
+        # A signal may arrive inside a buffered write, which must not be entered twice.
+        os.write(_STDERR, b"\nstopping after this screen; Ctrl-C again stops at once\n")
+
+
+def _where(options: argparse.Namespace) -> str:
+    """` until 0:12:30`: where the stream ends now; empty when there is none yet."""
+    from kvstore.cli.stored import find_stream, read_until
+    from kvstore.errors import StoreNotFoundError, StreamNotFoundError
+
+    store: Path = options.store
+    try:
+        until_s = read_until(find_stream(store, options.stream))
+    except (StoreNotFoundError, StreamNotFoundError):
+        return ""
+    return f" until {stamp(until_s or 0.0)}"
+
+
+def _summary(name: str, last: IngestProgress, *, is_new: bool) -> list[str]:
+    holds = (
+        f"{text.duration(last.duration_s)} of video, {text.count(last.num_tokens, 'token')} in "
+        f"{text.count(last.num_blocks, 'block')}; the store takes {text.size(last.disk_nbytes)}"
+    )
+    if not is_new:
+        return [f"{text.printable(name)} is complete already: {holds}"]
+    read_s = last.video_s - last.resumed_s
+    pace = f"{read_s / last.elapsed_s:.1f} times real time" if last.elapsed_s > 0 else "at once"
+    return [
+        f"{text.printable(name)} is complete: {holds}",
+        f"read {text.duration(read_s)} in {last.elapsed_s:.1f} s: {pace}, "
+        f"{_per_s(last.num_frames, last):.1f} frames/s, {_per_s(last.new_tokens, last):.0f} tokens/s",
+    ]
+
+
+def _per_s(number: int, state: IngestProgress) -> float:
+    return number / state.elapsed_s if state.elapsed_s > 0 else 0.0
+
+
+def _remaining_s(state: IngestProgress) -> float | None:
+    """Seconds left at the pace of this run; None before anybody can tell."""
+    done_s = state.video_s - state.resumed_s
+    if done_s <= 0 or state.duration_s <= 0:
+        return None
+    return max(state.duration_s - state.video_s, 0.0) * state.elapsed_s / done_s

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of the kvstore command: parses arguments, runs one command, turns errors into one line and a code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from kvstore.cli import ask, ingest, inspection, removal, streams, verify
+from kvstore.errors import BusyError, KVStoreError, SpecMismatchError
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+_EXIT_PIPE = 141
+
+_COMMANDS = (ingest, ask, streams, inspection, verify, removal)
+_ADVICE: dict[type[KVStoreError], str] = {
+    BusyError: "wait until it is done, or stop it",
+    SpecMismatchError: "give the model that wrote it with --model",
+}
+"""What to do about errors whose raisers cannot know about command lines."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+        0 when all went well, 1 when `verify` found damage, 2 for an error that the user can act on, 130 after Ctrl-C.
+    """
+    options = _parser().parse_args(argv)
+    try:
+        code: int = options.run(options)
+        sys.stdout.flush()
+    except KVStoreError as error:
+        print(f"kvstore: error: {_explained(error)}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("kvstore: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader has seen enough; the interpreter must not fail over what is still buffered.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_PIPE
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvstore",
+        description="Turns long videos into streams of KV cache on disk, and answers questions from them.",
+        epilog="Exit codes: 0 all went well, 1 verify found damage, 2 error, 130 interrupted.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_command(commands)
+    return parser
+
+
+def _explained(error: KVStoreError) -> str:
+    advice = next((words for kind, words in _ADVICE.items() if isinstance(error, kind)), None)
+    message = " ".join(str(error).split())
+    return f"{message}; {advice}" if advice else message

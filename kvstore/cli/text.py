@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How numbers, spans, names and tables are written for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from kvstore.video.prompt import stamp
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_STEP = 1024
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the largest unit that leaves a whole number before the point: `1.5 GiB`."""
+    power = 0
+    while abs(nbytes) >= _STEP and power < len(_UNITS) - 1:
+        nbytes /= _STEP
+        power += 1
+    return f"{nbytes:.0f} B" if power == 0 else f"{nbytes:.1f} {_UNITS[power]}"
+
+
+def count(number: int, noun: str) -> str:
+    """A number and what it counts, in the plural where needed: `1 block`, `1,024 blocks`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def span(start_s: float, end_s: float) -> str:
+    """A stretch of time: `1:02:03-1:02:30`."""
+    return f"{stamp(start_s)}-{stamp(end_s)}"
+
+
+def duration(seconds: object) -> str:
+    """A length of time as `1:02:03`; `-` for what is not one."""
+    if not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds < 0:
+        return "-"
+    return stamp(seconds)
+
+
+def printable(words: object) -> str:
+    """One line that a terminal takes as plain text: line breaks, escapes and broken Unicode are spelled out."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in str(words))
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
+    """Lines of a table; the first `left` columns are aligned to the left, the others, numbers, to the right."""
+    lines = [titles, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """Lines of names and values, the values under each other."""
+    listed = list(pairs)
+    width = max(len(name) for name, _ in listed)
+    return [f"{name.ljust(width)}  {value}".rstrip() for name, value in listed]
