@@ -81,6 +81,61 @@ def received_mass(query: Tensor, keys: Tensor, *, num_received: int, mask: Tenso
     return logits.softmax(dim=-1)[0, ..., keys.shape[2] - num_received :].sum(dim=(1, 2))
 
 
+def rotate_gather(
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    row_starts: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    out_keys: Tensor,
+    out_values: Tensor,
+) -> None:
+    """Gather blocks of one layer from their slots into a contiguous run, and rotate the keys in NeoX halves.
+
+    Block i lies in slot `slots[i]` and becomes rows `[row_starts[i], row_starts[i + 1])`; rows that no block names stay
+    as they are. Where cos is 1 and sin is 0, a key stays as it is. Elements of a row are adjacent in memory; all else
+    may be strided, so one layer of a device pool and a context with spare room fit without a copy.
+
+    Args:
+        keys: [num_slots, kv_heads, block_tokens, key_dim], one layer of every slot; key_dim is even.
+        values: [num_slots, kv_heads, block_tokens, value_dim].
+        slots: [num_blocks] int32.
+        row_starts: [num_blocks + 1] int32, ascending.
+        cos: [num_rows, key_dim], dtype of `keys`.
+        sin: the same.
+        out_keys: [kv_heads, num_rows, key_dim], dtype of `keys`; written.
+        out_values: [kv_heads, num_rows, value_dim], dtype of `values`; written.
+    """
+    counts = (row_starts[1:] - row_starts[:-1]).long()
+    slot_of_row = slots.long().repeat_interleave(counts)
+    dense = torch.arange(slot_of_row.shape[0], device=keys.device) + row_starts[0]
+    row = dense - row_starts[:-1].long().repeat_interleave(counts)
+    found = keys[slot_of_row, :, row].transpose(0, 1)
+    low, high = found.chunk(2, dim=-1)
+    out_keys[:, dense] = found * cos[dense] + torch.cat([-high, low], dim=-1) * sin[dense]
+    out_values[:, dense] = values[slot_of_row, :, row].transpose(0, 1)
+
+
+def best_similarity(question: Tensor, rows: Tensor, row_starts: Tensor) -> Tensor:
+    """Find, per question token and block, the largest inner product with a row of the block.
+
+    Args:
+        question: [num_queries, dim].
+        rows: [num_rows, dim], dtype of `question`; block i holds rows `[row_starts[i], row_starts[i + 1])`.
+        row_starts: [num_blocks + 1] int32, ascending.
+
+    Returns:
+        [num_queries, num_blocks] float32; -inf for a block without rows.
+    """
+    counts = (row_starts[1:] - row_starts[:-1]).long()
+    block_of_row = torch.arange(counts.shape[0], device=rows.device).repeat_interleave(counts)
+    named = rows[int(row_starts[0]) : int(row_starts[-1])]
+    best = torch.full((question.shape[0], counts.shape[0]), float("-inf"), device=rows.device)
+    similarity = question.float() @ named.float().T
+    return best.scatter_reduce_(1, block_of_row.expand_as(similarity), similarity, "amax")
+
+
 def _logits(query: Tensor, keys: Tensor, groups: int) -> Tensor:
     grouped = query.unflatten(1, (-1, groups)).float()
     return torch.einsum("bkgqd,bkmd->bkgqm", grouped, keys.float())

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chooses between a kernel's reference and its Triton twin: the only place that asks whether Triton can run."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+from torch import Tensor
+
+from kvstore.kernels import reference
+
+
+def rotate_gather(
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    row_starts: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    out_keys: Tensor,
+    out_values: Tensor,
+) -> None:
+    """Gather rows through a block table and rotate the keys; see `kvstore.kernels.reference.rotate_gather`."""
+    if _takes_triton(keys):
+        from kvstore.kernels import rotate_gather_triton as twin  # imported here: Triton is optional, and slow to load
+
+        twin.rotate_gather(keys, values, slots, row_starts, cos, sin, out_keys, out_values)
+    else:
+        reference.rotate_gather(keys, values, slots, row_starts, cos, sin, out_keys, out_values)
+
+
+def best_similarity(question: Tensor, rows: Tensor, row_starts: Tensor) -> Tensor:
+    """Best similarity per question token and block; see `kvstore.kernels.reference.best_similarity`."""
+    if _takes_triton(rows):
+        from kvstore.kernels import maxsim_triton as twin  # imported here: Triton is optional, and slow to load
+
+        return twin.best_similarity(question, rows, row_starts)
+    return reference.best_similarity(question, rows, row_starts)
+
+
+def _takes_triton(operand: Tensor) -> bool:
+    return operand.is_cuda and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
