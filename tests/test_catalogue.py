@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,8 +34,8 @@ def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
 
 
 def _fill(view: WriteView) -> None:
-    for number in range(100):
-        view.put(Table.META, bytes([number]), bytes(5000))
+    for number in range(250):
+        view.put(Table.META, bytes([number]), bytes(9000))
 
 
 def _child(code: str, *arguments: str) -> subprocess.Popen[str]:
@@ -139,6 +140,44 @@ def test_a_catalogue_that_is_cut_short_is_corrupt_before_anything_is_mapped_away
     os.truncate(tmp_path / "data.mdb", 4096 * 20)
     with pytest.raises(CorruptRecordError, match="cut short"):
         Catalogue(tmp_path, writable=False, durable=False)
+
+
+def _missing_nbytes(catalogue: Catalogue) -> int:
+    """Bytes between the end of the file and the end of the pages that LMDB has handed out."""
+    return (catalogue._env.info()["last_pgno"] + 1) * 4096 - catalogue.nbytes
+
+
+def _churn_until_pages_are_missing(catalogue: Catalogue) -> None:
+    rng = random.Random(3)
+    keys: list[bytes] = []
+
+    def churn(view: WriteView) -> None:
+        for _ in range(rng.choice([1, 5, 40])):
+            if keys and rng.random() < 0.5:
+                view.delete(Table.META, keys.pop(rng.randrange(len(keys))))
+            else:
+                keys.append(rng.randbytes(6))
+                view.put(Table.META, keys[-1], bytes(rng.choice([100, 1500, 9000])))
+
+    for _ in range(300):
+        catalogue.write(churn)
+        if _missing_nbytes(catalogue) > 0:
+            return
+    pytest.fail("LMDB wrote every page")
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_pages_that_lmdb_had_no_need_to_write_are_not_missed(tmp_path: Path, writable: bool) -> None:
+    catalogue = Catalogue(tmp_path, writable=True, durable=False)
+    _churn_until_pages_are_missing(catalogue)
+    with catalogue.read() as view:
+        content = list(view.scan(Table.META))
+    catalogue.close()
+    catalogue = Catalogue(tmp_path, writable=writable, durable=False)
+    assert (_missing_nbytes(catalogue) == 0) is writable
+    with catalogue.read() as view:
+        assert list(view.scan(Table.META)) == content
+    catalogue.close()
 
 
 def test_nothing_there_is_not_found(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ from kvstore.tiers.gate import Gate
 INITIAL_MAP_NBYTES = 16 << 20
 MAX_MAP_NBYTES = 1 << 40
 _MAX_READERS = 512
+# LMDB never writes pages that one transaction took and gave back: an intact file may end a few pages early.
+_MAX_UNWRITTEN_NBYTES = 1 << 20
 _FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 Result = TypeVar("Result")
@@ -131,7 +133,7 @@ class Catalogue:
         try:
             if writable:
                 self._env.reader_check()  # readers that were killed would pin old pages for ever
-            self._check_length()
+            self._check_length(writable)
             self._tables = self._open_tables(writable)
         except BaseException:
             self._env.close()
@@ -203,11 +205,16 @@ class Catalogue:
         except CorruptRecordError as error:
             raise StoreNotFoundError(f"{self._folder}: not a kvstore catalogue, a table is missing") from error
 
-    def _check_length(self) -> None:
-        # LMDB maps the file: reading a page behind its end would kill the process with SIGBUS.
+    def _check_length(self, writable: bool) -> None:
+        """Refuse a file that was cut short: reading a mapped page behind its end kills the process with SIGBUS."""
         wanted = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
-        if 0 < self.nbytes < wanted:
+        if not 0 < self.nbytes < wanted:
+            return
+        if wanted - self.nbytes > _MAX_UNWRITTEN_NBYTES:
             raise CorruptRecordError(f"{self._data_path}: {self.nbytes} bytes, but its pages need {wanted}: cut short")
+        if writable:
+            # The store's lock is held, so nobody else lengthens the file; LMDB calls pages of zeros corrupt by itself.
+            os.truncate(self._data_path, wanted)
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
