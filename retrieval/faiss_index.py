@@ -22,10 +22,15 @@ def is_faiss_installed() -> bool:
     return faiss_distribution() is not None
 
 
-class FaissIndex:
-    """Inner-product search over 8-bit codes trained on the first rows.
+_TRAINING_ROWS = 1024
 
-    A row is stored in `dim` bytes; on unit vectors the error of a score is below 0.01. Threads: one at a time.
+
+class FaissIndex:
+    """Inner-product search over 8-bit codes.
+
+    The first `_TRAINING_ROWS` rows are searched exactly; when they are there, the range of the codes is learnt from
+    them: a range learnt from the first few rows of a growing stream would cut off all that follows. From then on a row
+    takes `dim` bytes; on unit vectors the error of a score is below 0.01. Threads: one at a time.
 
     Args:
         dim: elements of a row.
@@ -42,30 +47,34 @@ class FaissIndex:
 
         self._dim = dim
         self._index = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
+        self._first: FlatIndex | None = FlatIndex(dim)
 
     @property
     def num_rows(self) -> int:
         """Rows added so far."""
-        return int(self._index.ntotal)
+        return int(self._index.ntotal) if self._first is None else self._first.num_rows
 
     def add(self, rows: Tensor) -> None:
-        """Append `[num_rows, dim]` float32 rows; the first call also fixes the code's range.
+        """Append `[num_rows, dim]` float32 rows.
 
         Raises:
             ShapeError: wrong shape or dtype.
         """
         check_rows(rows, self._dim)
-        array = rows.contiguous().numpy()
-        if not self._index.is_trained:
-            self._index.train(array)
-        self._index.add(array)
+        if self._first is not None:
+            self._first.add(rows)
+            if self._first.num_rows < _TRAINING_ROWS:
+                return
+            rows, self._first = self._first.rows().float(), None
+            self._index.train(rows.numpy())
+        self._index.add(rows.contiguous().numpy())
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SummaryIndex.search`."""
+        if self._first is not None:
+            return self._first.search(queries, k)
         check_rows(queries, self._dim)
         k = min(k, self.num_rows)
-        if k == 0:
-            return torch.empty(queries.shape[0], 0), torch.empty(queries.shape[0], 0, dtype=torch.int64)
         scores, rows = self._index.search(queries.contiguous().numpy(), k)
         return torch.from_numpy(scores), torch.from_numpy(rows)
 

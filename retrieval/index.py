@@ -11,6 +11,7 @@ from torch import Tensor
 from kvstore.errors import ShapeError
 
 _CHUNK_ROWS = 65536
+_MERGED_ROWS = 4096
 
 
 class SummaryIndex(Protocol):
@@ -65,8 +66,15 @@ class FlatIndex:
             ShapeError: wrong number of elements per row.
         """
         check_rows(rows, self._dim)
-        self._chunks.append(rows.half())
+        if self._chunks and self._chunks[-1].shape[0] + rows.shape[0] <= _MERGED_ROWS:
+            self._chunks[-1] = torch.cat([self._chunks[-1], rows.half()])
+        else:
+            self._chunks.append(rows.half())
         self._num_rows += rows.shape[0]
+
+    def rows(self) -> Tensor:
+        """All rows, as they are kept: `[num_rows, dim]` float16."""
+        return torch.cat([torch.empty(0, self._dim, dtype=torch.float16), *self._chunks])
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `SummaryIndex.search`."""

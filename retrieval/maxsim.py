@@ -48,7 +48,7 @@ class MaxSimScorer:
         self.add_many([(block, keys)])
 
     def add_many(self, blocks: Iterable[tuple[int, Tensor]]) -> None:
-        """Add several blocks in one call to the index; the first call should be large, it trains the index."""
+        """Add several blocks in one call to the index."""
         rows = []
         for block, keys in blocks:
             rows.append(self._directions(keys))

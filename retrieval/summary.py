@@ -99,7 +99,7 @@ def mean_keys(keys: Tensor) -> Tensor:
     Source: ReKV (arXiv:2503.00540), mean key per frame, without repeating KV heads: sums over a query group commute
     with the mean, so the ranking is the same at a fraction of the size.
     """
-    return keys.float().mean(dim=2).flatten(1).half()
+    return _half(keys.float().mean(dim=2).flatten(1))
 
 
 def received_keys(keys: Tensor, received: Tensor, top: int = 4) -> Tensor:
@@ -118,7 +118,7 @@ def received_keys(keys: Tensor, received: Tensor, top: int = 4) -> Tensor:
     """
     chosen = received.topk(min(top, received.shape[-1]), dim=-1).indices
     picked = keys.float().gather(2, chosen[..., None].expand(-1, -1, -1, keys.shape[-1]))
-    return picked.mean(dim=2).flatten(1).half()
+    return _half(picked.mean(dim=2).flatten(1))
 
 
 def token_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def token_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
         `[num_tokens, num_layers_kept]` float16, so that key = code * scale.
     """
     rows = keys.float().permute(2, 0, 1, 3).flatten(2)
-    scales = (rows.abs().amax(dim=2) / 127).clamp_min(1e-6).half()
+    scales = _half((rows.abs().amax(dim=2) / 127).clamp_min(1e-6))
     codes = (rows / scales.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
     return codes.flatten(1), scales
 
@@ -140,3 +140,9 @@ def token_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
 def expand_token_keys(codes: Tensor, scales: Tensor) -> Tensor:
     """Inverse of `token_keys`: `[num_tokens, num_layers_kept, kv_heads * key_dim]` float32."""
     return codes.view(codes.shape[0], scales.shape[1], -1).float() * scales.float()[..., None]
+
+
+def _half(vectors: Tensor) -> Tensor:
+    """Round to float16; what is too large becomes the largest, because an infinity would spoil every comparison."""
+    largest = torch.finfo(torch.float16).max
+    return vectors.clamp(-largest, largest).half()
