@@ -38,6 +38,7 @@ class OpenBlock:
         slot_idx: its slot in the device pool.
         segment: its size and span.
         received: [num_layers, kv_heads, num_tokens] float32 attention mass so far.
+        is_announced: whether somebody asked for this segment; else it is the default.
         filled: tokens written (or about to be, in the running forward).
         ids: content ids of its tokens.
         positions: [rows, count] int64 pieces.
@@ -46,6 +47,7 @@ class OpenBlock:
     slot_idx: int
     segment: Segment
     received: Tensor
+    is_announced: bool
     filled: int = 0
     ids: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
@@ -127,10 +129,11 @@ class Appender:
             first += count
 
     def _new_block(self) -> OpenBlock:
-        segment = self._segments.popleft() if self._segments else Segment(self._layout.block_tokens, 0.0, 0.0, -1)
-        spec = self._layout.spec
+        slot_idx, spec = self._residency.take_slot(), self._layout.spec
+        is_announced = bool(self._segments)
+        segment = self._segments.popleft() if is_announced else Segment(self._layout.block_tokens, 0.0, 0.0, -1)
         received = torch.zeros(spec.num_layers, spec.kv_heads, segment.num_tokens)
-        return OpenBlock(self._residency.take_slot(), segment, received)
+        return OpenBlock(slot_idx, segment, received, is_announced)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Store one layer of the running forward's tokens.
@@ -154,8 +157,19 @@ class Appender:
             block.received[layer, :, : block.filled] += mass[:, first : first + block.filled].cpu()
             first += block.filled
 
+    def end(self) -> None:
+        """Note that every layer of the running forward is written."""
+        self._pieces = []
+
+    def abandon(self) -> int:
+        """Forget the tokens of a forward that has begun and not ended; returns how many there were."""
+        unfinished = sum(piece.count for piece in self._pieces)
+        self._pieces = []
+        self.drop(unfinished)
+        return unfinished
+
     def drop(self, num_tokens: int) -> None:
-        """Forget the last tokens.
+        """Forget the last tokens; if somebody asked for a block that becomes empty, it is still to come.
 
         Raises:
             ConfigError: some of them have been handed on already.
@@ -171,6 +185,8 @@ class Appender:
             block.received[:, :, block.filled :] = 0
             num_tokens -= count
             if block.filled == 0:
+                if block.is_announced:
+                    self._segments.appendleft(block.segment)
                 self._residency.pool.free(self._open.pop().slot_idx)
 
     def finish(self) -> list[NewBlock]:

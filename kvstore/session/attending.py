@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -58,9 +59,7 @@ class AttentionInputs:
         if tail_mask is None:
             if num_new == 1:
                 return None
-            past = num_keys - num_new
-            ones = torch.ones(num_new, num_keys, dtype=torch.bool, device=self.query.device)
-            return ones.tril(diagonal=past)[None, None]
+            return _causal_mask(num_new, num_keys, self.query.device)
         if tail_mask.shape[-1] != num_keys - self.num_past:
             raise ShapeError(f"the mask covers {tail_mask.shape[-1]} keys; the tail has {num_keys - self.num_past}")
         if self.num_past == 0:
@@ -74,6 +73,13 @@ class AttentionInputs:
                 self.query_far, self.query, self.keys, self.values, num_far=self.num_far, mask=mask, scale=scale
             )
         return attend(self.query, self.keys, self.values, mask=mask, scale=scale)
+
+
+@functools.lru_cache(maxsize=2)
+def _causal_mask(num_new: int, num_keys: int, device: torch.device) -> Tensor:
+    """The causal mask of new tokens behind older keys; kept, because every layer of a forward wants the same."""
+    ones = torch.ones(num_new, num_keys, dtype=torch.bool, device=device)
+    return ones.tril(diagonal=num_keys - num_new)[None, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,26 +119,47 @@ class Attending:
         self._placements: list[Placement] = [Placement(torch.empty(rows, 0, dtype=torch.int64), 0)] * num_layers
 
     def place_past(
-        self, past: Past, positions: dict[int, Tensor], open_positions: Sequence[Tensor], *, end: int, tail_start: int
+        self,
+        past: Past,
+        positions: dict[int, Tensor],
+        open_positions: Sequence[Tensor],
+        *,
+        num_blocks: int,
+        end: int,
+        tail_start: int,
     ) -> Placement:
         """Place a past; see `place`.
+
+        Blocks that follow each other in the stream stay as they lie to each other: where M-RoPE grids of neighbours
+        overlap, closing them up would move them apart.
 
         Args:
             past: the blocks.
             positions: [rows, num_tokens] int64 of each block, by index.
             open_positions: the same for rows of blocks that are still open, which follow the near part.
+            num_blocks: blocks of the stream: the tail follows the last of them, or the open rows.
             end: position that follows the stream's last token.
             tail_start: position which the engine gives to the first token of the tail.
         """
-        return place(
+        far = [positions[entry.index] for entry in past.far]
+        near = [*(positions[entry.index] for entry in past.near), *open_positions]
+        indices = [entry.index for entry in (*past.far, *past.near)]
+        indices += range(num_blocks, num_blocks + len(open_positions))
+        segments = _runs(indices, [*far, *near])
+        is_consecutive = self._position is PositionPolicy.CONSECUTIVE
+        placement = place(
             self._position,
-            [positions[entry.index] for entry in past.far],
-            [*(positions[entry.index] for entry in past.near), *open_positions],
+            [] if is_consecutive else far,
+            segments if is_consecutive else near,
             rows=self._rows,
             stream_end=end,
             tail_start=tail_start,
             far_position=self._far_position,
         )
+        if is_consecutive and indices and indices[-1] == max(num_blocks + len(open_positions), 1) - 1:
+            shift = int(placement.past[0, -1] - segments[-1][0, -1])  # the tail follows its neighbour, likewise
+            placement = replace(placement, offset=shift + end - tail_start)
+        return placement
 
     def set_past(
         self, layer: int, past: Past, open_planes: Sequence[tuple[Tensor, Tensor]], placement: Placement
@@ -188,3 +215,14 @@ class Attending:
         if self._rotate is None or vectors.shape[2] == 0:
             return vectors
         return self._rotate(vectors, positions.to(vectors.device))
+
+
+def _runs(indices: Sequence[int], segments: Sequence[Tensor]) -> list[Tensor]:
+    """Join the positions of blocks that follow each other in the stream."""
+    runs: list[list[Tensor]] = []
+    for number, segment in enumerate(segments):
+        if number > 0 and indices[number] == indices[number - 1] + 1:
+            runs[-1].append(segment)
+        else:
+            runs.append([segment])
+    return [torch.cat(run, dim=1) for run in runs]

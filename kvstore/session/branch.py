@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
+from kvstore.errors import CorruptRecordError
 from kvstore.retrieval.maxsim import scored_layers
 from kvstore.retrieval.policies import Scope, Trigger
 from kvstore.retrieval.positions import PositionPolicy
@@ -18,6 +20,7 @@ from kvstore.retrieval.selection import Ranking, select
 from kvstore.session.attending import Attending, AttentionInputs, Past
 from kvstore.session.recall import Recall, cite
 from kvstore.session.view import StreamView
+from kvstore.spec import BlockKey
 from kvstore.store import Entry
 
 
@@ -34,7 +37,8 @@ class Branch(Attending):
 
     The engine runs the question through the model between `begin_recall` and `end_recall`, then the prompt and the
     answer. Without that first pass, the first forward of the prompt selects by itself where the policy allows it
-    (`needs_recall` says where it does not). Not thread-safe: the engine's thread owns it.
+    (`needs_recall` says where it does not). A forward that fails midway leaves nothing. Not thread-safe: the engine's
+    thread owns it.
 
     Args:
         view: the stream, as it is now.
@@ -48,7 +52,11 @@ class Branch(Attending):
         self._view = view
         self._policy = policy
         self._entries = list(view.entries)
-        self._open_planes = [view.open_planes(layer) for layer in range(view.num_layers)]
+        # Copies: the stream may go on, and its open slots with it, while the question is being answered.
+        self._open_planes = [
+            [(keys.clone(), values.clone()) for keys, values in view.open_planes(layer)]
+            for layer in range(view.num_layers)
+        ]
         self._open_positions = [rows.positions for rows in view.open_rows]
         self._end = view.end_position
         self.first_token = view.num_tokens if continues else 0
@@ -64,8 +72,8 @@ class Branch(Attending):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the question and answer so far."""
-        return self.contexts[0].num_tail
+        """Tokens of the question and answer so far, without the running forward's."""
+        return self.contexts[-1].num_tail
 
     @property
     def batch(self) -> int:
@@ -77,29 +85,44 @@ class Branch(Attending):
         """Whether a pass over the question must come before the first forward."""
         return self._policy.scope is Scope.STREAM and not self._has_selected and self._phase is _Phase.ANSWER
 
+    @contextmanager
+    def recalling(self) -> Iterator[None]:
+        """`begin_recall` and `end_recall` around a block; if it fails, the next forward needs a pass again."""
+        self.begin_recall()
+        try:
+            yield
+            self.end_recall()
+        finally:
+            self._leave_recall()
+
     def begin_recall(self) -> None:
         """Start the pass over the question: the next forward selects and is then forgotten."""
-        self._view.retriever.refresh(len(self._entries))
+        self._leave_recall()
+        self._view.retriever.refresh(self._view.num_sink_blocks, len(self._entries))
         self._phase = _Phase.SCOUT if self._policy.scope is Scope.STREAM else _Phase.RECALL
         self._has_selected = False
         self._votes.clear()
         self.recall = Recall()
         if self._phase is _Phase.SCOUT:
-            for context in self._scout.contexts:
-                context.drop_tail(context.num_tail)
             self._attend_to(self._scout, [], [], range(len(self.contexts)))
 
     def end_recall(self) -> None:
         """End the pass over the question; for policies with one list, select and load now."""
         if self._phase is _Phase.SCOUT:
             self._select_for_all()
-        for context in self.contexts:
-            context.drop_tail(context.num_tail)
-        self._scout_keys.clear()
         self._has_selected = True
-        self._phase = _Phase.ANSWER
+        self._leave_recall()
         if self._policy.scope is Scope.LAYER:
             self._cite_votes()
+
+    def _leave_recall(self) -> None:
+        """Forget the question's tokens, and that a pass was under way."""
+        if self._phase is _Phase.ANSWER:
+            return
+        for context in (*self.contexts, *self._scout.contexts):
+            context.drop_tail(context.num_tail)
+        self._scout_keys.clear()
+        self._phase = _Phase.ANSWER
 
     def extend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> AttentionInputs:
         """Add one layer of a forward's tokens to the question.
@@ -111,13 +134,15 @@ class Branch(Attending):
             values: [batch, kv_heads, num_new, value_dim].
             positions: [rows, batch, num_new] int64, counted from the question's first token.
         """
+        if layer == 0:
+            self._forget_unfinished()
         if self._phase is _Phase.SCOUT:
             self._scout_keys[layer] = keys[0]
             return self._scout.inputs(layer, query, keys, values, positions)
         selects = self._phase is _Phase.RECALL or not self._has_selected or self._policy.trigger is Trigger.STEP
         if selects and self._policy.scope is Scope.LAYER:
             if layer == 0 and self._phase is _Phase.ANSWER:
-                self._view.retriever.refresh(len(self._entries))
+                self._view.retriever.refresh(self._view.num_sink_blocks, len(self._entries))
             self._select_for_layer(layer, query)
             if layer == len(self.contexts) - 1:
                 self._has_selected = True
@@ -126,13 +151,20 @@ class Branch(Attending):
 
     def drop(self, num_tokens: int) -> None:
         """Forget the last tokens of the question."""
+        self._forget_unfinished()
         for context in self.contexts:
             context.drop_tail(num_tokens)
 
     def take_rows(self, rows: Tensor) -> None:
         """Reorder, repeat or drop sequences (beam search)."""
+        self._forget_unfinished()
         for context in self.contexts:
             context.take_rows(rows)
+
+    def _forget_unfinished(self) -> None:
+        """Drop what a forward that failed midway left in the layers that it reached."""
+        for context in self.contexts:
+            context.drop_tail(context.num_tail - self.num_tokens)
 
     # Selecting
 
@@ -169,19 +201,40 @@ class Branch(Attending):
         self, attending: Attending, chosen: Sequence[Entry], near: Sequence[Entry], layers: range
     ) -> frozenset[int]:
         """Load sinks, `chosen` and `near` and make them the past of some layers; returns the blocks that were had."""
-        wanted = [*self._sinks, *chosen, *near]
-        report = self._residency.load([entry.key for entry in wanted], layers)
+        where, unplaced = self._positions((*self._sinks, *chosen, *near))
+        wanted = [entry.key for entry in (*self._sinks, *chosen, *near) if entry.index in where]
+        report = self._residency.load(wanted, layers)
+        report.lost.update(unplaced)
         self.recall.load.add(report)
         far_had = [entry for entry in (*self._sinks, *chosen) if entry.key not in report.lost]
         near_had = [entry for entry in near if entry.key not in report.lost]
         past = Past(tuple(far_had), tuple(near_had))
-        where = {entry.index: self._view.positions_of(entry) for entry in (*far_had, *near_had)}
         is_answer = attending is self
         open_positions = self._open_positions if is_answer else []
-        placement = attending.place_past(past, where, open_positions, end=self._end, tail_start=self._tail_start)
-        for layer in layers:
-            attending.set_past(layer, past, self._open_planes[layer] if is_answer else [], placement)
-        self._residency.unpin([entry.key for entry in (*far_had, *near_had)])
+        try:
+            placement = attending.place_past(
+                past,
+                where,
+                open_positions,
+                num_blocks=len(self._entries),
+                end=self._end,
+                tail_start=self._tail_start,
+            )
+            for layer in layers:
+                attending.set_past(layer, past, self._open_planes[layer] if is_answer else [], placement)
+        finally:
+            self._residency.unpin([entry.key for entry in (*far_had, *near_had)])
         if is_answer:
             self.recall.num_attended_tokens = max(self.recall.num_attended_tokens, placement.past.shape[1])
         return frozenset(entry.index for entry in (*far_had, *near_had))
+
+    def _positions(self, entries: Sequence[Entry]) -> tuple[dict[int, Tensor], dict[BlockKey, str]]:
+        """Positions of blocks by index, and the blocks whose stored positions cannot be read, with the reason."""
+        where: dict[int, Tensor] = {}
+        unplaced: dict[BlockKey, str] = {}
+        for entry in entries:
+            try:
+                where[entry.index] = self._view.positions_of(entry)
+            except CorruptRecordError as error:
+                unplaced[entry.key] = str(error)
+        return where, unplaced

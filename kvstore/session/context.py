@@ -16,6 +16,7 @@ class LayerContext:
 
     The past is replaced when another selection or another window is to be attended; the tail (tokens of the running
     forwards) is only appended to, so a decode step writes one row and copies nothing. Buffers grow by doubling.
+    Buffers are never inference tensors, so a question begun in inference mode may go on outside it.
     Not thread-safe: the engine's thread owns it.
     """
 
@@ -30,6 +31,8 @@ class LayerContext:
         """Sequences held: 1 until a larger batch is appended."""
         return self._keys.shape[0] if self._keys is not None else 1
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def set_past(self, keys: Tensor, values: Tensor) -> None:
         """Replace the past and keep the tail.
 
@@ -49,6 +52,8 @@ class LayerContext:
             self._values[:, :, num_past : num_past + self.num_tail] = tail_values
         self.num_past = num_past
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append new tokens to the tail.
 
@@ -69,7 +74,9 @@ class LayerContext:
         if self._keys.shape[0] != batch:
             if self.num_tail:
                 raise ShapeError(f"the tail holds {self._keys.shape[0]} sequences; these tokens are for {batch}")
-            self._keys, self._values = _repeat(self._keys, batch), _repeat(self._values, batch)
+            # Without a tail all sequences are the same past.
+            self._keys = self._keys[:1].expand(batch, -1, -1, -1).contiguous()
+            self._values = self._values[:1].expand(batch, -1, -1, -1).contiguous()
         need = total + keys.shape[2]
         if need > self._keys.shape[2]:
             self._keys, self._values = _grow(self._keys, total, need), _grow(self._values, total, need)
@@ -88,6 +95,8 @@ class LayerContext:
             raise ShapeError(f"cannot drop {num_tokens} tokens; the tail holds {self.num_tail}")
         self.num_tail -= num_tokens
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def take_rows(self, rows: Tensor) -> None:
         """Reorder, repeat or drop sequences: row i becomes what row `rows[i]` was (beam search)."""
         if self._keys is not None and self._values is not None:
@@ -103,12 +112,6 @@ class LayerContext:
 
 def _buffer(like: Tensor, batch: int, tokens: int) -> Tensor:
     return torch.empty(batch, like.shape[1], tokens, like.shape[3], dtype=like.dtype, device=like.device)
-
-
-def _repeat(buffer: Tensor, batch: int) -> Tensor:
-    if buffer.shape[0] != 1:
-        raise ShapeError(f"a context of {buffer.shape[0]} sequences cannot become one of {batch}")
-    return buffer.expand(batch, -1, -1, -1).contiguous()
 
 
 def _grow(buffer: Tensor, used: int, need: int) -> Tensor:

@@ -113,29 +113,37 @@ class Residency:
             layers: layers wanted.
 
         Raises:
-            CapacityError: more blocks than the pool has slots.
+            CapacityError: more blocks than the pool has slots; nothing is pinned then.
         """
         report = LoadReport()
         layout = self._pool.layout
         part = layout.slot_nbytes * len(layers) // layout.spec.num_layers
         missing: list[BlockKey] = []
-        for key in keys:
-            place = self._places.get(key)
-            if place is not None:
-                self._places.move_to_end(key)
+        pinned: list[BlockKey] = []
+        try:
+            # Those that are here first, so that making room for the others does not evict them.
+            for key in sorted(keys, key=lambda key: key not in self._places):
+                if key in self._places:
+                    self._places.move_to_end(key)
+                else:
+                    self._places[key] = _Place(self.take_slot(), set())
+                place = self._places[key]
                 place.pins += 1
-            if place is not None and place.layers.issuperset(layers):
-                report.bytes_read["device"] += part
-            else:
-                missing.append(key)
-        if missing:
-            self._fetch(missing, layers, report)
+                pinned.append(key)
+                if place.layers.issuperset(layers):
+                    report.bytes_read["device"] += part
+                else:
+                    missing.append(key)
+            if missing:
+                self._fetch(missing, layers, report)
+        except BaseException:
+            for key in pinned:
+                if key not in report.lost:
+                    self._drop(key)
+            raise
         return report
 
     def _fetch(self, missing: Sequence[BlockKey], layers: range, report: LoadReport) -> None:
-        for key in missing:
-            if key not in self._places:
-                self._places[key] = _Place(self.take_slot(), set(), pins=1)
         slots = [self._pool.slot(self._places[key].slot_idx) for key in missing]
         staged = [slot if slot.device.type == "cpu" else torch.empty_like(slot, device="cpu") for slot in slots]
         whole = len(layers) == self._pool.layout.spec.num_layers

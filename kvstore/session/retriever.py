@@ -69,21 +69,26 @@ class Retriever:
         name: the stream.
         spec: the stream's spec.
         policy: what to search by.
-        sink_blocks: leading blocks that are always attended and so are kept out of the index.
     """
 
-    def __init__(self, store: Store, name: str, spec: ModelSpec, policy: Policy, sink_blocks: int) -> None:
+    def __init__(self, store: Store, name: str, spec: ModelSpec, policy: Policy) -> None:
         self._store = store
         self._name = name
         self._spec = spec
         self._policy = policy
-        self._known = sink_blocks
+        self._known = 0
         self._maxsim: MaxSimScorer | None = None
         self._by_layer: list[MeanQueryScorer] = []
         self.num_damaged = 0
 
-    def refresh(self, num_blocks: int) -> None:
-        """Index the stream's blocks up to `num_blocks` that are not indexed yet."""
+    def refresh(self, num_sink_blocks: int, num_blocks: int) -> None:
+        """Index the stream's blocks that are not indexed yet.
+
+        Args:
+            num_sink_blocks: leading blocks to leave out: they are attended always.
+            num_blocks: where to stop.
+        """
+        self._known = max(self._known, num_sink_blocks)
         while self._policy.summary is not None and self._known < num_blocks:
             count = min(_BATCH, num_blocks - self._known)
             if self._policy.scope is Scope.STREAM and self._maxsim is None:
@@ -138,7 +143,7 @@ class Retriever:
             fits = part.shape[1] == self._row_dim() and scales is not None and scales.shape == (len(part), num_parts)
         else:
             fits = part.shape == (self._spec.num_layers, self._spec.kv_heads * self._spec.key_dim)
-        if not fits:
+        if not fits or not part.isfinite().all() or (scales is not None and not scales.isfinite().all()):
             raise CorruptRecordError(f"summary of stream {self._name!r} does not fit its model")
 
     def _add(self, blocks: list[tuple[int, Summary]]) -> None:

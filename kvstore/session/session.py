@@ -23,7 +23,8 @@ from kvstore.tiers.manifest import JSON
 class Session:
     """The growing end of one stream, in the process that runs the model.
 
-    Each forward calls `extend` once per layer, in order of layers. Not thread-safe: the engine's thread owns it.
+    Each forward calls `extend` once per layer, in order of layers; one that fails midway leaves nothing. Not
+    thread-safe: the engine's thread owns it.
 
     Args:
         store: an open store; a reader can only ask.
@@ -88,7 +89,7 @@ class Session:
             What the attention kernel needs.
 
         Raises:
-            ShapeError: more than one sequence: a stream is one; use a branch.
+            ShapeError: more than one sequence: a stream is one; use a branch. Or positions that do not continue it.
             ReadOnlyError: the store was opened for reading.
             CapacityError: no slot is free.
         """
@@ -96,6 +97,7 @@ class Session:
             raise ShapeError(f"a stream is one sequence; a batch of {keys.shape[0]} needs a branch")
         appender = self._writer()
         if layer == 0:
+            self._check_positions(positions)
             self._slide_window()
         if self._is_stale or self.view.config.policy.retrieves_while_appending:
             self._assemble(layer, query, int(positions.min()))
@@ -103,6 +105,7 @@ class Session:
             appender.begin(ids, positions[:, 0])
         appender.write(layer, keys[0], values[0])
         if layer == self.view.num_layers - 1:
+            appender.end()
             self._is_stale = False
             self._note_open_rows()
         return self._attending.inputs(layer, query, keys, values, positions)
@@ -122,6 +125,7 @@ class Session:
         Raises:
             CapacityError, StoreIOError: what the store's writer met since the last call.
         """
+        self._forget_unfinished()
         appender, view = self._writer(), self.view
         blocks = appender.close_partial() if partial else appender.finish()
         if cursor is not None:
@@ -138,6 +142,7 @@ class Session:
         Raises:
             ConfigError: some of them are stored already.
         """
+        self._forget_unfinished()
         self._writer().drop(num_tokens)
         self._is_stale = True
         self._note_open_rows()
@@ -178,6 +183,21 @@ class Session:
                 f"stream {header.name!r}: its last blocks cannot be read ({reason}), so it cannot be continued"
             )
 
+    def _forget_unfinished(self) -> None:
+        """Drop the tokens of a forward that failed midway: their rows are filled in some layers only."""
+        if self._writer().abandon():
+            self._is_stale = True
+            self._note_open_rows()
+
+    def _check_positions(self, positions: Tensor) -> None:
+        if self.view.rows > 1:
+            return  # stored as they are
+        first = self.num_tokens
+        if not torch.equal(positions[0, 0].cpu(), torch.arange(first, first + positions.shape[2])):
+            raise ShapeError(
+                f"stream {self.view.header.name!r} goes on at position {first}; the forward has other positions"
+            )
+
     def _note_open_rows(self) -> None:
         self.view.open_rows = [
             OpenRows(block.slot_idx, block.filled, torch.cat(block.positions, dim=1))
@@ -206,20 +226,28 @@ class Session:
         view = self.view
         retrieved = self._retrieve(layer, query) if view.config.policy.retrieves_while_appending else []
         past = Past((*self._sinks(), *retrieved), tuple(view.entries[self._window_first :]))
+        try:
+            self._attend_to(layer, past, tail_start)
+        finally:
+            view.residency.unpin([entry.key for entry in retrieved])
+
+    def _attend_to(self, layer: int, past: Past, tail_start: int) -> None:
+        view = self.view
         where = {entry.index: view.positions_of(entry) for entry in (*past.far, *past.near)}
         open_positions = [rows.positions for rows in view.open_rows]
-        placement = self._attending.place_past(past, where, open_positions, end=tail_start, tail_start=tail_start)
+        placement = self._attending.place_past(
+            past, where, open_positions, num_blocks=len(view.entries), end=tail_start, tail_start=tail_start
+        )
         context = self._attending.contexts[layer]
         context.drop_tail(context.num_tail)
         self._attending.set_past(layer, past, view.open_planes(layer), placement)
-        view.residency.unpin([entry.key for entry in retrieved])
 
     def _retrieve(self, layer: int, query: Tensor) -> list[Entry]:
         """Blocks between sinks and window that this layer's queries ask for, loaded and pinned."""
         view = self.view
         if layer == 0:
             view.store.flush()
-            view.retriever.refresh(self._window_first)
+            view.retriever.refresh(view.num_sink_blocks, self._window_first)
         ranking = view.retriever.rank_layer(
             layer, query[0].unflatten(0, (view.header.spec.kv_heads, -1)), self._window_first
         )

@@ -30,7 +30,8 @@ class SessionConfig:
     Args:
         policy: what a question retrieves by.
         window_tokens: most recent tokens that an appending forward attends to, rounded up to whole blocks.
-        sink_tokens: first tokens of the stream, attended always (StreamingLLM, arXiv:2309.17453).
+        sink_tokens: first tokens of the stream, attended always (StreamingLLM, arXiv:2309.17453), rounded up to whole
+            blocks.
         budget_tokens: most tokens of retrieved blocks per question.
         device_nbytes: size of the device pool.
 
@@ -109,7 +110,7 @@ class StreamView:
         self.cursor: dict[str, JSON] = {}
         self.num_sink_blocks = 0
         self.reload()
-        self.retriever = Retriever(store, header.name, header.spec, config.policy, self.num_sink_blocks)
+        self.retriever = Retriever(store, header.name, header.spec, config.policy)
 
     @property
     def num_layers(self) -> int:
@@ -137,10 +138,9 @@ class StreamView:
         self.note_sinks()
 
     def note_sinks(self) -> None:
-        """Count the leading blocks that lie within `sink_tokens`."""
+        """Count the leading blocks that begin within `sink_tokens`."""
         while self.num_sink_blocks < len(self.entries):
-            entry = self.entries[self.num_sink_blocks]
-            if entry.first_token + entry.num_tokens > self.config.sink_tokens:
+            if self.entries[self.num_sink_blocks].first_token >= self.config.sink_tokens:
                 break
             self.num_sink_blocks += 1
 
