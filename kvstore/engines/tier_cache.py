@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache object that a transformers model is given: it reports lengths and hands tokens to a stream or a branch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvstore.errors import ConfigError
+from kvstore.session.attending import AttentionInputs
+from kvstore.session.branch import Branch
+from kvstore.session.session import Session
+
+
+class TierLayer(CacheLayerMixin):
+    """One layer's view of a `TierCache`: reports logical lengths, hands new keys and values through."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, owner: TierCache) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._owner = owner
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Remember dtype and device; nothing is allocated here."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        # Library code may look at these; a view would keep the tensors of the forward alive.
+        self.keys, self.values = key_states.new_empty(0), value_states.new_empty(0)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the new keys and values: the attention function joins them with the past."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys, offset) of the mask: it covers the tail of the running question, never the stored past."""
+        return self._owner.mask_sizes(query_length)
+
+    def get_seq_length(self) -> int:
+        """Logical tokens so far: what the next position is counted from."""
+        return self._owner.num_tokens
+
+    def get_max_length(self) -> int:
+        """Unbounded."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+class TierCache(Cache):
+    """A transformers cache over a stream (tokens are appended to it) or over a branch (tokens are forgotten).
+
+    Args:
+        session: the stream.
+        branch: the question; None appends to the stream.
+    """
+
+    def __init__(self, session: Session, branch: Branch | None) -> None:
+        self.session = session
+        self.branch = branch
+        self.rope_deltas: Tensor | None = None
+        super().__init__(layers=[TierLayer(self) for _ in range(session.view.num_layers)])
+
+    @property
+    def num_tokens(self) -> int:
+        """Logical length: the stream's tokens, or the question's."""
+        if self.branch is None:
+            return self.session.num_tokens
+        return self.branch.first_token + self.branch.num_tokens
+
+    def mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """See `TierLayer.get_mask_sizes`."""
+        if self.branch is None:
+            return query_length, self.session.num_tokens
+        return self.branch.num_tokens + query_length, self.branch.first_token
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; 0 or negative, as transformers counts."""
+        if tokens_to_remove < 0:
+            (self.branch or self.session).drop(-tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget the question; a stream cannot be reset, it is what is stored."""
+        if self.branch is None:
+            raise ConfigError("a stream's cache cannot be reset; start another stream or remove it from the store")
+        self.branch.drop(self.branch.num_tokens)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the sequences of a beam search."""
+        self._rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self._rows(torch.arange(self._batch()).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences."""
+        self._rows(indices)
+
+    def prepare(self, batch: int) -> None:
+        """Get ready for a forward of `batch` sequences: more than one on a stream branches off it."""
+        if self.branch is None and batch > 1:
+            self.branch = self.session.branch(continues=True)
+
+    def _batch(self) -> int:
+        return self.branch.batch if self.branch is not None else 1
+
+    def _rows(self, rows: Tensor) -> None:
+        self.prepare(rows.numel())
+        if self.branch is not None:
+            self.branch.take_rows(rows)
+
+    def extend(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, ids: Tensor
+    ) -> AttentionInputs:
+        """Append one layer of a forward to the branch or the stream.
+
+        Args:
+            layer: layer index; layer 0 comes first.
+            query: [batch, num_heads, num_new, key_dim] before RoPE.
+            keys: [batch, kv_heads, num_new, key_dim] before RoPE.
+            values: [batch, kv_heads, num_new, value_dim].
+            positions: [rows, batch or 1, num_new] int64.
+            ids: [num_new] int64 content ids.
+        """
+        positions = positions.expand(-1, keys.shape[0], -1)
+        if self.branch is not None:
+            return self.branch.extend(layer, query, keys, values, positions)
+        return self.session.extend(layer, query, keys, values, positions, ids)
