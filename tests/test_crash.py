@@ -89,11 +89,11 @@ def serve_children() -> None:
         path, seed, durability = line.rstrip("\n").split("\t")
         child = os.fork()
         if child == 0:
+            say(f"pid {os.getpid()}")
             try:
                 write_until_killed(Path(path), int(seed), Durability(durability))
             finally:
                 os._exit(1)
-        say(f"pid {child}")
         _, status = os.waitpid(child, 0)
         say(f"dead {os.waitstatus_to_exitcode(status)}")
 
