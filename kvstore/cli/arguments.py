@@ -8,7 +8,7 @@ import re
 from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
-_SIZE = re.compile(r"(?P<number>\d+(?:\.\d*)?(?:[eE]\+?\d+)?)\s*(?P<unit>[A-Za-z]*)")
+_SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]*)?(?:[eE]\+?[0-9]+)?)\s*(?P<unit>[A-Za-z]*)")
 _PREFIXES = "kmgtp"
 _MAX_NBYTES = 1 << 62
 

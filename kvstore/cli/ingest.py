@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 from kvstore.cli import arguments, text
 from kvstore.cli.progress import Progress
-from kvstore.errors import CapacityError
+from kvstore.errors import CapacityError, KVStoreError, StoreIOError
 from kvstore.record import PROFILES, Profile
 from kvstore.video.prompt import stamp
 
@@ -73,11 +73,16 @@ def run(options: argparse.Namespace) -> int:
 
                 last = ingest(options.video, options.store, options.stream, language_model, config, on_progress)
         except KeyboardInterrupt:
-            progress.say(f"kvstore: stopped{_where(options)}; the same command goes on from there")
+            held = _stored(options) or "nothing of the video is stored yet"
+            progress.say(f"kvstore: stopped; {held}; the same command goes on from there")
             return _EXIT_INTERRUPTED
-        except CapacityError as error:
-            raise CapacityError(
-                f"{error}; what was read{_where(options)} is stored and can be asked; "
+        except (CapacityError, StoreIOError) as error:
+            stored = _stored(options)
+            if stored is None:
+                raise
+            free = text.size(shutil.disk_usage(options.store).free)
+            raise type(error)(
+                f"{error}; {stored} and can be asked; the file system has {free} free; "
                 "with more room the same command goes on from there"
             ) from error
     for line in _summary(options.stream, last, is_new=display.has_begun):
@@ -139,17 +144,15 @@ class _Interruptible:
         os.write(_STDERR, b"\nstopping after this screen; Ctrl-C again stops at once\n")
 
 
-def _where(options: argparse.Namespace) -> str:
-    """` until 0:12:30`: where the stream ends now; empty when there is none yet."""
+def _stored(options: argparse.Namespace) -> str | None:
+    """What the store holds of the video now, in words; None when there is no such stream, or nobody can tell."""
     from kvstore.cli.stored import find_stream, read_until
-    from kvstore.errors import StoreNotFoundError, StreamNotFoundError
 
-    store: Path = options.store
     try:
-        until_s = read_until(find_stream(store, options.stream))
-    except (StoreNotFoundError, StreamNotFoundError):
-        return ""
-    return f" until {stamp(until_s or 0.0)}"
+        until_s = read_until(find_stream(options.store, options.stream))
+    except KVStoreError:
+        return None
+    return f"{stamp(until_s or 0.0)} of the video is stored"
 
 
 def _summary(name: str, last: IngestProgress, *, is_new: bool) -> list[str]:

@@ -19,7 +19,7 @@ from kvstore.session.recall import Span
 from kvstore.session.session import Session
 from kvstore.session.view import SessionConfig
 from kvstore.store import Access, Store, check_spec
-from kvstore.video.prompt import PREAMBLE, question_prompt
+from kvstore.video.prompt import PREAMBLE, question_prompt, stamp
 
 MAX_NEW_TOKENS = 32
 
@@ -48,7 +48,7 @@ class Answer:
         policy: what retrieved.
         tokens_in_stream: tokens of the stream.
         tokens_attended: tokens of the stream that the answer attended to.
-        damaged: blocks that could not be had, with the reason.
+        damaged: blocks that could not be had: index, time span and reason.
     """
 
     question: str
@@ -145,7 +145,7 @@ class Asker:
         return Answer(
             question=question,
             answer=self._words(ids),
-            spans=recall.spans,
+            spans=[span for span in recall.spans if span.group >= 0],  # not the preamble: it is not in the video
             ttft_s=ttft_s,
             stages_s=Stages(
                 retrieve=max(recalled_s - load.load_s - load.decode_s, 0.0),
@@ -157,7 +157,11 @@ class Asker:
             policy=view.config.policy.name,
             tokens_in_stream=view.num_tokens,
             tokens_attended=recall.num_attended_tokens,
-            damaged=[f"{key.hex()[:12]}: {reason}" for key, reason in load.lost.items()],
+            damaged=[
+                f"block {entry.index}, {stamp(entry.start_s)}-{stamp(entry.end_s)}: {load.lost[entry.key]}"
+                for entry in view.entries
+                if entry.key in load.lost
+            ],
         )
 
     def _answer(self, cache: TierCache, prompt: torch.Tensor, max_new_tokens: int) -> tuple[list[int], float]:

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kvstore command from end to end on a tiny model: what each command prints, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+for _module in ("av", "PIL", "tesserocr", "transformers"):
+    pytest.importorskip(_module)
+
+from kvstore.cli.main import main  # noqa: E402
+from tests.cli_runs import Done, Nursery, open_nursery, record_silently, run_process, save_tiny_model  # noqa: E402
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny_model(folder / "model")
+    record_silently(folder, 0.03)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nursery(folder: Path) -> Iterator[Nursery]:
+    with open_nursery(folder) as nursery:
+        nursery.run("--help")  # it is ready when this returns
+        yield nursery
+
+
+@pytest.fixture(scope="module")
+def ingested(folder: Path, nursery: Nursery) -> Path:
+    """A store with the complete stream `s`; not to be changed."""
+    done = nursery.run(*ingest_words(folder, folder / "ingested"))
+    assert done.code == 0, done.err
+    return folder / "ingested"
+
+
+@pytest.fixture
+def store(ingested: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    shutil.copytree(ingested, tmp_path / "store")
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command in this process."""
+
+    def run(*words: str | Path) -> Done:
+        code = main([str(word) for word in words])
+        said = capsys.readouterr()
+        return Done(code, said.out, said.err)
+
+    return run
+
+
+def ingest_words(folder: Path, store: Path) -> tuple[str | Path, ...]:
+    return ("ingest", folder / "silent.mp4", "--store", store, "--stream", "s", "--model", folder / "model")
+
+
+def test_ingest_says_how_far_it_is_and_what_it_did(folder: Path, tmp_path: Path, nursery: Nursery) -> None:
+    done = nursery.run(*ingest_words(folder, tmp_path / "store"), "--profile", "raw", "--fps", "0.5", "--disk", "1GiB")
+    assert done.code == 0
+    for part in ("100%", "frames/s", "tokens/s", "host ", "disk ", "ETA 0:00:00"):
+        assert part in done.err.splitlines()[-1]
+    assert done.out.startswith("s is complete: 0:0")
+    assert "times real time" in done.out
+
+
+def test_a_complete_stream_says_so(folder: Path, store: Path, command: Command) -> None:
+    done = command(*ingest_words(folder, store))
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("s is complete already: ")
+
+
+def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(folder: Path, tmp_path: Path, nursery: Nursery) -> None:
+    run = nursery.start(*ingest_words(folder, tmp_path / "store"))
+    run.wait_until(lambda: "frames/s" in run.output.with_suffix(".err").read_text())
+    run.signal(signal.SIGINT)
+    stopped = run.wait()
+    assert stopped.code == 130, stopped
+    assert stopped.out == ""
+    assert "kvstore: stopped; 0:0" in stopped.err.splitlines()[-1]
+    assert "the same command goes on from there" in stopped.err
+    listed = nursery.run("ls", "--store", tmp_path / "store")
+    assert "resumable at 0:0" in listed.out
+    asked = nursery.run("ask", "why?", "--store", tmp_path / "store", "--stream", "s", "--model", folder / "model")
+    assert asked.code == 0
+    assert asked.err.startswith("kvstore: note: the stream is not complete: read until 0:0")
+    resumed = nursery.run(*ingest_words(folder, tmp_path / "store"))
+    assert resumed.code == 0
+    assert resumed.err.startswith("resumed at 0:0")
+
+
+def test_ask_prints_answer_spans_and_times(folder: Path, ingested: Path, command: Command) -> None:
+    done = command("ask", "Where?", "--store", ingested, "--stream", "s", "--model", folder / "model")
+    assert (done.code, done.err) == (0, "")
+    for part in ("attended", "score", "0:00:", "first token after", "retrieve", "bytes read: device", "by maxsim"):
+        assert part in done.out, part
+
+
+def test_ask_prints_one_json_object(folder: Path, ingested: Path, command: Command) -> None:
+    done = command("ask", "Where?", "--store", ingested, "--stream", "s", "--model", folder / "model", "--json")
+    answer = json.loads(done.out)
+    assert answer["question"] == "Where?"
+    assert isinstance(answer["answer"], str)
+    assert answer["spans"], "random keys still rank"
+    scores = [span["score"] for span in answer["spans"]]
+    assert scores == sorted(scores, reverse=True)
+    for span in answer["spans"]:
+        assert span.keys() == {"start_s", "end_s", "score", "attended"}
+        assert span["start_s"] < span["end_s"], "the preamble is no part of the video"
+    assert answer["stages_s"].keys() == {"retrieve", "load", "decode", "attend"}
+    assert answer["ttft_s"] == pytest.approx(sum(answer["stages_s"].values()), abs=0.01)
+    assert answer["bytes_read"].keys() == {"device", "host", "disk"}
+    assert answer["bytes_read"]["disk"] > 0
+    assert 0 < answer["tokens_attended"] < answer["tokens_in_stream"]
+    assert answer["policy"] == "maxsim"
+    assert answer["damaged"] == []
+
+
+def test_a_larger_budget_attends_to_more(folder: Path, ingested: Path, command: Command) -> None:
+    words = ("ask", "Where?", "--store", ingested, "--stream", "s", "--model", folder / "model", "--json")
+    small, large = (json.loads(command(*words, "--budget", str(budget)).out) for budget in (128, 512))
+    assert small["tokens_attended"] < large["tokens_attended"]
+
+
+def test_ls_lists_streams(ingested: Path, command: Command) -> None:
+    done = command("ls", "--store", ingested)
+    assert done.out.splitlines()[0].split() == ["name", "model", "state", "duration", "tokens", "blocks", "size"]
+    (line,) = json.loads(command("ls", "--store", ingested, "--json").out)
+    assert (line["name"], line["is_complete"]) == ("s", True)
+    assert f"{line['tokens']:,}" in done.out
+    assert line["nbytes"] > 0
+
+
+def test_inspect_shows_the_stream(ingested: Path, command: Command) -> None:
+    words = ("inspect", "--store", ingested, "--stream", "s")
+    shown = json.loads(command(*words, "--json").out)
+    assert shown["spec"]["num_layers"] == 2
+    assert shown["cursor"]["is_complete"] is True
+    assert shown["source"]["file"] == "silent.mp4"
+    assert shown["blocks"]["missing"] == 0
+    assert shown["blocks"]["ratio"] > 1
+    assert shown["fingerprint"] in command(*words).out
+
+
+def test_inspect_shows_one_block(ingested: Path, command: Command) -> None:
+    words = ("inspect", "--store", ingested, "--stream", "s", "--block", "6")
+    shown = json.loads(command(*words, "--json").out)
+    assert (shown["index"], shown["profile"]) == (6, "lossless")
+    assert [(plane["plane"], plane["layer"]) for plane in shown["planes"]] == [("K", 0), ("V", 0), ("K", 1), ("V", 1)]
+    assert sum(plane["raw_nbytes"] for plane in shown["planes"]) == shown["raw_nbytes"]
+    assert shown["key"] in command(*words).out
+
+
+def test_verify_finds_no_damage_where_there_is_none(ingested: Path, command: Command) -> None:
+    whole = command("verify", "--store", ingested)
+    assert whole.code == 0
+    assert whole.out.startswith("no damage: ")
+    assert "100%" in whole.err
+    one = command("verify", "--store", ingested, "--stream", "s", "--json")
+    assert one.code == 0
+    assert json.loads(one.out)["is_clean"] is True
+
+
+def test_rm_says_what_was_freed(store: Path, command: Command) -> None:
+    nbytes = json.loads(command("ls", "--store", store, "--json").out)[0]["nbytes"]
+    done = command("rm", "--store", store, "--stream", "s")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("removed s: ")
+    assert done.out.endswith(f"; {nbytes / 1024:.1f} KiB freed\n")
+    assert command("ls", "--store", store).out == "no streams\n"
+    assert command("ls", "--store", store, "--json").out == "[]\n"
+
+
+def test_the_module_runs_as_a_program(ingested: Path) -> None:
+    done = run_process("ls", "--store", ingested)
+    assert (done.code, done.err) == (0, "")
+    assert "complete" in done.out
+    run_process("ls", "--store", ingested / "nowhere").check_error("nowhere: no store here")
