@@ -16,6 +16,7 @@ from demo_passages import Encode, block_around, tokens_from
 from demo_scoring import Json, is_hit, is_moment_found, mark_cold, summarise, wordings
 from demo_table import heading, row, section
 from kvstore.cli.progress import Progress
+from kvstore.errors import KVStoreError
 from kvstore.store import Access, Store
 from kvstore.video.ask import Asker
 from kvstore.video.model import load
@@ -130,4 +131,7 @@ def _stream(folder: Path, name: str) -> Json:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KVStoreError as error:
+        sys.exit(f"demo: {error}")

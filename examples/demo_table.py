@@ -83,7 +83,7 @@ def figures(results: Json) -> list[tuple[str, str]]:
             f"{seconds(summary['whole_prefill_s'])} if it read all {stream['num_tokens']:,} tokens again: an estimate, "
             f"at the {_whole(summary['prefill_tokens_per_s'])} tokens/s of short texts",
         ),
-        ("warm then", f"model, preamble, and the index, which took {seconds(results['index_s'])} to read"),
+        ("warm before", f"model, preamble, and the index, which took {seconds(results['index_s'])} to read"),
         (
             "disk",
             f"{size(stream['disk_nbytes'])}, {size(stream['disk_nbytes'] / hours)} per hour of video; KV of "
