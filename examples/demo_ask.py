@@ -135,3 +135,5 @@ if __name__ == "__main__":
         main()
     except KVStoreError as error:
         sys.exit(f"demo: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
