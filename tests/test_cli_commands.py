@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,8 +18,18 @@ import pytest
 for _module in ("av", "PIL", "tesserocr", "transformers"):
     pytest.importorskip(_module)
 
+from kvstore.cli import streams  # noqa: E402
+from kvstore.cli.interrupt import Interruptible  # noqa: E402
 from kvstore.cli.main import main  # noqa: E402
-from tests.cli_runs import Done, Nursery, open_nursery, record_silently, run_process, save_tiny_model  # noqa: E402
+from tests.cli_runs import (  # noqa: E402
+    ENVIRONMENT,
+    Done,
+    Nursery,
+    open_nursery,
+    record_silently,
+    run_process,
+    save_tiny_model,
+)
 
 Command = Callable[..., Done]
 
@@ -187,3 +201,46 @@ def test_the_module_runs_as_a_program(ingested: Path) -> None:
     assert (done.code, done.err) == (0, "")
     assert "complete" in done.out
     run_process("ls", "--store", ingested / "nowhere").check_error("nowhere: no store here")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(ingested: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "kvstore", "ls", "--store", str(ingested)]
+    with os.fdopen(writing, "wb") as pipe:
+        run = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, env=ENVIRONMENT, check=False)
+    assert (run.returncode, run.stderr) == (141, b"")
+
+
+def test_ctrl_c_ends_a_command_that_keeps_nothing(
+    command: Command, ingested: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(options: Namespace) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(streams, "run", interrupted)
+    assert command("ls", "--store", ingested) == Done(130, "", "kvstore: interrupted\n")
+
+
+def test_an_unexpected_error_keeps_its_traceback(
+    command: Command, ingested: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(options: Namespace) -> int:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(streams, "run", broken)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        command("ls", "--store", ingested)
+
+
+def test_the_first_ctrl_c_waits_and_the_second_does_not(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Interruptible() as interruptible:
+        interruptible.check()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interruptible.check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "Ctrl-C again stops at once" in capfd.readouterr().err

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from kvstore.cli import arguments, text
+from kvstore.errors import CapacityError
 from kvstore.video.prompt import stamp
 
 if TYPE_CHECKING:
@@ -53,7 +54,12 @@ def run(options: argparse.Namespace) -> int:
     with Asker(
         options.store, options.stream, language_model, policy=options.policy, budget_tokens=options.budget
     ) as asker:
-        answer = asker.ask(options.question)
+        try:
+            answer = asker.ask(options.question)
+        except CapacityError as error:
+            raise CapacityError(
+                f"a budget of {options.budget:,} tokens does not fit ({error}); ask with a smaller --budget"
+            ) from error
     if not manifest.is_complete:
         print(f"kvstore: note: {_how_far(manifest)}", file=sys.stderr)
     for block in answer.damaged:

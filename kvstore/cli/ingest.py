@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import signal
 import sys
-from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 from kvstore.cli import arguments, text
+from kvstore.cli.interrupt import Interruptible
 from kvstore.cli.progress import Progress
 from kvstore.errors import CapacityError, KVStoreError, StoreIOError
 from kvstore.record import PROFILES, Profile
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from kvstore.video.ingest import IngestProgress
 
 _EXIT_INTERRUPTED = 130
-_STDERR = 2
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -65,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
         language_model = load(options.model)
         display = _Display(progress)
         try:
-            with _Interruptible() as interruptible:
+            with Interruptible() as interruptible:
 
                 def on_progress(state: IngestProgress) -> None:
                     display.show(state)
@@ -114,34 +111,6 @@ class _Display:
                 f"ETA {text.duration(_remaining_s(state))}",
             ],
         )
-
-
-class _Interruptible:
-    """Lets the first Ctrl-C wait until what is being read is stored; a second one does not wait."""
-
-    def __init__(self) -> None:
-        self._is_stopping = False
-
-    def __enter__(self) -> _Interruptible:
-        self._before = signal.signal(signal.SIGINT, self._on_signal)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def check(self) -> None:
-        """Raise `KeyboardInterrupt` if Ctrl-C was pressed."""
-        if self._is_stopping:
-            raise KeyboardInterrupt
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._is_stopping:
-            raise KeyboardInterrupt
-        self._is_stopping = True
-        # A signal may arrive inside a buffered write, which must not be entered twice.
-        os.write(_STDERR, b"\nstopping after this screen; Ctrl-C again stops at once\n")
 
 
 def _stored(options: argparse.Namespace) -> str | None:
