@@ -48,16 +48,23 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The decoder's attention modules in order of layers.
 
     Raises:
-        ConfigError: a layer's attention is missing, has fused projections, or does not see the whole past.
+        ConfigError: a layer's attention is missing, has fused projections, has no RoPE, or does not see the whole past.
     """
     name = type(model).__name__
+    decoder, config = decoder_of(model), _text_config(model)
+    # Families without a type per layer pass the window to the mask only: no module knows of it.
+    slides = not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None)
     modules = []
-    for layer, block in enumerate(decoder_of(model).layers):  # type: ignore[arg-type]
+    for layer, block in enumerate(decoder.layers):  # type: ignore[arg-type]
         attention = getattr(block, "self_attn", None)
         if attention is None or not all(hasattr(attention, part) for part in ("q_proj", "k_proj", "v_proj")):
             raise ConfigError(f"{name}: layer {layer} has no self_attn with q_proj, k_proj and v_proj")
-        if getattr(attention, "sliding_window", None) or getattr(block, "attention_type", "full_attention") != (
-            "full_attention"
+        if not getattr(attention, "use_rope", True):
+            raise ConfigError(f"{name}: layer {layer} has no rotary positions; its keys cannot be placed")
+        if (
+            slides
+            or getattr(attention, "sliding_window", None)
+            or getattr(block, "attention_type", "full_attention") != "full_attention"
         ):
             raise ConfigError(f"{name}: layer {layer} does not attend to the whole past; only full attention is stored")
         modules.append(attention)

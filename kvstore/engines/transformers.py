@@ -33,6 +33,7 @@ __all__ = ["Attached", "TierCache", "attach"]
 
 _NAME = "kvstore"
 _RECEIVED_QUERIES = 32
+_UNSUPPORTED = ("sliding_window", "softcap", "s_aux")
 _CHECKED_TOKENS = 8
 
 
@@ -43,6 +44,8 @@ def _attention(
     capture: Capture | None = getattr(module, CAPTURE, None)
     if capture is None or capture.cache is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if unknown := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]:
+        raise ConfigError(f"{type(module).__name__}: its attention needs {unknown}, which a stored past does not know")
     if capture.cache.branch is None and attention_mask is not None:
         raise ShapeError("a stream takes one unpadded sequence; drop the padding, or ask on a branch")
     # Buffers made here outlive the forward, and an inference tensor could not be written outside inference mode.

@@ -133,6 +133,8 @@ class Session:
         if blocks or cursor is not None:
             view.store.append(view.header.name, blocks, view.cursor)
             view.entries.extend(block.entry for block in blocks)
+            for block in blocks:
+                view.note_positions(block.entry, block.summary)
             view.note_sinks()
             self._note_open_rows()
 

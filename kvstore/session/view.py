@@ -109,6 +109,7 @@ class StreamView:
         self.entries: list[Entry] = []
         self.cursor: dict[str, JSON] = {}
         self.num_sink_blocks = 0
+        self._positions: dict[int, Tensor] = {}
         self.reload()
         self.retriever = Retriever(store, header.name, header.spec, config.policy)
 
@@ -161,11 +162,23 @@ class StreamView:
         """
         if self.rows == 1:
             return torch.arange(entry.first_token, entry.first_token + entry.num_tokens)[None]
-        (data,) = self.store.summaries(self.header.name, entry.index, 1)
-        positions = Summary.from_bytes(data).parts.get(SummaryKind.POSITION)
+        if entry.index not in self._positions:
+            (data,) = self.store.summaries(self.header.name, entry.index, 1)
+            self.note_positions(entry, data)
+        return self._positions[entry.index].long()
+
+    def note_positions(self, entry: Entry, summary: bytes) -> None:
+        """Keep a block's positions from its stored summary: a block that was just appended cannot be read back yet.
+
+        Raises:
+            CorruptRecordError: there are none.
+        """
+        if self.rows == 1:
+            return
+        positions = Summary.from_bytes(summary).parts.get(SummaryKind.POSITION)
         if positions is None or positions.shape != (self.rows, entry.num_tokens):
             raise CorruptRecordError(f"block {entry.index} of {self.header.name!r} has no usable positions")
-        return positions.long()
+        self._positions[entry.index] = positions
 
     def open_planes(self, layer: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values `[kv_heads, count, dim]` of the open rows in one layer."""
