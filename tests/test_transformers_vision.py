@@ -59,6 +59,11 @@ SIGLIP = {
 }
 
 
+def tiny(config_class: Any, **fields: Any) -> Any:
+    """A config; what transformers declares for its fields is not always what it takes."""
+    return config_class(**fields)
+
+
 def qwen2_vl() -> PreTrainedModel:
     """Qwen2-VL."""
     vision = {**TOWER, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
@@ -82,7 +87,8 @@ def qwen3_vl() -> PreTrainedModel:
 
 def llava_onevision() -> PreTrainedModel:
     """LLaVA-OneVision."""
-    made = LlavaOnevisionConfig(
+    made = tiny(
+        LlavaOnevisionConfig,
         text_config={**SIZES, "model_type": "qwen2"},
         vision_config={**SIGLIP, "model_type": "siglip_vision_model", "vision_use_head": False},
         image_token_id=IMAGE,
@@ -96,7 +102,9 @@ def llava_onevision() -> PreTrainedModel:
 def smolvlm() -> PreTrainedModel:
     """SmolVLM."""
     text = {**SIZES, "model_type": "llama"}
-    made = SmolVLMConfig(text_config=text, vision_config=SIGLIP, image_token_id=IMAGE, scale_factor=2, pad_token_id=0)
+    made = tiny(
+        SmolVLMConfig, text_config=text, vision_config=SIGLIP, image_token_id=IMAGE, scale_factor=2, pad_token_id=0
+    )
     return build(SmolVLMForConditionalGeneration, made)
 
 
