@@ -102,7 +102,7 @@ def tokens(count: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("make", KINDS)
 def test_a_planted_echo_wins(make: Make) -> None:
     ranked = scorer(make)
-    question = tokens(4, seed=99)
+    question = tokens(4, seed=9999)
     for block in range(200):
         keys = tokens(8, seed=block)
         if block == 77:
@@ -110,7 +110,7 @@ def test_a_planted_echo_wins(make: Make) -> None:
         ranked.add(block, keys)
     ranking = ranked.rank(question, 200)
     assert int(ranking.blocks[0]) == 77
-    assert float(ranking.scores[0]) > 1.2 * float(ranking.scores[1])
+    assert float(ranking.scores[0]) > 2 * float(ranking.scores[1])
     assert sorted(ranking.blocks.tolist()) == list(range(200))
 
 
