@@ -112,7 +112,7 @@ def test_generating_into_the_stream_appends_and_crops(tmp_path: Path) -> None:
         assert attached.session.num_tokens == WHOLE.shape[1] + NEW - 1
         attached.cache().crop(-3)  # of the block that is not full yet
         assert attached.session.num_tokens == WHOLE.shape[1] + NEW - 4
-        with pytest.raises(ShapeError, match="goes on at position"):  # transformers would read the whole stream again
+        with pytest.raises(ShapeError):  # transformers would read the whole stream again
             generate(model, WHOLE, past_key_values=attached.cache(), **WAYS["prompt_lookup"])
 
 
