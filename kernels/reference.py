@@ -75,10 +75,14 @@ def received_mass(query: Tensor, keys: Tensor, *, num_received: int, mask: Tenso
     Returns:
         [kv_heads, num_received] float32: sums over queries and over the query heads of each KV head.
     """
-    logits = _logits(query, keys, query.shape[1] // keys.shape[1]) * scale
+    kv_heads, num_queries = keys.shape[1], query.shape[2]
+    folded = query[0].reshape(
+        kv_heads, -1, query.shape[3]
+    )  # a group's heads follow each other: one product per KV head
+    logits = torch.bmm(folded, keys[0].transpose(1, 2)).float().mul_(scale)
     if mask is not None:
-        logits = logits.masked_fill(~mask[:, :, None], float("-inf"))
-    return logits.softmax(dim=-1)[0, ..., keys.shape[2] - num_received :].sum(dim=(1, 2))
+        logits = logits.view(kv_heads, -1, num_queries, keys.shape[2]).masked_fill_(~mask, float("-inf")).flatten(1, 2)
+    return logits.softmax(dim=-1)[..., keys.shape[2] - num_received :].sum(dim=1)
 
 
 def rotate_gather(

@@ -49,7 +49,8 @@ class BlockLayout:
         """View a slot's keys: `[num_layers, kv_heads, block_tokens, key_dim]`, strided, shares memory.
 
         Args:
-            slot: [slot_nbytes] uint8, contiguous, any device.
+            slot: [slot_nbytes] uint8, contiguous, any device; or [num_slots, slot_nbytes], which puts `num_slots` first
+                in the result.
 
         Raises:
             ShapeError: not such a tensor.
@@ -64,12 +65,13 @@ class BlockLayout:
         return self.spec.kv_heads * self.block_tokens * dim
 
     def _view(self, slot: Tensor, dim: int, *, offset: int) -> Tensor:
-        if slot.dtype != torch.uint8 or slot.shape != (self.slot_nbytes,) or not slot.is_contiguous():
+        is_slots = slot.dim() in (1, 2) and slot.shape[-1] == self.slot_nbytes
+        if slot.dtype != torch.uint8 or not is_slots or not slot.is_contiguous():
             raise ShapeError(f"a slot is [{self.slot_nbytes}] uint8, contiguous; got {list(slot.shape)} {slot.dtype}")
         typed = slot.view(TORCH_DTYPE[self.spec.dtype])
         per_layer = self._plane(self.spec.key_dim) + self._plane(self.spec.value_dim)
         return typed.as_strided(
-            (self.spec.num_layers, self.spec.kv_heads, self.block_tokens, dim),
-            (per_layer, self.block_tokens * dim, dim, 1),
+            (*typed.shape[:-1], self.spec.num_layers, self.spec.kv_heads, self.block_tokens, dim),
+            (*typed.stride()[:-1], per_layer, self.block_tokens * dim, dim, 1),
             typed.storage_offset() + offset,
         )

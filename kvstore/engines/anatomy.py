@@ -17,6 +17,7 @@ from kvstore.spec import ModelSpec
 
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _SAMPLE_ROWS = 64
+_KNOWN_ANGLES = 4
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -85,10 +86,20 @@ def rotation_of(model: nn.Module) -> Rotate:
     if rotate_half is None or apply is None:
         raise ConfigError(f"{type(model).__name__}: no rotary functions beside its attention")
 
-    def rotate(vectors: Tensor, positions: Tensor) -> Tensor:
+    angles: list[tuple[Tensor, Tensor, Tensor]] = []  # (positions, cos, sin): all layers ask for the same few
+
+    def angles_at(vectors: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        for known, cos, sin in angles:
+            if cos.dtype == vectors.dtype and cos.device == vectors.device and torch.equal(known, positions):
+                return cos, sin
         # `forward`, not the call: the call runs the hook that watches the engine's own positions.
         cos, sin = rotary.forward(vectors, positions[0] if positions.shape[0] == 1 else positions)
-        cos, sin = cos[:, None], sin[:, None]
+        angles.insert(0, (positions.clone(), cos[:, None], sin[:, None]))
+        del angles[_KNOWN_ANGLES:]
+        return angles[0][1:]
+
+    def rotate(vectors: Tensor, positions: Tensor) -> Tensor:
+        cos, sin = angles_at(vectors, positions)
         rotated: Tensor = (vectors * cos) + (rotate_half(vectors) * sin)
         return rotated
 

@@ -29,7 +29,10 @@ from kvstore.session.recall import Recall
 from kvstore.session.session import Session
 from kvstore.store import check_spec
 
-__all__ = ["Attached", "TierCache", "attach"]
+__all__ = ["Attached", "Model", "TierCache", "attach"]
+
+Model = PreTrainedModel
+"""What can be attached, for annotations elsewhere: other modules do not import transformers."""
 
 _NAME = "kvstore"
 _RECEIVED_QUERIES = 32

@@ -33,6 +33,7 @@ class DevicePool:
         except RuntimeError as error:  # torch has a type of its own for a full GPU, and none for full host memory
             nbytes = num_slots * layout.slot_nbytes
             raise CapacityError(f"{device}: no room for {num_slots} slots, {nbytes} bytes: {error}") from error
+        self._keys, self._values = layout.keys(self._memory), layout.values(self._memory)
         self._free = list(range(num_slots - 1, -1, -1))
         self._is_used = [False] * num_slots
 
@@ -71,8 +72,8 @@ class DevicePool:
 
     def keys(self, slot_idx: int) -> Tensor:
         """View a slot's keys: [num_layers, kv_heads, block_tokens, key_dim] on `device`."""
-        return self.layout.keys(self._memory[slot_idx])
+        return self._keys[slot_idx]
 
     def values(self, slot_idx: int) -> Tensor:
         """View a slot's values: [num_layers, kv_heads, block_tokens, value_dim] on `device`."""
-        return self.layout.values(self._memory[slot_idx])
+        return self._values[slot_idx]
