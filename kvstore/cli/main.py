@@ -15,6 +15,11 @@ EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 _EXIT_PIPE = 141
 
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+"""Set before torch is loaded, unless the user has set them. Threads that spin while they wait take the cores from OCR
+and decoding (2.5 times slower on 2 busy cores); and oneDNN keeps up to 1,024 compiled kernels, one per length of text,
+which would grow the process with the video."""
+
 _COMMANDS = (ingest, ask, streams, inspection, verify, removal)
 _ADVICE: dict[type[KVStoreError], str] = {
     BusyError: "wait until it is done, or stop it",
@@ -33,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when all went well, 1 when `verify` found damage, 2 for an error that the user can act on, 130 after Ctrl-C.
     """
     options = _parser().parse_args(argv)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         code: int = options.run(options)
         sys.stdout.flush()
