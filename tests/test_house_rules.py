@@ -93,7 +93,7 @@ def imports(path: Path) -> Iterator[Import]:
 def target_module(name: str) -> str | None:
     """The module of this package that an imported name comes from; None for others' names."""
     while name.partition(".")[0] == "kvstore":
-        if name in MODULES:
+        if name in MODULES or name == "kvstore._native":  # the extension is no file of the package's
             return name
         name = name.rpartition(".")[0]
     return None

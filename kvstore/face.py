@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public face: a store, its streams, and a model attached to one of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvstore.codec import Profile
+from kvstore.config import Access, Durability
+from kvstore.errors import ConfigError, StreamNotFoundError
+from kvstore.layout import BlockLayout
+from kvstore.retrieval.policies import policy_named
+from kvstore.session.attending import Rotate
+from kvstore.session.branch import Branch
+from kvstore.session.recall import Recall
+from kvstore.session.session import Session
+from kvstore.session.view import SessionConfig
+from kvstore.spec import BlockKey, ModelSpec
+from kvstore.store import Outcome, Store, check_spec
+from kvstore.tiers.manifest import StreamHeader
+
+if TYPE_CHECKING:
+    from kvstore.engines.transformers import Attached, Model
+
+
+class KVStore:
+    """An open store; close it with `with`. Made by `open`.
+
+    Args:
+        store: the block store.
+        layout: layout of the blocks that it moves.
+    """
+
+    def __init__(self, store: Store, layout: BlockLayout) -> None:
+        self.blocks = store
+        self._layout = layout
+
+    def __enter__(self) -> KVStore:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is queued, then close."""
+        self.blocks.close()
+
+    def stream(
+        self,
+        name: str,
+        *,
+        policy: str = "auto",
+        window_tokens: int = 1024,
+        sink_tokens: int = 16,
+        budget_tokens: int = 256,
+        profile: Profile = Profile.LOSSLESS,
+    ) -> Stream:
+        """Open a stream, or start one where the store is open for writing.
+
+        Args:
+            name: unique in the store.
+            policy: what a question retrieves by: `auto`, `maxsim`, `rekv`, `infllm`, `streaming_llm`.
+            window_tokens: most recent tokens that an appending forward attends to.
+            sink_tokens: first tokens, attended always.
+            budget_tokens: most tokens of retrieved blocks per question.
+            profile: how the stream's blocks are coded.
+
+        Raises:
+            SpecMismatchError: another model wrote the stream.
+            StreamNotFoundError: the store is open for reading and holds no such stream.
+            ConfigError: no such policy, or the stream was written with other settings.
+        """
+        config = SessionConfig(
+            policy=policy_named(policy),
+            window_tokens=window_tokens,
+            sink_tokens=sink_tokens,
+            budget_tokens=budget_tokens,
+        )
+        try:
+            header = self.blocks.manifest(name).header
+        except StreamNotFoundError:
+            if not self.blocks.is_writable:
+                raise
+            new = StreamHeader(
+                name, self._layout.spec, self._layout.block_tokens, profile, config.prefill, {}, time.time()
+            )
+            header = self.blocks.create_stream(new).header
+        check_spec(header, self._layout.spec)
+        return Stream(self.blocks, header, config)
+
+    def put(self, keys: Sequence[BlockKey], slots: Sequence[Tensor], num_tokens: Sequence[int]) -> list[bool]:
+        """Store plain blocks, for engines with a policy of their own; see `Store.put`."""
+        return self.blocks.put(keys, slots, num_tokens)
+
+    def get(self, keys: Sequence[BlockKey], slots: Sequence[Tensor]) -> list[Outcome]:
+        """Bring plain blocks into slots; see `Store.get`."""
+        return self.blocks.get(keys, slots)
+
+
+class Stream:
+    """One growing sequence in a store. Attach it to a transformers model with `attach`, or call `attend` yourself.
+
+    Args:
+        store: the block store.
+        header: what is fixed about the stream.
+        config: see `SessionConfig`.
+    """
+
+    def __init__(self, store: Store, header: StreamHeader, config: SessionConfig) -> None:
+        self._store = store
+        self._header = header
+        self._config = config
+        self._session: Session | None = None
+        self._branch: Branch | None = None
+        self._recalled: Branch | None = None
+        self.last = Recall()
+
+    def bind(self, rotate: Rotate | None, device: torch.device, rows: int = 1) -> Session:
+        """Give the stream its rotary function and device; once per process.
+
+        Args:
+            rotate: `(vectors [batch, heads, tokens, dim], positions [rows, batch, tokens]) -> vectors`; None where keys
+                and queries arrive rotated.
+            device: where attention runs.
+            rows: rows of a position: 1, or 3 for M-RoPE.
+        """
+        if self._session is None:
+            self._session = Session(self._store, self._header, self._config, rotate, device, rows)
+        return self._session
+
+    def attend(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *, ids: Tensor, scale: float
+    ) -> Tensor:
+        """Attend from inside your own attention layer: append to the stream, or ask, under `asking`.
+
+        Call it once per layer and forward, in order of layers.
+
+        Args:
+            layer: layer index.
+            query: [batch, num_heads, num_new, key_dim] before RoPE (after it for a stream bound without `rotate`).
+            keys: [batch, kv_heads, num_new, key_dim], likewise.
+            values: [batch, kv_heads, num_new, value_dim].
+            positions: [rows, batch, num_new] int64; of a question, counted from its first token.
+            ids: [num_new] int64 token ids of the first sequence: they name the blocks.
+            scale: multiplies the logits.
+
+        Returns:
+            [batch, num_heads, num_new, value_dim].
+
+        Raises:
+            ConfigError: the stream is not bound yet.
+        """
+        if self._session is None:
+            raise ConfigError(f"stream {self._header.name!r} is not bound; call bind(rotate, device) first")
+        if self._branch is not None:
+            inputs = self._branch.extend(layer, query, keys, values, positions)
+        else:
+            inputs = self._session.extend(layer, query, keys, values, positions, ids)
+        return inputs.attend(inputs.mask(None), scale)
+
+    @contextmanager
+    def recalling(self) -> Iterator[None]:
+        """Start a question: the forward inside selects the blocks that `asking` will attend to."""
+        if self._session is None:
+            raise ConfigError(f"stream {self._header.name!r} is not bound; call bind(rotate, device) first")
+        branch = self._branch = self._session.branch()
+        branch.begin_recall()
+        try:
+            yield
+        finally:
+            self._branch = None
+        branch.end_recall()
+        self._recalled = branch
+        self.last = branch.recall
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Answer: forwards inside attend to what `recalling` selected, and leave nothing in the stream."""
+        if self._recalled is None:
+            raise ConfigError("nothing was recalled yet; run the question under recalling() first")
+        self._branch = self._recalled
+        try:
+            yield
+        finally:
+            self._branch = None
+
+    def commit(self) -> None:
+        """Store what has been appended, the last, unfinished block too; returns when it is durable."""
+        if self._session is not None:
+            self._session.commit(partial=True)
+            self._store.flush()
+
+
+def open(  # noqa: A001 - reads as kvstore.open
+    path: str | os.PathLike[str],
+    spec: ModelSpec,
+    *,
+    access: Access = Access.WRITE,
+    block_tokens: int = 128,
+    profile: Profile = Profile.LOSSLESS,
+    host_nbytes: int = 1 << 30,
+    disk_nbytes: int | None = None,
+    durability: Durability = Durability.COMMIT,
+) -> KVStore:
+    """Open the store in a folder for one model.
+
+    Args:
+        path: the folder; a writer makes it.
+        spec: the model's KV geometry; see `spec_of`.
+        access: one writer, any number of readers.
+        block_tokens: tokens of a block.
+        profile: how new blocks are coded.
+        host_nbytes: memory of the host tier.
+        disk_nbytes: most bytes on disk; None means as much as the disk holds.
+        durability: what an acknowledged write survives.
+
+    Raises:
+        StoreNotFoundError, BusyError, ReadOnlyError, UnsupportedFormatError, CorruptRecordError: see `Store.open`.
+    """
+    layout = BlockLayout(spec, block_tokens)
+    store = Store.open(
+        path,
+        access=access,
+        layout=layout,
+        profile=profile,
+        host_nbytes=host_nbytes,
+        disk_nbytes=disk_nbytes,
+        durability=durability,
+    )
+    return KVStore(store, layout)
+
+
+@contextmanager
+def attach(model: Model, stream: Stream) -> Iterator[Attached]:
+    """Attach a stream to a transformers model: forwards append, `generate()` asks; see `kvstore.engines.transformers`.
+
+    On leaving the block, what was appended is stored, the last, unfinished block too.
+
+    Raises:
+        MissingDependencyError: transformers is not installed.
+        ConfigError: the model's attention cannot be attached.
+    """
+    from kvstore.engines.anatomy import position_rows, rotation_of
+    from kvstore.engines.transformers import attach as attach_session
+
+    session = stream.bind(rotation_of(model), model.device, position_rows(model))
+    with attach_session(model, session) as attached:
+        yield attached
+    stream.last = attached.last
+    if session.view.store.is_writable:
+        stream.commit()
