@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pybind11
 from pybind11.setup_helpers import ParallelCompile
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 VERSION = tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"]
-PACKAGES = ["kvstore", *(f"kvstore.{name}" for name in ("tiers", "session", "engines", "video", "retrieval", "kernels", "cli"))]
+PACKAGES = [*find_packages(include=["kvstore", "kvstore.*"]), "kvstore.retrieval", "kvstore.kernels"]
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*/*.cpp"))
 FLAGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-MMD"]
 FLAGS += ["-ffp-contract=off", f'-DKV_VERSION="{VERSION}"', "-isystem", pybind11.get_include()]
