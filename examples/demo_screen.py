@@ -58,7 +58,8 @@ def draw(page: Page, *, progress: float) -> Picture:
             pen.text((_MARGIN + 2 * line.indent * _SPACE, y), line.text, font=FONT, fill=_INK)
             y += _ROW_HEIGHT
         y += _ROW_HEIGHT / 2
-    planes = av.VideoFrame.from_ndarray(np.asarray(image)).reformat(format="yuv420p").to_ndarray().astype(np.uint8, copy=False)
+    frame = av.VideoFrame.from_ndarray(np.asarray(image)).reformat(format="yuv420p")
+    planes = frame.to_ndarray().astype(np.uint8, copy=False)
     return Picture(planes[:HEIGHT], planes[HEIGHT:].reshape(2, HEIGHT // 2, WIDTH // 2))
 
 
