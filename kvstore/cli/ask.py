@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
     with Asker(
         options.store, options.stream, language_model, policy=options.policy, budget_tokens=options.budget
     ) as asker:
+        index_s = asker.index_s
         try:
             answer = asker.ask(options.question)
         except CapacityError as error:
@@ -65,9 +66,9 @@ def run(options: argparse.Namespace) -> int:
     for block in answer.damaged:
         print(f"kvstore: warning: not attended to: {text.printable(block)}", file=sys.stderr)
     if options.json:
-        print(json.dumps(_as_json(answer), indent=1))
+        print(json.dumps(_as_json(answer, index_s), indent=1))
     else:
-        print("\n".join(_as_text(answer)))
+        print("\n".join(_as_text(answer, index_s)))
     return 0
 
 
@@ -79,7 +80,7 @@ def _how_far(manifest: Manifest) -> str:
     return f"the stream is not complete: read until {until} of {whole}"
 
 
-def _as_json(answer: Answer) -> dict[str, object]:
+def _as_json(answer: Answer, index_s: float) -> dict[str, object]:
     stages = answer.stages_s
     return {
         "question": answer.question,
@@ -95,6 +96,7 @@ def _as_json(answer: Answer) -> dict[str, object]:
             "decode": stages.decode,
             "attend": stages.attend,
         },
+        "index_s": index_s,
         "bytes_read": answer.bytes_read,
         "policy": answer.policy,
         "tokens_in_stream": answer.tokens_in_stream,
@@ -103,7 +105,7 @@ def _as_json(answer: Answer) -> dict[str, object]:
     }
 
 
-def _as_text(answer: Answer) -> list[str]:
+def _as_text(answer: Answer, index_s: float) -> list[str]:
     stages = answer.stages_s
     read = ", ".join(f"{tier} {text.size(nbytes)}" for tier, nbytes in answer.bytes_read.items())
     rows = [
@@ -118,6 +120,7 @@ def _as_text(answer: Answer) -> list[str]:
         "",
         f"first token after {answer.ttft_s:.3f} s: retrieve {stages.retrieve:.3f}, load {stages.load:.3f}, "
         f"decode {stages.decode:.3f}, attend {stages.attend:.3f}",
+        f"before that, once per process: index read in {index_s:.3f} s",
         f"bytes read: {read}",
         f"attended to {answer.tokens_attended:,} of {text.count(answer.tokens_in_stream, 'token')}, "
         f"chosen by {answer.policy}",

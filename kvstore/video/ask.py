@@ -22,6 +22,10 @@ from kvstore.store import Access, Store, check_spec
 from kvstore.video.prompt import PREAMBLE, question_prompt, stamp
 
 MAX_NEW_TOKENS = 32
+_FEW_TOKENS = 8
+"""Blocks are rarely smaller; the device pool has slots for a budget of such ones."""
+_SPARE_SLOTS = 32
+"""Slots for the sinks and the stream's end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,8 @@ class Asker:
         policy: name of the policy to retrieve by.
         budget_tokens: most tokens of retrieved blocks.
 
+    The index is read when the stream is opened: `index_s` are the seconds of it, paid once per process.
+
     Raises:
         StoreNotFoundError, StreamNotFoundError: nothing there by that name.
         SpecMismatchError: another model wrote the stream.
@@ -97,19 +103,28 @@ class Asker:
         model = language_model.model
         spec = spec_of(model)
         with Store.open(store_folder, access=Access.READ) as listing:
-            header = listing.manifest(name).header
+            manifest = listing.manifest(name)
+        header = manifest.header
         check_spec(header, spec)
         layout = BlockLayout(header.spec, header.block_tokens)
+        most_blocks = min(budget_tokens // _FEW_TOKENS, len(manifest.entries)) + _SPARE_SLOTS
         config = SessionConfig(
             policy=policy_named(policy),
             sink_tokens=len(language_model.encode(PREAMBLE)),
             budget_tokens=budget_tokens,
+            device_nbytes=most_blocks * layout.slot_nbytes,
         )
-        self._store = Store.open(store_folder, access=Access.READ, layout=layout, host_nbytes=host_nbytes)
+        self._store = Store.open(
+            store_folder, access=Access.READ, layout=layout, profile=header.profile, host_nbytes=host_nbytes
+        )
         try:
             self._session = Session(
                 self._store, header, config, rotation_of(model), language_model.device, position_rows(model)
             )
+            began = time.perf_counter()
+            view = self._session.view
+            view.retriever.refresh(view.num_sink_blocks, len(view.entries))
+            self.index_s = time.perf_counter() - began
         except BaseException:
             self._store.close()
             raise
