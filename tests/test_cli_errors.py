@@ -136,11 +136,39 @@ def test_unknown_policies_are_listed_with_the_known(folder: Path, store: Path, c
 
 
 def test_what_is_no_model_is_refused(folder: Path, store: Path, tmp_path: Path, command: Command) -> None:
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text("{")
-    for model in (tmp_path / "none", tmp_path, text_file(tmp_path / "words.gguf"), tmp_path / "broken"):
-        words = ("ask", "Where?", "--store", store, "--stream", "s", "--model", model)
-        command(*words).check_error(str(model))
+    for model in (tmp_path / "none", tmp_path, text_file(tmp_path / "words.gguf")):
+        command(*ask_words(folder, store)[:-1], model).check_error(str(model))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ("", "not a JSON file"),
+        ("{", "not a JSON file"),
+        ("\xff", "not a JSON file"),
+        ("[]", "names no model_type"),
+        ("{}", "names no model_type"),
+        ('{"model_type": 3}', "names no model_type"),
+        ('{"model_type": "kvstore-test"}', "kvstore-test"),
+        ('{"model_type": "vit"}', "transformers cannot load it"),
+    ],
+)
+def test_a_model_with_a_broken_config_is_refused(
+    config: str, reason: str, folder: Path, store: Path, tmp_path: Path, command: Command
+) -> None:
+    model = tmp_path / "broken"
+    shutil.copytree(folder / "model", model)
+    (model / "config.json").write_text(config, encoding="latin-1")
+    done = command(*ask_words(folder, store)[:-1], model)
+    done.check_error(str(model), reason)
+    assert len(done.err) < 500 + len(str(model))
+
+
+def test_a_model_with_broken_weights_is_refused(folder: Path, store: Path, tmp_path: Path, command: Command) -> None:
+    model = tmp_path / "broken"
+    shutil.copytree(folder / "model", model)
+    (model / "model.safetensors").write_bytes(b"no weights" * 10)
+    command(*ask_words(folder, store)[:-1], model).check_error(str(model), "transformers cannot load it")
 
 
 def test_another_model_is_refused(folder: Path, store: Path, command: Command) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -57,17 +59,34 @@ def load_model(path: Path, converted: Path, dtype: torch.dtype = torch.bfloat16)
     if not path.exists():
         raise ConfigError(f"{path}: no such model; give a Hugging Face folder or a GGUF file")
     folder = _converted(path, converted) if path.is_file() else path
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder}: no config.json; not a Hugging Face model folder")
+    _check_config(folder)
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder}: transformers cannot load it: {error}") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ConfigError(f"{folder}: transformers cannot load it: {_first_line(error)}") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.nn.Module.to(model, device)  # transformers wraps its own `to` without types
     return LanguageModel(model.eval(), tokenizer, path)
+
+
+def _check_config(folder: Path) -> None:
+    """Refuse a folder that does not name its architecture; transformers would list all that it knows."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder}: no config.json; not a Hugging Face model folder")
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a JSON file: {_first_line(error)}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str) or not config["model_type"]:
+        raise ConfigError(f"{path}: names no model_type; not the configuration of a Hugging Face model")
+
+
+def _first_line(error: Exception) -> str:
+    """What went wrong, without the paragraphs of advice that transformers adds."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _converted(gguf: Path, root: Path) -> Path:
@@ -84,7 +103,7 @@ def _converted(gguf: Path, root: Path) -> Path:
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{gguf}: not a GGUF file that transformers can load: {error}") from error
+        raise ConfigError(f"{gguf}: not a GGUF file that transformers can load: {_first_line(error)}") from error
     # The loaded config still says "quantized", and save_pretrained refuses that; the same weights under a plain one.
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict())
