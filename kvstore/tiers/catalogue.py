@@ -24,13 +24,16 @@ from kvstore.errors import (
     UnsupportedFormatError,
 )
 from kvstore.tiers.gate import Gate
+from kvstore.tiers.room import FULL_ERRNOS, READ_ONLY_ERRNOS, describe_full, free_nbytes, reserve
 
 INITIAL_MAP_NBYTES = 16 << 20
 MAX_MAP_NBYTES = 1 << 40
 _MAX_READERS = 512
+_LOCK_NBYTES = 192 + 64 * (_MAX_READERS - 1)  # as LMDB lays its lock file out
 # LMDB never writes pages that one transaction took and gave back: an intact file may end a few pages early.
 _MAX_UNWRITTEN_NBYTES = 1 << 20
-_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+# A write that the file system cut short is EIO to LMDB; with less room than this left, that is why.
+_FULL_BELOW_NBYTES = 4 << 20
 
 Result = TypeVar("Result")
 
@@ -104,32 +107,43 @@ class Catalogue:
         ReadOnlyError: a writer lacks permission.
         CorruptRecordError: the file is not a catalogue, or is cut short.
         UnsupportedFormatError: made by another version of LMDB's file format.
+        CapacityError: the file system has no room for the first pages.
         StoreIOError: the operating system refused.
     """
 
     def __init__(self, folder: Path, *, writable: bool, durable: bool, max_map_nbytes: int = MAX_MAP_NBYTES) -> None:
         self._folder = folder
         self._data_path = folder / "data.mdb"
+        self._writable = writable
         self._max_map_nbytes = max_map_nbytes
         self._pid = os.getpid()
         self._gate = Gate()
         if not writable and not self._data_path.exists():
             raise StoreNotFoundError(f"{folder}: no store here; create it by opening it for writing")
+        is_new = writable and not self._data_path.exists()
+        # A reader without write permission cannot register in the lock file; it goes without.
+        registers = writable or os.access(folder, os.W_OK)
+        if registers:
+            reserve(folder / "lock.mdb", _LOCK_NBYTES)
         with self._mapped_errors():
-            self._env = lmdb.open(
-                str(folder),
-                map_size=min(INITIAL_MAP_NBYTES, max_map_nbytes) if writable else 0,
-                readonly=not writable,
-                create=writable,
-                sync=durable,
-                metasync=durable,
-                # Look-ups are random: read-ahead would fill the page cache with neighbours nobody asked for.
-                readahead=False,
-                max_dbs=len(Table),
-                max_readers=_MAX_READERS,
-                # A reader without write permission cannot register in the lock file; it goes without.
-                lock=writable or os.access(folder, os.W_OK),
-            )
+            try:
+                self._env = lmdb.open(
+                    str(folder),
+                    map_size=min(INITIAL_MAP_NBYTES, max_map_nbytes) if writable else 0,
+                    readonly=not writable,
+                    create=writable,
+                    sync=durable,
+                    metasync=durable,
+                    # Look-ups are random: read-ahead would fill the page cache with neighbours nobody asked for.
+                    readahead=False,
+                    max_dbs=len(Table),
+                    max_readers=_MAX_READERS,
+                    lock=registers,
+                )
+            except lmdb.Error:
+                if is_new:  # on a full disk half of the first pages may be there, and would look like damage
+                    self._data_path.unlink(missing_ok=True)
+                raise
         try:
             if writable:
                 self._env.reader_check()  # readers that were killed would pin old pages for ever
@@ -253,6 +267,10 @@ class Catalogue:
         with self._mapped_errors(), self._gate.exclusive():
             self._env.set_mapsize(map_nbytes)
 
+    def _has_no_room(self) -> bool:
+        nbytes = free_nbytes(self._folder)
+        return nbytes is not None and nbytes < _FULL_BELOW_NBYTES
+
     @contextmanager
     def _mapped_errors(self) -> Iterator[None]:
         try:
@@ -262,13 +280,15 @@ class Catalogue:
 
     def _translated(self, error: lmdb.Error) -> KVStoreError:
         text = f"{self._folder}: {error}"
-        if isinstance(error, lmdb.MapFullError) or error.code in _FULL_ERRNOS:
+        if isinstance(error, lmdb.MapFullError):
             return CapacityError(text)
+        if error.code in FULL_ERRNOS or (error.code == errno.EIO and self._writable and self._has_no_room()):
+            return CapacityError(f"{self._folder}: {describe_full(self._folder)}")
         if isinstance(error, lmdb.VersionMismatchError):
             return UnsupportedFormatError(text)
         if isinstance(error, (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.NotFoundError)):
             return CorruptRecordError(text)
-        if isinstance(error, lmdb.ReadonlyError) or error.code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if isinstance(error, lmdb.ReadonlyError) or error.code in READ_ONLY_ERRNOS:
             return ReadOnlyError(text)
         if error.code == errno.ENOENT:
             return StoreNotFoundError(text)

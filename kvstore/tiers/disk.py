@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 
 from kvstore.config import Access, Durability, StoreConfig
-from kvstore.errors import CapacityError, KVStoreError, ReadOnlyError, StoreIOError, StoreNotFoundError
+from kvstore.errors import CapacityError, KVStoreError, StoreNotFoundError
 from kvstore.policy import choose_victims, eviction_target
 from kvstore.spec import BlockKey
 from kvstore.stats import DiskUsage, Meter, TierStats
@@ -20,6 +20,7 @@ from kvstore.tiers.base import Extent
 from kvstore.tiers.catalogue import Catalogue, WriteView
 from kvstore.tiers.extents import ExtentAllocator, ExtentFiles, sync_folder
 from kvstore.tiers.lock import WriterLock
+from kvstore.tiers.room import describe_full, refusal
 from kvstore.tiers.tables.blocks import (
     allocated_extents,
     delete_unreferenced,
@@ -55,6 +56,7 @@ class DiskTier:
         StoreNotFoundError: a reader found nothing.
         BusyError: another process writes it, or this process has it open.
         ReadOnlyError: a writer may not write there.
+        CapacityError: the file system has no room for a new store.
         UnsupportedFormatError: made by a newer program.
         CorruptRecordError: the catalogue is damaged.
     """
@@ -141,12 +143,7 @@ class DiskTier:
             if extent is not None:
                 return extent
             if not self._evict(eviction_target(nbytes, self.allocator.used_nbytes), keep):
-                usage = self.usage()
-                raise CapacityError(
-                    f"{self.folder}: no room for {nbytes} bytes: {usage.total_nbytes} bytes taken, "
-                    f"{usage.extent_used_nbytes} of them by blocks, budget {self.config.disk_nbytes}; "
-                    "remove streams or raise the budget"
-                )
+                raise CapacityError(f"{self.folder}: no room for {nbytes} bytes: {self._describe_lack(nbytes)}")
 
     def usage(self) -> DiskUsage:
         """Say where the bytes on disk are."""
@@ -189,6 +186,17 @@ class DiskTier:
         self.meter.add(TierStats(evicted_blocks=len(freed)))
         return bool(freed)
 
+    def _describe_lack(self, nbytes: int) -> str:
+        """Say which is full, the budget or the file system."""
+        limit = self._extent_limit()
+        if limit is None or self.allocator.file_nbytes + nbytes <= limit:
+            return describe_full(self.folder)
+        usage = self.usage()
+        return (
+            f"{usage.total_nbytes} bytes taken, {usage.extent_used_nbytes} of them by blocks, "
+            f"budget {self.config.disk_nbytes}; remove streams or raise the budget"
+        )
+
     def _extent_limit(self) -> int | None:
         if self.config.disk_nbytes is None:
             return None
@@ -196,13 +204,13 @@ class DiskTier:
 
     def _claim(self, folder: Path) -> WriterLock:
         try:
+            is_new = not folder.exists()
             for part in (folder, folder / "catalogue", folder / "extents"):
                 part.mkdir(parents=True, exist_ok=True)
-        except PermissionError as error:
-            raise ReadOnlyError(f"{folder}: {error.strerror}; open the store for reading") from error
+            if self.config.durability is Durability.COMMIT:
+                sync_folder(folder)
+                if is_new:  # who may write an old store need not be allowed to read the folder around it
+                    sync_folder(folder.parent)
         except OSError as error:
-            raise StoreIOError(f"{folder}: cannot be a store: {error.strerror}") from error
-        if self.config.durability is Durability.COMMIT:
-            sync_folder(folder)
-            sync_folder(folder.parent)
+            raise refusal(folder, error) from error
         return WriterLock(folder / "writer.lock")

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
-from kvstore.errors import BusyError, ReadOnlyError, StoreIOError
+from kvstore.errors import BusyError, StoreIOError
+from kvstore.tiers.room import refusal
 
 
 class WriterLock:
@@ -19,15 +21,15 @@ class WriterLock:
     Raises:
         BusyError: another writer holds it; the message names its process.
         ReadOnlyError: the folder cannot be written.
+        CapacityError: the file system is full.
+        StoreIOError: the file cannot be opened or locked.
     """
 
     def __init__(self, path: Path) -> None:
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except PermissionError as error:
-            raise ReadOnlyError(f"{path}: {error.strerror}; open the store for reading") from error
         except OSError as error:
-            raise ReadOnlyError(f"{path}: {error.strerror}") from error
+            raise refusal(path.parent, error) from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -37,8 +39,9 @@ class WriterLock:
         except OSError as error:
             os.close(self._descriptor)
             raise StoreIOError(f"{path}: cannot be locked: {error.strerror}") from error
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+        with suppress(OSError):  # the lock is held; a full disk, which needs a writer to make room, may lack the name
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def close(self) -> None:
         """Let the next writer in."""
