@@ -51,8 +51,9 @@ def select(ranking: Ranking, num_tokens: Sequence[int], budget_tokens: int, excl
     """
     chosen: list[int] = []
     left = budget_tokens
+    smallest = min(num_tokens, default=0)
     for block in ranking.blocks.tolist():
-        if left <= 0:
+        if left <= 0 or (chosen and left < smallest):
             break
         if block in excluded:
             continue

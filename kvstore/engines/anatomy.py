@@ -16,6 +16,7 @@ from kvstore.session.attending import Rotate
 from kvstore.spec import ModelSpec
 
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+_MOVING_ROPE = ("dynamic", "longrope")
 _SAMPLE_ROWS = 64
 _KNOWN_ANGLES = 4
 
@@ -81,6 +82,11 @@ def rotation_of(model: nn.Module) -> Rotate:
     rotary: Any = rotary_of(model)
     attention = attention_modules(model)[0]
     module = sys.modules[type(attention).__module__]
+    if getattr(rotary, "rope_type", "default") in _MOVING_ROPE:
+        raise ConfigError(
+            f"{type(model).__name__}: RoPE of type {rotary.rope_type!r} changes with the length, so that stored "
+            "keys could not be rotated alike; use a model with fixed frequencies"
+        )
     rotate_half = getattr(module, "rotate_half", None)
     apply = getattr(module, "apply_rotary_pos_emb", None)
     if rotate_half is None or apply is None:

@@ -63,9 +63,16 @@ def load_model(path: Path, converted: Path, dtype: torch.dtype = torch.bfloat16)
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"{folder}: transformers cannot load it: {_first_line(error)}") from error
+    model: PreTrainedModel = loaded[0]
+    found: dict[str, Any] = loaded[1]
+    if found["missing_keys"]:  # transformers would fill them with random numbers
+        missing = sorted(found["missing_keys"])
+        raise ConfigError(f"{folder}: incomplete, {len(missing)} weights are missing, e.g. {missing[0]}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.nn.Module.to(model, device)  # transformers wraps its own `to` without types
     return LanguageModel(model.eval(), tokenizer, path)

@@ -79,7 +79,7 @@ def _tiered_attention(
         mask = inputs.mask(attention_mask)
     scale = kwargs["scaling"]
     if cache.branch is None:
-        cache.session.receive(layer, _received(inputs, scale))
+        cache.session.receive(layer, _received(inputs, scale, cache.session.num_spare))
     if inputs.query_far is not None:
         return inputs.attend(inputs.mask(attention_mask), scale).transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, inputs.query, inputs.keys, inputs.values, mask, **kwargs)
@@ -110,13 +110,14 @@ def _check_layer(
             )
 
 
-def _received(inputs: AttentionInputs, scale: float) -> Tensor:
-    """Attention mass of every key, `[kv_heads, num_keys]`, estimated from evenly spaced queries."""
-    stride = max(inputs.query.shape[2] // _RECEIVED_QUERIES, 1)
+def _received(inputs: AttentionInputs, scale: float, num_spare: int) -> Tensor:
+    """Attention mass of every key, `[kv_heads, num_keys]`, estimated from evenly spaced queries but the spare ones."""
+    count = inputs.query.shape[2] - num_spare
+    asking = slice(0, count, max(count // _RECEIVED_QUERIES, 1))
     mask = inputs.mask(None)
     if mask is not None:
-        mask = mask[:, :, ::stride]
-    query, keys = inputs.query[:, :, ::stride], inputs.keys
+        mask = mask[:, :, asking]
+    query, keys = inputs.query[:, :, asking], inputs.keys
     return received_mass(query, keys, num_received=keys.shape[2], mask=mask, scale=scale)
 
 

@@ -189,8 +189,8 @@ class Branch(Attending):
         queries = query[0].unflatten(0, (self._view.header.spec.kv_heads, -1))
         chosen = self._choose(self._view.retriever.rank_layer(layer, queries, len(self._entries)))
         self.recall.retrieve_s += time.perf_counter() - began
-        self._attend_to(self, chosen, self._entries[self._recent_first :], range(layer, layer + 1))
-        self._votes.update(entry.index for entry in chosen)
+        had = self._attend_to(self, chosen, self._entries[self._recent_first :], range(layer, layer + 1))
+        self._votes.update(entry.index for entry in chosen if entry.index in had)
 
     def _cite_votes(self) -> None:
         num_layers = len(self.contexts)

@@ -55,6 +55,8 @@ class Session:
         self._appender: Appender | None = None
         self._window_first = 0
         self._is_stale = True
+        self.num_spare = 0
+        """Last tokens of the coming forward that only fill it up: they vote for nothing, and `drop` takes them off."""
         if store.is_writable:
             self._open_appender()
 
@@ -146,6 +148,7 @@ class Session:
         """
         self._forget_unfinished()
         self._writer().drop(num_tokens)
+        self.num_spare = 0
         self._is_stale = True
         self._note_open_rows()
 
@@ -251,7 +254,9 @@ class Session:
             view.store.flush()
             view.retriever.refresh(view.num_sink_blocks, self._window_first)
         ranking = view.retriever.rank_layer(
-            layer, query[0].unflatten(0, (view.header.spec.kv_heads, -1)), self._window_first
+            layer,
+            query[0, :, : query.shape[2] - self.num_spare].unflatten(0, (view.header.spec.kv_heads, -1)),
+            self._window_first,
         )
         sizes = [entry.num_tokens for entry in view.entries]
         excluded = frozenset(range(view.num_sink_blocks))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvstore.errors import ConfigError, CorruptRecordError
+from kvstore.errors import ConfigError, CorruptRecordError, StreamNotFoundError
 from kvstore.layout import BlockLayout
 from kvstore.retrieval.policies import Policy
 from kvstore.retrieval.positions import PositionPolicy
@@ -134,6 +134,8 @@ class StreamView:
     def reload(self) -> None:
         """Read the manifest again: see what another process has appended since."""
         manifest = self.store.manifest(self.header.name)
+        if manifest.header != self.header:
+            raise StreamNotFoundError(f"stream {self.header.name!r} was replaced by another; open it again")
         self.entries = list(manifest.entries)
         self.cursor = dict(manifest.cursor)
         self.note_sinks()
@@ -146,12 +148,17 @@ class StreamView:
             self.num_sink_blocks += 1
 
     def first_block_within(self, num_tokens: int) -> int:
-        """The newest block from which on at least `num_tokens` tokens remain; open rows count."""
+        """The newest block from which on at least `num_tokens` tokens remain; open rows count.
+
+        A small block counts as a quarter of a full one: it takes a slot all the same, so a window of short texts must
+        end before the pool does.
+        """
+        least = self.layout.block_tokens // 4
         left = num_tokens - sum(rows.filled for rows in self.open_rows)
         first = len(self.entries)
         while first > 0 and left > 0:
             first -= 1
-            left -= self.entries[first].num_tokens
+            left -= max(self.entries[first].num_tokens, least)
         return first
 
     def positions_of(self, entry: Entry) -> Tensor:

@@ -175,6 +175,7 @@ class Reader:
             for block in run:
                 self._session.segment(len(block), start_s, end_s, group)
             padded = torch.tensor([ids + ids[-1:] * spare], device=self._language_model.device)
+            self._session.num_spare = spare
             self._decoder(input_ids=padded, past_key_values=cache, use_cache=True)
             if spare:
                 self._session.drop(spare)
