@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from kvstore.codec import Profile
 from kvstore.config import Access, Durability
-from kvstore.errors import ConfigError, StreamNotFoundError
+from kvstore.errors import ConfigError, SpecMismatchError, StreamNotFoundError
 from kvstore.layout import BlockLayout
 from kvstore.retrieval.policies import policy_named
 from kvstore.session.attending import Rotate
@@ -36,11 +37,13 @@ class KVStore:
     Args:
         store: the block store.
         layout: layout of the blocks that it moves.
+        profile: how new blocks are coded.
     """
 
-    def __init__(self, store: Store, layout: BlockLayout) -> None:
+    def __init__(self, store: Store, layout: BlockLayout, profile: Profile) -> None:
         self.blocks = store
         self._layout = layout
+        self._profile = profile
 
     def __enter__(self) -> KVStore:
         return self
@@ -60,7 +63,6 @@ class KVStore:
         window_tokens: int = 1024,
         sink_tokens: int = 16,
         budget_tokens: int = 256,
-        profile: Profile = Profile.LOSSLESS,
     ) -> Stream:
         """Open a stream, or start one where the store is open for writing.
 
@@ -70,10 +72,9 @@ class KVStore:
             window_tokens: most recent tokens that an appending forward attends to.
             sink_tokens: first tokens, attended always.
             budget_tokens: most tokens of retrieved blocks per question.
-            profile: how the stream's blocks are coded.
 
         Raises:
-            SpecMismatchError: another model wrote the stream.
+            SpecMismatchError: another model wrote the stream, or this one with blocks of another size.
             StreamNotFoundError: the store is open for reading and holds no such stream.
             ConfigError: no such policy, or the stream was written with other settings.
         """
@@ -83,16 +84,25 @@ class KVStore:
             sink_tokens=sink_tokens,
             budget_tokens=budget_tokens,
         )
-        try:
-            header = self.blocks.manifest(name).header
-        except StreamNotFoundError:
-            if not self.blocks.is_writable:
-                raise
+        layout = self._layout
+        if self.blocks.is_writable:
             new = StreamHeader(
-                name, self._layout.spec, self._layout.block_tokens, profile, config.prefill, {}, time.time()
+                name, layout.spec, layout.block_tokens, self._profile, config.prefill, {}, created_unix_s=time.time()
             )
-            header = self.blocks.create_stream(new).header
-        check_spec(header, self._layout.spec)
+            try:
+                header = self.blocks.manifest(name).header
+                new = replace(new, source=header.source)
+            except StreamNotFoundError:
+                pass
+            header = self.blocks.create_stream(new).header  # refuses a stream that was written with other settings
+        else:
+            header = self.blocks.manifest(name).header
+        check_spec(header, layout.spec)
+        if header.block_tokens != layout.block_tokens:
+            raise SpecMismatchError(
+                f"stream {name!r} has blocks of {header.block_tokens} tokens, not {layout.block_tokens}; "
+                f"open the store with block_tokens={header.block_tokens}"
+            )
         return Stream(self.blocks, header, config)
 
     def put(self, keys: Sequence[BlockKey], slots: Sequence[Tensor], num_tokens: Sequence[int]) -> list[bool]:
@@ -170,15 +180,15 @@ class Stream:
         """Start a question: the forward inside selects the blocks that `asking` will attend to."""
         if self._session is None:
             raise ConfigError(f"stream {self._header.name!r} is not bound; call bind(rotate, device) first")
-        branch = self._branch = self._session.branch()
-        branch.begin_recall()
+        self._recalled = None
+        branch = self._session.branch()
         try:
-            yield
+            with branch.recalling():
+                self._branch = branch
+                yield
         finally:
             self._branch = None
-        branch.end_recall()
-        self._recalled = branch
-        self.last = branch.recall
+        self._recalled, self.last = branch, branch.recall
 
     @contextmanager
     def asking(self) -> Iterator[None]:
@@ -234,7 +244,7 @@ def open(  # noqa: A001 - reads as kvstore.open
         disk_nbytes=disk_nbytes,
         durability=durability,
     )
-    return KVStore(store, layout)
+    return KVStore(store, layout, profile)
 
 
 @contextmanager
