@@ -40,7 +40,9 @@ def answers(nursery: Nursery, store: Path, model: Path) -> list[dict[str, Any]]:
         done = run.wait()
         assert done.code == 0, done.err
         assert done.err == "" or done.err.startswith("kvstore: note: the stream is not complete"), done.err
-        found.append({k: v for k, v in json.loads(done.out).items() if k not in ("ttft_s", "stages_s", "bytes_read")})
+        found.append(
+            {k: v for k, v in json.loads(done.out).items() if k not in ("ttft_s", "stages_s", "index_s", "bytes_read")}
+        )
     return found
 
 

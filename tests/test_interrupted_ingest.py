@@ -69,7 +69,7 @@ def contents(store: Path, model: Path, nursery: Nursery) -> Contents:
     for question in QUESTIONS:
         asked = nursery.run("ask", question, "--store", store, "--stream", "s", "--model", model, "--json")
         assert (asked.code, asked.err) == (0, "")
-        answers.append({k: v for k, v in json.loads(asked.out).items() if k not in ("ttft_s", "stages_s")})
+        answers.append({k: v for k, v in json.loads(asked.out).items() if k not in ("ttft_s", "stages_s", "index_s")})
     with Store.open(store, access=Access.READ) as listing:
         header = listing.manifest("s").header
     with Store.open(store, access=Access.READ, layout=header.layout, host_nbytes=1 << 20) as reader:

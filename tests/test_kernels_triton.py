@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import pytest
 import torch
@@ -15,8 +14,6 @@ from kvstore.kernels import dispatch, reference
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before the twins are imported
 
 maxsim_triton = pytest.importorskip("kvstore.kernels.maxsim_triton")
 rotate_gather_triton = pytest.importorskip("kvstore.kernels.rotate_gather_triton")
