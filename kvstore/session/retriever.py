@@ -93,7 +93,6 @@ class Retriever:
             count = min(_BATCH, num_blocks - self._known)
             if self._policy.scope is Scope.STREAM and self._maxsim is None:
                 self._maxsim = MaxSimScorer(make_index(self._row_dim()), self._mean_token_key(num_blocks))
-                count = min(4 * _BATCH, num_blocks - self._known)
             self._add(self._read(self._known, count))
             self._known += count
 
