@@ -30,7 +30,7 @@ class FaissIndex:
 
     The first `_TRAINING_ROWS` rows are searched exactly; when they are there, the range of the codes is learnt from
     them: a range learnt from the first few rows of a growing stream would cut off all that follows. From then on a row
-    takes `dim` bytes; on unit vectors the error of a score is below 0.01. Threads: one at a time.
+    takes `dim` bytes; on unit vectors the error of a score is below 0.02. Threads: one at a time.
 
     Args:
         dim: elements of a row.

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -174,21 +173,17 @@ class Branch(Attending):
         return [self._entries[i] for i in select(ranking, sizes, self._view.config.budget_tokens, excluded)]
 
     def _select_for_all(self) -> None:
-        began = time.perf_counter()
         layers = scored_layers(len(self.contexts))
         question = torch.stack([self._scout_keys[layer].transpose(0, 1).flatten(1) for layer in layers], dim=1)
         ranking = self._view.retriever.rank_stream(question.float().cpu(), len(self._entries))
         chosen = self._choose(ranking)
-        self.recall.retrieve_s += time.perf_counter() - began
         attended = self._attend_to(self, chosen, self._entries[self._recent_first :], range(len(self.contexts)))
         scored = list(zip(ranking.blocks.tolist(), ranking.scores.tolist(), strict=True))
         self.recall.spans = cite(scored, self._entries, attended)
 
     def _select_for_layer(self, layer: int, query: Tensor) -> None:
-        began = time.perf_counter()
         queries = query[0].unflatten(0, (self._view.header.spec.kv_heads, -1))
         chosen = self._choose(self._view.retriever.rank_layer(layer, queries, len(self._entries)))
-        self.recall.retrieve_s += time.perf_counter() - began
         had = self._attend_to(self, chosen, self._entries[self._recent_first :], range(layer, layer + 1))
         self._votes.update(entry.index for entry in chosen if entry.index in had)
 

@@ -40,13 +40,11 @@ class Recall:
     Args:
         spans: best first; attended ones and the next best.
         num_attended_tokens: tokens of the past that the model attends to (the largest number over the layers).
-        retrieve_s: seconds of searching.
         load: what bringing the blocks took.
     """
 
     spans: list[Span] = field(default_factory=list)
     num_attended_tokens: int = 0
-    retrieve_s: float = 0.0
     load: LoadReport = field(default_factory=LoadReport)
 
 

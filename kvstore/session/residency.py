@@ -91,13 +91,8 @@ class Residency:
             self._pool.free(old.slot_idx)
         self._places[key] = _Place(slot_idx, set(range(num_layers)), pins=1 + (old.pins if old else 0))
 
-    def pin(self, keys: Sequence[BlockKey]) -> None:
-        """Keep blocks that are present until they are unpinned as often."""
-        for key in keys:
-            self._places[key].pins += 1
-
     def unpin(self, keys: Sequence[BlockKey]) -> None:
-        """Undo one `pin` (or `adopt`) of each block."""
+        """Undo one `load` (or `adopt`) of each block."""
         for key in keys:
             self._places[key].pins -= 1
 

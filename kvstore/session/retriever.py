@@ -62,7 +62,7 @@ class Summariser:
 class Retriever:
     """Searches one stream's summaries under one policy; the index is built on first use and extended later.
 
-    A damaged summary makes its block unfindable, never an error: `num_damaged` counts them.
+    A damaged summary makes its block unfindable, not an error: `num_damaged` counts them.
 
     Args:
         store: the open store.

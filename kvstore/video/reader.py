@@ -167,7 +167,8 @@ class Reader:
         """Run the blocks through the model, some at a time, each run filled up to a multiple of `_STEP_TOKENS`.
 
         oneDNN compiles and keeps kernels for every length it meets: with lengths of all kinds the process grew by
-        1.5 MB a screen. The tokens that fill up come last, so nothing sees them, and are dropped again.
+        1.5 MB a screen. The tokens that fill up come last, so no other token attends to them; they vote for nothing,
+        and are dropped again.
         """
         for run in _runs(blocks):
             ids = [token for block in run for token in block]
