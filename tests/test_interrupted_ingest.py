@@ -109,6 +109,12 @@ def kill_at_moments(stage: Stage, folder: Path, count: int, capsys: pytest.Captu
         kill_and_resume(stage, folder / f"killed-after-{moment_s:.3f}s", moment_s, capsys)
 
 
+def test_a_stream_holds_the_preamble_and_then_the_screens_and_no_filler(stage: Stage) -> None:
+    groups = [entry.group for entry in stage.unbroken.entries]
+    assert groups == sorted(groups), "a block of no screen stands among the screens"
+    assert all(entry.end_s > entry.start_s for entry in stage.unbroken.entries if entry.group >= 0)
+
+
 def test_a_killed_ingest_is_resumed_to_the_same_stream(
     stage: Stage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
