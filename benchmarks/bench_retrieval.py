@@ -13,8 +13,7 @@ from harness import Report, alternate, check, options
 from kvstore.kernels.reference import best_similarity
 from kvstore.retrieval.faiss_index import FaissIndex, is_faiss_installed
 from kvstore.retrieval.index import FlatIndex, SummaryIndex
-from kvstore.retrieval.maxsim import HITS_PER_TOKEN, MaxSimScorer
-from kvstore.retrieval.summary import Summary, SummaryKind, expand_token_keys
+from kvstore.retrieval.maxsim import HITS_PER_TOKEN, MaxSimScorer, scored_layers
 from real_kv import add_options, corpus
 
 QUESTION_TOKENS = 12
@@ -67,8 +66,11 @@ def main() -> None:
         import faiss  # its OpenMP threads are set apart from torch's
 
         faiss.omp_set_num_threads(settings.threads)
-    summaries = [Summary.from_bytes(data).parts for data in kv.summaries]
-    keys = [expand_token_keys(part[SummaryKind.TOKEN_KEY], part[SummaryKind.TOKEN_SCALE]) for part in summaries]
+    layers = list(scored_layers(kv.layout.spec.num_layers))
+    keys = [
+        kv.layout.keys(slot)[layers, :, :count].permute(2, 0, 1, 3).flatten(2).float()
+        for slot, count in zip(kv.slots, kv.num_tokens, strict=True)
+    ]
     mean = torch.cat(keys).mean(dim=0)
     makers: dict[str, Callable[[int], SummaryIndex]] = {"torch": FlatIndex}
     if is_faiss_installed():
@@ -79,7 +81,7 @@ def main() -> None:
         questions = questions_from(blocks)
         scorers = {name: MaxSimScorer(make(blocks[0][0].numel()), mean) for name, make in makers.items()}
         for scorer in scorers.values():
-            scorer.add_many(enumerate(blocks))
+            scorer.add(enumerate(blocks))
         case = {"blocks": size, "tokens": sum(len(block) for block in blocks), "question_tokens": QUESTION_TOKENS}
         for name, scorer in scorers.items():
             hits = 0

@@ -40,14 +40,12 @@ class Corpus:
         layout: of the slots.
         slots: [slot_nbytes] uint8 each.
         num_tokens: tokens in each slot.
-        summaries: stored summary of each block.
         origin: where they come from, for the report.
     """
 
     layout: BlockLayout
     slots: list[Tensor]
     num_tokens: list[int]
-    summaries: list[bytes]
     origin: str
 
     @property
@@ -126,5 +124,4 @@ def _collect(store: Store, name: str, layout: BlockLayout, num_blocks: int, orig
     check(
         all(outcome in (Outcome.HOST, Outcome.DISK) for outcome in report.outcomes), "blocks of the corpus are missing"
     )
-    summaries = store.summaries(name, 0, len(entries))
-    return Corpus(layout, slots, [entry.num_tokens for entry in entries], summaries, origin)
+    return Corpus(layout, slots, [entry.num_tokens for entry in entries], origin)

@@ -204,8 +204,8 @@ class Store:
             check_layers(request.layers, data.layout)
         return data.fetcher.fetch(requests)
 
-    def summaries(self, name: str, first: int, count: int) -> list[bytes]:
-        """Return summaries of entries from `first` on, `count` or fewer; raises `StreamNotFoundError`."""
+    def summaries(self, name: str, first: int, count: int) -> dict[int, bytes]:
+        """Return summaries of entries `first` to `first + count` by index, those there are; raises like `manifest`."""
         self._check_open()
         if first < 0 or count < 0:
             raise ConfigError(f"summaries: first {first}, count {count}; neither can be negative")

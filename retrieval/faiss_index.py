@@ -34,19 +34,22 @@ class FaissIndex:
 
     Args:
         dim: elements of a row.
+        num_rows: how many will be added soon; memory for them is taken at once, where growing would take it twice.
 
     Raises:
         MissingDependencyError: FAISS is not installed.
         ConfigError: two FAISS distributions are installed.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, num_rows: int = 0) -> None:
         if not is_faiss_installed():
             raise missing_dependency("faiss", "the FAISS index")
         import faiss  # imported here: loading it costs 100 ms and a second OpenMP runtime
 
         self._dim = dim
         self._index = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
+        self._index.codes.resize(num_rows * dim)
+        self._index.codes.resize(0)
         self._first: FlatIndex | None = FlatIndex(dim)
 
     @property
@@ -79,6 +82,6 @@ class FaissIndex:
         return torch.from_numpy(scores), torch.from_numpy(rows)
 
 
-def make_index(dim: int) -> SummaryIndex:
-    """Return a FAISS index where FAISS is installed, else the exact torch index."""
-    return FaissIndex(dim) if is_faiss_installed() else FlatIndex(dim)
+def make_index(dim: int, num_rows: int = 0) -> SummaryIndex:
+    """Return a FAISS index where FAISS is installed, else the exact torch index; see `FaissIndex`."""
+    return FaissIndex(dim, num_rows) if is_faiss_installed() else FlatIndex(dim)

@@ -43,12 +43,8 @@ class MaxSimScorer:
         self._mean = mean
         self._block_of_row: list[Tensor] = []
 
-    def add(self, block: int, keys: Tensor) -> None:
-        """Add a block's tokens: keys `[num_tokens, num_parts, part_dim]` float32."""
-        self.add_many([(block, keys)])
-
-    def add_many(self, blocks: Iterable[tuple[int, Tensor]]) -> None:
-        """Add several blocks in one call to the index."""
+    def add(self, blocks: Iterable[tuple[int, Tensor]]) -> None:
+        """Add blocks: (number, keys `[num_tokens, num_parts, part_dim]` float32), in one call to the index."""
         rows = []
         for block, keys in blocks:
             rows.append(self._directions(keys))
@@ -67,7 +63,7 @@ class MaxSimScorer:
         if self._index.num_rows and question.shape[0]:
             similarity, rows = self._index.search(self._directions(question), HITS_PER_TOKEN)
             above = similarity - similarity[:, -1:]
-            blocks = torch.cat(self._block_of_row).long()[rows]
+            blocks = torch.cat(self._block_of_row)[rows].long()
             best = torch.zeros(question.shape[0], num_blocks)
             scores = best.scatter_reduce_(1, blocks, above, "amax").sum(dim=0)
         return Ranking.of(scores)

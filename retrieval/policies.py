@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies by name: each is one composition of a summary, a scope, a position rule and a trigger."""
+"""Policies by name: each is one composition of what is searched, a scope, a position rule and a trigger."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from enum import StrEnum
 
 from kvstore.errors import ConfigError
 from kvstore.retrieval.positions import PositionPolicy
-from kvstore.retrieval.summary import SummaryKind
+
+
+class Searched(StrEnum):
+    """What a question is compared with: stored summaries of each block in every layer, or the block's own keys.
+
+    MEAN_KEY: the mean of the block's keys.
+    RECEIVED_KEY: the mean of the keys that received most attention.
+    TOKEN_KEY: every key of the block in a few layers, read from its record.
+    """
+
+    MEAN_KEY = "mean_key"
+    RECEIVED_KEY = "received_key"
+    TOKEN_KEY = "token_key"
 
 
 class Scope(StrEnum):
@@ -31,7 +43,7 @@ class Policy:
 
     Args:
         name: what users type.
-        summary: the stored vectors that are searched; None retrieves nothing.
+        searched: see `Searched`; None retrieves nothing.
         scope: see `Scope`.
         position: where the selected blocks are placed.
         trigger: when a question selects.
@@ -44,7 +56,7 @@ class Policy:
     """
 
     name: str
-    summary: SummaryKind | None
+    searched: Searched | None
     scope: Scope
     position: PositionPolicy
     trigger: Trigger
@@ -55,9 +67,9 @@ class Policy:
     def __post_init__(self) -> None:
         if self.scope is Scope.STREAM and self.trigger is Trigger.STEP:
             raise ConfigError(f"policy {self.name}: one list for all layers needs a pass of its own, not every step")
-        if self.summary is SummaryKind.TOKEN_KEY and self.scope is Scope.LAYER:
+        if self.searched is Searched.TOKEN_KEY and self.scope is Scope.LAYER:
             raise ConfigError(
-                f"policy {self.name}: token keys are kept for a few layers only, so the scope is the stream"
+                f"policy {self.name}: token keys are compared in a few layers only, so the scope is the stream"
             )
         if self.recent_tokens < 0:
             raise ConfigError(f"policy {self.name}: recent_tokens is {self.recent_tokens}; it must not be negative")
@@ -66,7 +78,7 @@ class Policy:
 _TABLE = (
     Policy(
         name="maxsim",
-        summary=SummaryKind.TOKEN_KEY,
+        searched=Searched.TOKEN_KEY,
         scope=Scope.STREAM,
         position=PositionPolicy.CONSECUTIVE,
         trigger=Trigger.QUESTION,
@@ -76,7 +88,7 @@ _TABLE = (
     ),
     Policy(
         name="rekv",
-        summary=SummaryKind.MEAN_KEY,
+        searched=Searched.MEAN_KEY,
         scope=Scope.LAYER,
         position=PositionPolicy.CONSECUTIVE,
         trigger=Trigger.QUESTION,
@@ -86,7 +98,7 @@ _TABLE = (
     ),
     Policy(
         name="infllm",
-        summary=SummaryKind.RECEIVED_KEY,
+        searched=Searched.RECEIVED_KEY,
         scope=Scope.LAYER,
         position=PositionPolicy.CONSTANT_FAR,
         trigger=Trigger.STEP,
@@ -96,7 +108,7 @@ _TABLE = (
     ),
     Policy(
         name="streaming_llm",
-        summary=None,
+        searched=None,
         scope=Scope.STREAM,
         position=PositionPolicy.CONSECUTIVE,
         trigger=Trigger.QUESTION,

@@ -15,7 +15,7 @@ from kvstore.errors import CorruptRecordError
 _MAGIC = b"KVS0"
 _HEADER = struct.Struct("<4sI")
 _SECTION = struct.Struct("<BBHIIQ")  # kind, dtype, reserved, rows, columns, nbytes
-_DTYPES = {0: torch.int8, 1: torch.float16, 2: torch.int32}
+_DTYPES = {0: torch.float16, 1: torch.int32}
 _DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
@@ -24,16 +24,12 @@ class SummaryKind(IntEnum):
 
     MEAN_KEY: [num_layers, kv_heads * key_dim] float16, mean key of the block per layer (ReKV).
     RECEIVED_KEY: the same shape: mean over the tokens that received most attention, per layer and KV head (InfLLM).
-    TOKEN_KEY: [num_tokens, len(layers) * kv_heads * key_dim] int8: the keys themselves, of a few layers.
-    TOKEN_SCALE: [num_tokens, len(layers)] float16: the step of each int8 row part.
     POSITION: [rows, num_tokens] int32: RoPE positions, present where they are not first_token, first_token + 1, ...
     """
 
     MEAN_KEY = 1
     RECEIVED_KEY = 2
-    TOKEN_KEY = 3
-    TOKEN_SCALE = 4
-    POSITION = 5
+    POSITION = 3
 
 
 _KINDS = frozenset(int(kind) for kind in SummaryKind)
@@ -87,6 +83,25 @@ class Summary:
         return Summary(parts)
 
 
+def summarise(keys: Tensor, positions: Tensor, received: Tensor) -> bytes:
+    """Make a block's stored summary: everything that any policy may ask for later.
+
+    Args:
+        keys: [num_layers, kv_heads, num_tokens, key_dim] pre-RoPE keys, any device.
+        positions: [rows, num_tokens] int64 RoPE positions.
+        received: [num_layers, kv_heads, num_tokens] float32 attention mass.
+    """
+    keys = keys.cpu()
+    parts = {
+        SummaryKind.MEAN_KEY: mean_keys(keys),
+        SummaryKind.RECEIVED_KEY: received_keys(keys, received),
+    }
+    first = int(positions[0, 0])
+    if positions.shape[0] > 1 or not torch.equal(positions[0], torch.arange(first, first + positions.shape[1])):
+        parts[SummaryKind.POSITION] = positions.to(torch.int32)
+    return Summary(parts).to_bytes()
+
+
 def mean_keys(keys: Tensor) -> Tensor:
     """Average a block's keys over its tokens.
 
@@ -119,27 +134,6 @@ def received_keys(keys: Tensor, received: Tensor, top: int = 4) -> Tensor:
     chosen = received.topk(min(top, received.shape[-1]), dim=-1).indices
     picked = keys.float().gather(2, chosen[..., None].expand(-1, -1, -1, keys.shape[-1]))
     return _half(picked.mean(dim=2).flatten(1))
-
-
-def token_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise the keys of a few layers, one step per (token, layer).
-
-    Args:
-        keys: [num_layers_kept, kv_heads, num_tokens, key_dim].
-
-    Returns:
-        (codes, scales): `[num_tokens, num_layers_kept * kv_heads * key_dim]` int8 and
-        `[num_tokens, num_layers_kept]` float16, so that key = code * scale.
-    """
-    rows = keys.float().permute(2, 0, 1, 3).flatten(2)
-    scales = _half((rows.abs().amax(dim=2) / 127).clamp_min(1e-6))
-    codes = (rows / scales.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
-    return codes.flatten(1), scales
-
-
-def expand_token_keys(codes: Tensor, scales: Tensor) -> Tensor:
-    """Inverse of `token_keys`: `[num_tokens, num_layers_kept, kv_heads * key_dim]` float32."""
-    return codes.view(codes.shape[0], scales.shape[1], -1).float() * scales.float()[..., None]
 
 
 def _half(vectors: Tensor) -> Tensor:

@@ -139,7 +139,12 @@ def test_a_manifest_holds_what_was_appended(catalogue: Catalogue) -> None:
         assert [entry.key for entry in manifest.entries] == [_key(1), _key(2), _key(1)]
         assert (manifest.cursor, manifest.num_tokens, manifest.is_complete) == ({"next": 3}, 48, False)
         assert manifest.header == HEADER
-        assert [read_summaries(view, 1, first, 2) for first in (0, 1, 2, 3)] == [[b"a", b"b"], [b"b", b"c"], [b"c"], []]
+        assert [read_summaries(view, 1, first, 2) for first in (0, 1, 2, 3)] == [
+            {0: b"a", 1: b"b"},
+            {1: b"b", 2: b"c"},
+            {2: b"c"},
+            {},
+        ]
 
 
 def test_a_gap_in_a_manifest_is_refused(catalogue: Catalogue) -> None:

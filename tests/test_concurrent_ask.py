@@ -63,7 +63,7 @@ def copy_beginning(source: Path, target: Path, num_tokens: int) -> None:
         assert all(outcome.is_hit for outcome in reader.get([entry.key for entry in entries], slots))
         summaries = reader.summaries("s", 0, len(entries))
         writer.create_stream(header)
-        writer.append("s", list(map(NewBlock, entries, slots, summaries)), {"is_complete": True})
+        writer.append("s", list(map(NewBlock, entries, slots, summaries.values())), {"is_complete": True})
 
 
 def test_questions_during_an_ingest_see_the_stream_as_it_is_at_that_moment(nursery: Nursery, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_planted_echo_wins(make: Make) -> None:
         keys = tokens(8, seed=block)
         if block == 77:
             keys[2:6] = 3.0 * question  # length does not count
-        ranked.add(block, keys)
+        ranked.add([(block, keys)])
     ranking = ranked.rank(question, 200)
     assert int(ranking.blocks[0]) == 77
     assert float(ranking.scores[0]) > 2 * float(ranking.scores[1])
@@ -119,7 +119,7 @@ def test_a_word_in_every_block_adds_nothing() -> None:
     blocks = [torch.cat([common, tokens(3, seed=block)]) for block in range(HITS_PER_TOKEN + 10)]
     blocks[40] = torch.cat([blocks[40], rare])
     ranked = scorer()
-    ranked.add_many(enumerate(blocks))
+    ranked.add(enumerate(blocks))
     alone = ranked.rank(common, len(blocks))
     assert float(alone.scores.abs().max()) < 1e-3
     both = ranked.rank(torch.cat([common, rare]), len(blocks))
@@ -131,9 +131,9 @@ def test_empty_and_missing_blocks_rank_last_with_zero() -> None:
     ranked = scorer()
     assert ranked.rank(tokens(2, 1), 0).blocks.tolist() == []
     assert ranked.rank(tokens(2, 1), 3).scores.tolist() == [0.0, 0.0, 0.0]
-    ranked.add_many([])
-    ranked.add(1, tokens(6, 5))
-    ranked.add(2, tokens(6, 6))
+    ranked.add([])
+    ranked.add([(1, tokens(6, 5))])
+    ranked.add([(2, tokens(6, 6))])
     ranking = ranked.rank(tokens(6, 5)[:2], 4)
     assert int(ranking.blocks[0]) == 1
     assert {float(score) for block, score in zip(ranking.blocks, ranking.scores, strict=True) if block in (0, 3)} == {

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvstore.errors import ConfigError
-from kvstore.retrieval.policies import DEFAULT_POLICY, POLICIES, Scope, Trigger, policy_named
+from kvstore.retrieval.policies import DEFAULT_POLICY, POLICIES, Scope, Searched, Trigger, policy_named
 from kvstore.retrieval.positions import PositionPolicy, place
 from kvstore.retrieval.selection import Ranking, select
-from kvstore.retrieval.summary import SummaryKind
 from tests.tiny_models import policy
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=30)
@@ -100,7 +99,7 @@ def test_policies_by_name() -> None:
     "changes",
     [
         {"scope": Scope.STREAM, "trigger": Trigger.STEP},
-        {"summary": SummaryKind.TOKEN_KEY, "scope": Scope.LAYER},
+        {"searched": Searched.TOKEN_KEY, "scope": Scope.LAYER},
         {"recent_tokens": -1},
     ],
     ids=str,

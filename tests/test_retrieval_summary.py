@@ -10,10 +10,8 @@ from kvstore.errors import CorruptRecordError
 from kvstore.retrieval.summary import (
     Summary,
     SummaryKind,
-    expand_token_keys,
     mean_keys,
     received_keys,
-    token_keys,
 )
 
 KEYS = torch.randn(3, 2, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -21,12 +19,9 @@ KEYS = torch.randn(3, 2, 5, 8, generator=torch.Generator().manual_seed(0))
 
 def small() -> Summary:
     """A summary with a section of every kind."""
-    codes, scales = token_keys(KEYS[:2, :, :2])
     return Summary(
         {
             SummaryKind.MEAN_KEY: mean_keys(KEYS)[:, :2].contiguous(),
-            SummaryKind.TOKEN_KEY: codes[:, :4],
-            SummaryKind.TOKEN_SCALE: scales,
             SummaryKind.POSITION: torch.arange(6, dtype=torch.int32).view(3, 2),
             SummaryKind.RECEIVED_KEY: torch.empty(0, 4, dtype=torch.float16),
         }
@@ -88,22 +83,8 @@ def test_received_keys_take_the_most_looked_at() -> None:
     assert torch.equal(everything, mean_keys(KEYS))
 
 
-def test_token_keys_come_back_within_a_step() -> None:
-    codes, scales = token_keys(KEYS)
-    assert codes.dtype == torch.int8
-    assert codes.shape == (5, 3 * 16)
-    back = expand_token_keys(codes, scales)
-    wanted = KEYS.permute(2, 0, 1, 3).flatten(2)
-    assert (back - wanted).abs().max() <= 0.51 * scales.max() + 0.001
-    cosine = torch.nn.functional.cosine_similarity(back, wanted, dim=-1)
-    assert cosine.min() > 0.9995
-
-
 @pytest.mark.parametrize("factor", [0.0, 1e-9, 1e5, 1e9])
 def test_extreme_keys_stay_finite(factor: float) -> None:
     keys = KEYS * factor
-    codes, scales = token_keys(keys)
-    for part in (mean_keys(keys), received_keys(keys, torch.rand(3, 2, 5)), scales, expand_token_keys(codes, scales)):
+    for part in (mean_keys(keys), received_keys(keys, torch.rand(3, 2, 5))):
         assert part.isfinite().all()
-    if factor == 1e5:  # beyond float16, within the reach of codes and scales
-        assert torch.allclose(expand_token_keys(codes, scales), keys.permute(2, 0, 1, 3).flatten(2), atol=0.01 * 4e5)

@@ -48,7 +48,8 @@ def test_a_lost_block_is_named_and_the_rest_answers(
     def losing(self: Store, requests: list[FetchRequest]) -> FetchReport:
         report = fetch(self, requests)
         for number, request in enumerate(requests):
-            if request.key == key:
+            is_search = name == "maxsim" and request.layers is not None and len(request.layers) == 1
+            if request.key == key and not is_search:
                 request.slot.fill_(255)
                 report.outcomes[number] = outcome
                 report.reasons[number] = "its third plane fails its checksum"
@@ -86,7 +87,7 @@ def test_an_answer_without_a_block_is_as_if_it_had_not_been_chosen(
     def losing(self: Store, requests: list[FetchRequest]) -> FetchReport:
         report = fetch(self, requests)
         for number, request in enumerate(requests):
-            if request.key == key:
+            if request.key == key and (request.layers is None or len(request.layers) > 1):  # not when it is searched
                 report.outcomes[number] = Outcome.DAMAGED
         return report
 
@@ -101,21 +102,47 @@ def test_an_answer_without_a_block_is_as_if_it_had_not_been_chosen(
     assert torch.equal(had, wanted)
 
 
-@pytest.mark.parametrize("damage", [b"", b"KVS0", b"x" * 40])
-def test_a_damaged_summary_hides_its_block_only(damage: bytes, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("damage", [None, b"", b"KVS0", b"x" * 40])
+def test_a_damaged_summary_hides_its_block_only(
+    damage: bytes | None, filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model()
     summaries = Store.summaries
 
-    def damaged(self: Store, name: str, first: int, count: int) -> list[bytes]:
-        return [
-            damage if first + number == 5 else data for number, data in enumerate(summaries(self, name, first, count))
-        ]
+    def damaged(self: Store, name: str, first: int, count: int) -> dict[int, bytes]:
+        found = summaries(self, name, first, count)
+        return found | {5: damage} if damage is not None else {at: data for at, data in found.items() if at != 5}
 
     monkeypatch.setattr(Store, "summaries", damaged)
+    config = settings(policy("rekv"), window=16, sinks=4, budget=1000)
+    with attached_stream(filled, model, config, Access.READ) as attached:
+        cache = attached.question(PROMPT)
+        assert sorted(span.first_token for span in attached.last.spans if span.is_attended)
+        assert 5 * BLOCK_TOKENS not in {span.first_token for span in attached.last.spans}
+        assert list(attached.session.view.retriever.damaged) == [5]
+        assert model(PROMPT, past_key_values=cache).logits.isfinite().all()
+
+
+def test_a_block_whose_keys_cannot_be_read_is_named_and_the_others_are_found(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    with attached_stream(filled, model, CONFIG, Access.READ) as attached:
+        key = attached.session.view.entries[5].key
+    fetch = Store.fetch
+
+    def losing(self: Store, requests: list[FetchRequest]) -> FetchReport:
+        report = fetch(self, requests)
+        for number, request in enumerate(requests):
+            if request.key == key:
+                report.outcomes[number], report.reasons[number] = Outcome.DAMAGED, "its first plane is torn"
+        return report
+
+    monkeypatch.setattr(Store, "fetch", losing)
     with attached_stream(filled, model, CONFIG, Access.READ) as attached:
         cache = attached.question(STREAM[:, 64:72])
         assert attached.last.spans[0].first_token == 64
-        assert attached.session.view.retriever.num_damaged == 1
+        assert attached.session.view.retriever.damaged == {5: "its first plane is torn"}
         assert model(PROMPT, past_key_values=cache).logits.isfinite().all()
 
 

@@ -45,7 +45,7 @@ def test_a_stream_survives_reopening_bit_for_bit(tmp_path: Path) -> None:
         assert list(manifest.entries) == [block.entry for block in blocks]
         assert (manifest.header, manifest.cursor["next_frame"], manifest.num_tokens) == (HEADER, 10, 400)
         assert manifest.is_complete
-        assert store.summaries("lecture", 8, 5) == [b"summary 8", b"summary 9"]
+        assert store.summaries("lecture", 8, 5) == {8: b"summary 8", 9: b"summary 9"}
         requests = requests_for(blocks)
         report = store.fetch(requests)
         assert report.outcomes == [Outcome.DISK] * 10

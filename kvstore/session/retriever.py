@@ -1,85 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joins a policy to one stream: makes the summaries that are stored, and searches the ones that were."""
+"""Joins a policy to one stream: reads what the policy compares, indexes it, and ranks blocks."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from kvstore.errors import ConfigError, CorruptRecordError
+from kvstore.errors import CorruptRecordError
+from kvstore.layout import BlockLayout
 from kvstore.retrieval.faiss_index import make_index
 from kvstore.retrieval.maxsim import MaxSimScorer, scored_layers
 from kvstore.retrieval.mean_query import MeanQueryScorer
-from kvstore.retrieval.policies import Policy, Scope
+from kvstore.retrieval.policies import Policy, Searched
 from kvstore.retrieval.selection import Ranking
-from kvstore.retrieval.summary import (
-    Summary,
-    SummaryKind,
-    expand_token_keys,
-    mean_keys,
-    received_keys,
-    token_keys,
-)
-from kvstore.spec import ModelSpec
-from kvstore.store import Store
+from kvstore.retrieval.summary import Summary, SummaryKind
+from kvstore.store import Entry, FetchRequest, Store, StreamHeader
 
-_BATCH = 64
+_BATCH = 16
 _SAMPLE = 64
-
-
-class Summariser:
-    """Makes a block's stored summary: everything that any policy may ask for later.
-
-    Args:
-        spec: the model's KV geometry.
-    """
-
-    def __init__(self, spec: ModelSpec) -> None:
-        self._layers = list(scored_layers(spec.num_layers))
-
-    def __call__(self, keys: Tensor, positions: Tensor, received: Tensor) -> bytes:
-        """Summarise a block.
-
-        Args:
-            keys: [num_layers, kv_heads, num_tokens, key_dim] pre-RoPE keys, any device.
-            positions: [rows, num_tokens] int64 RoPE positions.
-            received: [num_layers, kv_heads, num_tokens] float32 attention mass.
-        """
-        keys = keys.cpu()
-        codes, scales = token_keys(keys[self._layers])
-        parts = {
-            SummaryKind.MEAN_KEY: mean_keys(keys),
-            SummaryKind.RECEIVED_KEY: received_keys(keys, received),
-            SummaryKind.TOKEN_KEY: codes,
-            SummaryKind.TOKEN_SCALE: scales,
-        }
-        first = int(positions[0, 0])
-        if positions.shape[0] > 1 or not torch.equal(positions[0], torch.arange(first, first + positions.shape[1])):
-            parts[SummaryKind.POSITION] = positions.to(torch.int32)
-        return Summary(parts).to_bytes()
+_SECTIONS = {Searched.MEAN_KEY: SummaryKind.MEAN_KEY, Searched.RECEIVED_KEY: SummaryKind.RECEIVED_KEY}
 
 
 class Retriever:
-    """Searches one stream's summaries under one policy; the index is built on first use and extended later.
+    """Searches one stream under one policy; the index is built on first use and extended later.
 
-    A damaged summary makes its block unfindable, not an error: `num_damaged` counts them.
+    A block that cannot be read is not found, which is no error: `damaged` says why, by the block's index.
 
     Args:
         store: the open store.
-        name: the stream.
-        spec: the stream's spec.
+        header: the stream's header.
         policy: what to search by.
     """
 
-    def __init__(self, store: Store, name: str, spec: ModelSpec, policy: Policy) -> None:
+    def __init__(self, store: Store, header: StreamHeader, policy: Policy) -> None:
         self._store = store
-        self._name = name
-        self._spec = spec
+        self._header = header
         self._policy = policy
+        self._layout = BlockLayout(header.spec, header.block_tokens)
+        self._layers = scored_layers(header.spec.num_layers)
         self._known = 0
+        self._num_averaged = 0
         self._maxsim: MaxSimScorer | None = None
         self._by_layer: list[MeanQueryScorer] = []
-        self.num_damaged = 0
+        self.damaged: dict[int, str] = {}
 
     def refresh(self, num_sink_blocks: int, num_blocks: int) -> None:
         """Index the stream's blocks that are not indexed yet.
@@ -88,13 +53,17 @@ class Retriever:
             num_sink_blocks: leading blocks to leave out: they are attended always.
             num_blocks: where to stop.
         """
+        if self._policy.searched is None or num_blocks <= max(self._known, num_sink_blocks):
+            return
+        entries = self._store.manifest(self._header.name).entries[:num_blocks]
+        if self._policy.searched is Searched.TOKEN_KEY and num_blocks > 2 * self._num_averaged:
+            # Directions are taken from the mean key; one of a stream half as long may be far from today's.
+            self._begin(entries[num_sink_blocks:])
+            self._known = 0
         self._known = max(self._known, num_sink_blocks)
-        while self._policy.summary is not None and self._known < num_blocks:
-            count = min(_BATCH, num_blocks - self._known)
-            if self._policy.scope is Scope.STREAM and self._maxsim is None:
-                self._maxsim = MaxSimScorer(make_index(self._row_dim()), self._mean_token_key(num_blocks))
-            self._add(self._read(self._known, count))
-            self._known += count
+        for batch in _batches(entries[self._known :]):
+            self._add(batch)
+            self._known += len(batch)
 
     def rank_stream(self, question: Tensor, num_blocks: int) -> Ranking:
         """Rank the blocks for all layers at once.
@@ -114,59 +83,70 @@ class Retriever:
             return Ranking(torch.empty(0, dtype=torch.int64), torch.empty(0))
         return self._by_layer[layer].rank(queries, self._known).before(num_blocks)
 
-    def _row_dim(self) -> int:
-        return len(scored_layers(self._spec.num_layers)) * self._spec.kv_heads * self._spec.key_dim
+    def _begin(self, entries: Sequence[Entry]) -> None:
+        """Start an index over token keys, centred by the mean of a sample of the blocks."""
+        row_dim = self._header.spec.kv_heads * self._header.spec.key_dim
+        stride = max(len(entries) // _SAMPLE, 1)
+        sample = [keys for batch in _batches(entries[::stride]) for _, keys in self._token_keys(batch)]
+        mean = torch.cat(sample).mean(dim=0) if sample else torch.zeros(len(self._layers), row_dim)
+        num_rows = sum(entry.num_tokens for entry in entries)
+        self._maxsim = MaxSimScorer(make_index(len(self._layers) * row_dim, num_rows), mean)
+        self._num_averaged = entries[-1].index + 1
+        self.damaged = {}  # every block is read again
 
-    def _read(self, first: int, count: int) -> list[tuple[int, Summary]]:
+    def _add(self, entries: Sequence[Entry]) -> None:
+        if self._maxsim is not None:
+            self._maxsim.add(self._token_keys(entries))
+        elif found := self._vectors(entries):
+            vectors = torch.stack([vector for _, vector in found])
+            if not self._by_layer:
+                self._by_layer = [MeanQueryScorer(make_index(vectors.shape[2])) for _ in range(vectors.shape[1])]
+            for layer, scorer in enumerate(self._by_layer):
+                scorer.add([block for block, _ in found], vectors[:, layer])
+
+    def _token_keys(self, entries: Sequence[Entry]) -> list[tuple[int, Tensor]]:
+        """Read the compared layers of blocks: (block, `[num_tokens, num_parts, kv_heads * key_dim]` float32)."""
+        # Slots of whole blocks, of which only the pages of the compared layers are ever touched.
+        slots = torch.empty(len(entries), self._layout.slot_nbytes, dtype=torch.uint8)
+        report = self._store.fetch(
+            [
+                FetchRequest(entry.key, slot, range(layer, layer + 1))
+                for entry, slot in zip(entries, slots, strict=True)
+                for layer in self._layers
+            ]
+        )
+        planes = self._layout.keys(slots)[:, list(self._layers)]
         found = []
-        for offset, data in enumerate(self._store.summaries(self._name, first, count)):
-            try:
-                summary = Summary.from_bytes(data)
-                self._check(summary)
-                found.append((first + offset, summary))
-            except CorruptRecordError:
-                self.num_damaged += 1
+        for number, entry in enumerate(entries):
+            first = number * len(self._layers)
+            lost = [at for at in range(first, first + len(self._layers)) if not report.outcomes[at].is_hit]
+            keys = planes[number, :, :, : entry.num_tokens].permute(2, 0, 1, 3).flatten(2).float()
+            if lost:
+                self.damaged[entry.index] = report.reasons.get(lost[0], "the block is not stored")
+            elif not keys.isfinite().all():
+                self.damaged[entry.index] = "its keys are not finite"
+            else:
+                found.append((entry.index, keys))
         return found
 
-    def _check(self, summary: Summary) -> None:
-        assert self._policy.summary is not None
-        part = summary.parts.get(self._policy.summary)
-        if part is None:
-            raise ConfigError(
-                f"stream {self._name!r} was stored without {self._policy.summary.name} summaries, which policy "
-                f"{self._policy.name} needs; ingest it again"
-            )
-        scales = summary.parts.get(SummaryKind.TOKEN_SCALE)
-        if self._policy.summary is SummaryKind.TOKEN_KEY:
-            num_parts = len(scored_layers(self._spec.num_layers))
-            fits = part.shape[1] == self._row_dim() and scales is not None and scales.shape == (len(part), num_parts)
-        else:
-            fits = part.shape == (self._spec.num_layers, self._spec.kv_heads * self._spec.key_dim)
-        if not fits or not part.isfinite().all() or (scales is not None and not scales.isfinite().all()):
-            raise CorruptRecordError(f"summary of stream {self._name!r} does not fit its model")
-
-    def _add(self, blocks: list[tuple[int, Summary]]) -> None:
-        if self._maxsim is not None:
-            self._maxsim.add_many((block, _tokens(summary)) for block, summary in blocks)
-        elif blocks:
-            assert self._policy.summary is not None
-            if not self._by_layer:
-                dim = self._spec.kv_heads * self._spec.key_dim
-                self._by_layer = [MeanQueryScorer(make_index(dim)) for _ in range(self._spec.num_layers)]
-            vectors = torch.stack([summary.parts[self._policy.summary] for _, summary in blocks]).float()
-            for layer, scorer in enumerate(self._by_layer):
-                scorer.add([block for block, _ in blocks], vectors[:, layer])
-
-    def _mean_token_key(self, num_blocks: int) -> Tensor:
-        stride = max((num_blocks - self._known) // _SAMPLE, 1)
-        sample = [
-            _tokens(summary) for block in range(self._known, num_blocks, stride) for _, summary in self._read(block, 1)
-        ]
-        self.num_damaged = 0  # counted again when the blocks are added
-        if not sample:
-            return torch.zeros(len(scored_layers(self._spec.num_layers)), self._spec.kv_heads * self._spec.key_dim)
-        return torch.cat(sample).mean(dim=0)
+    def _vectors(self, entries: Sequence[Entry]) -> list[tuple[int, Tensor]]:
+        """Read stored summaries: (block, `[num_layers, kv_heads * key_dim]` float32)."""
+        assert self._policy.searched is not None
+        spec, kind = self._header.spec, _SECTIONS[self._policy.searched]
+        shape = (spec.num_layers, spec.kv_heads * spec.key_dim)
+        found = []
+        stored = self._store.summaries(self._header.name, entries[0].index, len(entries))
+        for entry in entries:
+            try:
+                vector = Summary.from_bytes(stored.get(entry.index, b"")).parts.get(kind)
+                if vector is None or vector.shape != shape or not vector.isfinite().all():
+                    raise CorruptRecordError(f"its summary holds no usable {kind.name}")
+                found.append((entry.index, vector.float()))
+            except CorruptRecordError as error:
+                self.damaged[entry.index] = str(error)
+        return found
 
 
-def _tokens(summary: Summary) -> Tensor:
-    return expand_token_keys(summary.parts[SummaryKind.TOKEN_KEY], summary.parts[SummaryKind.TOKEN_SCALE])
+def _batches(entries: Sequence[Entry]) -> Iterator[Sequence[Entry]]:
+    for first in range(0, len(entries), _BATCH):
+        yield entries[first : first + _BATCH]

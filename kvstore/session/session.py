@@ -11,10 +11,10 @@ from torch import Tensor
 from kvstore.errors import ConfigError, CorruptRecordError, ReadOnlyError, ShapeError
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.selection import select
+from kvstore.retrieval.summary import summarise
 from kvstore.session.appender import Appender, Segment
 from kvstore.session.attending import Attending, AttentionInputs, Past, Rotate
 from kvstore.session.branch import Branch
-from kvstore.session.retriever import Summariser
 from kvstore.session.view import OpenRows, SessionConfig, StreamView
 from kvstore.store import Entry, Store, StreamHeader
 from kvstore.tiers.manifest import JSON
@@ -178,7 +178,7 @@ class Session:
             )
         namespace = f"{spec.fingerprint};{header.profile};{header.prefill}"
         last = view.entries[-1] if view.entries else None
-        self._appender = Appender(view.residency, namespace, Summariser(spec), last)
+        self._appender = Appender(view.residency, namespace, summarise, last)
         self._window_first = view.first_block_within(view.config.window_tokens)
         kept = [*self._sinks(), *view.entries[self._window_first :]]
         report = view.residency.load([entry.key for entry in kept], range(spec.num_layers))

@@ -111,7 +111,7 @@ class StreamView:
         self.num_sink_blocks = 0
         self._positions: dict[int, Tensor] = {}
         self.reload()
-        self.retriever = Retriever(store, header.name, header.spec, config.policy)
+        self.retriever = Retriever(store, header, config.policy)
 
     @property
     def num_layers(self) -> int:
@@ -170,8 +170,8 @@ class StreamView:
         if self.rows == 1:
             return torch.arange(entry.first_token, entry.first_token + entry.num_tokens)[None]
         if entry.index not in self._positions:
-            (data,) = self.store.summaries(self.header.name, entry.index, 1)
-            self.note_positions(entry, data)
+            stored = self.store.summaries(self.header.name, entry.index, 1)
+            self.note_positions(entry, stored.get(entry.index, b""))
         return self._positions[entry.index].long()
 
     def note_positions(self, entry: Entry, summary: bytes) -> None:

@@ -52,7 +52,7 @@ class Answer:
         policy: what retrieved.
         tokens_in_stream: tokens of the stream.
         tokens_attended: tokens of the stream that the answer attended to.
-        damaged: blocks that could not be had: index, time span and reason.
+        damaged: blocks that could not be searched or loaded: index, time span and reason.
     """
 
     question: str
@@ -173,9 +173,9 @@ class Asker:
             tokens_in_stream=view.num_tokens,
             tokens_attended=recall.num_attended_tokens,
             damaged=[
-                f"block {entry.index}, {stamp(entry.start_s)}-{stamp(entry.end_s)}: {load.lost[entry.key]}"
+                f"block {entry.index}, {stamp(entry.start_s)}-{stamp(entry.end_s)}: {reason}"
                 for entry in view.entries
-                if entry.key in load.lost
+                if (reason := load.lost.get(entry.key) or view.retriever.damaged.get(entry.index)) is not None
             ],
         )
 

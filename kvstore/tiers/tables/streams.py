@@ -134,17 +134,10 @@ def read_manifest(view: ReadView, name: str) -> Manifest:
     return Manifest(row.header, entries, cursor, state.num_tokens)
 
 
-def read_summaries(view: ReadView, stream_id: int, first: int, count: int) -> list[bytes]:
-    """Return the summaries of entries `first` to `first + count`, fewer at the end of the stream."""
-    found: list[bytes] = []
-    prefix = _STREAM_ID.pack(stream_id)
-    for key, value in view.scan(Table.SUMMARIES, start=position_key(stream_id, first), prefix=prefix):
-        if len(found) == count:
-            break
-        if position_index(key) != first + len(found):
-            raise CorruptRecordError(f"stream {stream_id}: summary {first + len(found)} is missing")
-        found.append(value)
-    return found
+def read_summaries(view: ReadView, stream_id: int, first: int, count: int) -> dict[int, bytes]:
+    """Return the summaries of entries `first` to `first + count` by index; those that are missing are left out."""
+    found = {index: view.get(Table.SUMMARIES, position_key(stream_id, index)) for index in range(first, first + count)}
+    return {index: data for index, data in found.items() if data is not None}
 
 
 def delete_stream(view: WriteView, name: str) -> list[tuple[BlockKey, Extent]]:
