@@ -63,6 +63,7 @@ class KVStore:
         window_tokens: int = 1024,
         sink_tokens: int = 16,
         budget_tokens: int = 256,
+        device_nbytes: int = 256 << 20,
     ) -> Stream:
         """Open a stream, or start one where the store is open for writing.
 
@@ -72,6 +73,7 @@ class KVStore:
             window_tokens: most recent tokens that an appending forward attends to.
             sink_tokens: first tokens, attended always.
             budget_tokens: most tokens of retrieved blocks per question.
+            device_nbytes: memory of the device pool; the window, the sinks and the blocks of a question must fit.
 
         Raises:
             SpecMismatchError: another model wrote the stream, or this one with blocks of another size.
@@ -83,6 +85,7 @@ class KVStore:
             window_tokens=window_tokens,
             sink_tokens=sink_tokens,
             budget_tokens=budget_tokens,
+            device_nbytes=device_nbytes,
         )
         layout = self._layout
         if self.blocks.is_writable:

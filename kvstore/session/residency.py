@@ -80,7 +80,9 @@ class Residency:
         while (slot_idx := self._pool.allocate()) is None:
             victim = next((key for key, place in self._places.items() if place.pins == 0), None)
             if victim is None:
-                raise CapacityError(f"device pool: all {self._pool.num_slots} slots are in use; give it more slots")
+                raise CapacityError(
+                    f"the device pool is full: all {self._pool.num_slots} blocks in it are in use; raise device_nbytes"
+                )
             self._pool.free(self._places.pop(victim).slot_idx)
         return slot_idx
 
@@ -95,10 +97,6 @@ class Residency:
         """Undo one `load` (or `adopt`) of each block."""
         for key in keys:
             self._places[key].pins -= 1
-
-    def has(self, key: BlockKey) -> bool:
-        """Say whether all or some layers of a block are present."""
-        return key in self._places
 
     def load(self, keys: Sequence[BlockKey], layers: range) -> LoadReport:
         """Bring blocks to the device and pin them; what cannot be had is reported, not raised.

@@ -32,7 +32,9 @@ class DevicePool:
             self._memory = torch.empty(num_slots, layout.slot_nbytes, dtype=torch.uint8, device=device)
         except RuntimeError as error:  # torch has a type of its own for a full GPU, and none for full host memory
             nbytes = num_slots * layout.slot_nbytes
-            raise CapacityError(f"{device}: no room for {num_slots} slots, {nbytes} bytes: {error}") from error
+            raise CapacityError(
+                f"{device}: no room for {num_slots} slots, {nbytes} bytes; lower device_nbytes: {error}"
+            ) from error
         self._keys, self._values = layout.keys(self._memory), layout.values(self._memory)
         self._free = list(range(num_slots - 1, -1, -1))
         self._is_used = [False] * num_slots
@@ -41,11 +43,6 @@ class DevicePool:
     def num_slots(self) -> int:
         """How many blocks fit."""
         return len(self._is_used)
-
-    @property
-    def num_free(self) -> int:
-        """Slots that `allocate` can still hand out."""
-        return len(self._free)
 
     def allocate(self) -> int | None:
         """Take a slot, lowest index first in a fresh pool; None when all are taken."""

@@ -57,12 +57,13 @@ class HostTier:
         ConfigError: the budget is below two slots: one to fill, one to write out.
     """
 
+    @torch.inference_mode(False)  # its memory is written in every mode
     def __init__(self, layout: BlockLayout, nbytes: int) -> None:
         self._slot_nbytes = layout.slot_nbytes
         self.num_slots = nbytes // layout.slot_nbytes
         if self.num_slots < 2:
             raise ConfigError(
-                f"host budget of {nbytes} bytes: a block takes {layout.slot_nbytes}; give room for at least two"
+                f"host_nbytes is {nbytes}; a block takes {layout.slot_nbytes}, and two must fit: raise it"
             )
         self._arena = Arena(self.num_slots * layout.slot_nbytes, True)
         self._memory = torch.frombuffer(self._arena, dtype=torch.uint8)
