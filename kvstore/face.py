@@ -148,12 +148,14 @@ class Stream:
             self._session = Session(self._store, self._header, self._config, rotate, device, rows)
         return self._session
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def attend(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *, ids: Tensor, scale: float
     ) -> Tensor:
         """Attend from inside your own attention layer: append to the stream, or ask, under `asking`.
 
-        Call it once per layer and forward, in order of layers.
+        Call it once per layer and forward, in order of layers. No gradient flows through it.
 
         Args:
             layer: layer index.
@@ -169,22 +171,22 @@ class Stream:
 
         Raises:
             ConfigError: the stream is not bound yet.
+            ShapeError: a layer out of turn, tensors that do not fit the model, or positions that do not continue the
+                stream.
+            StoreIOError: an earlier append failed; open the stream again.
         """
-        if self._session is None:
-            raise ConfigError(f"stream {self._header.name!r} is not bound; call bind(rotate, device) first")
+        session = self._bound()
         if self._branch is not None:
             inputs = self._branch.extend(layer, query, keys, values, positions)
         else:
-            inputs = self._session.extend(layer, query, keys, values, positions, ids)
+            inputs = session.extend(layer, query, keys, values, positions, ids, scale)
         return inputs.attend(inputs.mask(None), scale)
 
     @contextmanager
     def recalling(self) -> Iterator[None]:
         """Start a question: the forward inside selects the blocks that `asking` will attend to."""
-        if self._session is None:
-            raise ConfigError(f"stream {self._header.name!r} is not bound; call bind(rotate, device) first")
         self._recalled = None
-        branch = self._session.branch()
+        branch = self._bound().branch()
         try:
             with branch.recalling():
                 self._branch = branch
@@ -208,7 +210,12 @@ class Stream:
         """Store what has been appended, the last, unfinished block too; returns when it is durable."""
         if self._session is not None:
             self._session.commit(partial=True)
-            self._store.flush()
+            self._session.flush()
+
+    def _bound(self) -> Session:
+        if self._session is None:
+            raise ConfigError(f"stream {self._header.name!r} is not bound; call bind(rotate, device) first")
+        return self._session
 
 
 def open(  # noqa: A001 - reads as kvstore.open
@@ -254,7 +261,9 @@ def open(  # noqa: A001 - reads as kvstore.open
 def attach(model: Model, stream: Stream) -> Iterator[Attached]:
     """Attach a stream to a transformers model: forwards append, `generate()` asks; see `kvstore.engines.transformers`.
 
-    On leaving the block, what was appended is stored, the last, unfinished block too.
+    On leaving the block, what was appended is stored, the last, unfinished block too. If the block raises, complete
+    blocks that a later forward or question has handed to the store stay; what came after them is not stored, unless the
+    same stream is attached or committed again.
 
     Raises:
         MissingDependencyError: transformers is not installed.

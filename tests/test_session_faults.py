@@ -8,14 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvstore.errors import CapacityError, CorruptRecordError
+from kvstore.errors import CapacityError, CorruptRecordError, StoreIOError
 from kvstore.session.branch import Branch
 from kvstore.store import Access, FetchReport, FetchRequest, Outcome, Store
+from kvstore.tiers.disk import DiskTier
 from tests.tiny_models import BLOCK_TOKENS, ORIGINAL, attached_stream, make_model, policy, settings, token_ids
 
 STREAM = token_ids(96)
 PROMPT = token_ids(7, seed=3)
 CONFIG = settings(policy("maxsim"), window=16, sinks=4, budget=24)
+
+
+def refuse(*_: object) -> None:
+    """Stands for anything that writes."""
+    raise CapacityError("the file system is full")
 
 
 @pytest.fixture
@@ -183,6 +189,51 @@ def test_a_window_larger_than_the_pool_is_reported_and_can_be_dropped(tmp_path: 
             pool.free(slot)
         assert model(token_ids(30)).logits.isfinite().all()
         assert session.num_tokens == 50
+
+
+def test_after_a_failed_append_the_session_refuses_and_the_next_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    with attached_stream(tmp_path, model, CONFIG) as attached:
+        session = attached.session
+        model(STREAM[:, :32])
+        session.commit({"at": 32})
+        session.flush()
+        with monkeypatch.context() as full:
+            full.setattr(DiskTier, "allocate", refuse)
+            model(STREAM[:, 32:64])
+            session.commit({"at": 64})
+            with pytest.raises(CapacityError, match="file system is full"):
+                session.flush()
+        for goes_on in (
+            lambda: model(STREAM[:, 64:]),
+            lambda: session.commit({"at": 64}),
+            lambda: session.segment(8, 0.0, 1.0, 0),
+            attached.question,
+        ):
+            with pytest.raises(StoreIOError, match="open the stream again"):
+                goes_on()
+    with attached_stream(tmp_path, model, CONFIG) as attached:
+        session = attached.session
+        assert (session.view.cursor, session.num_tokens) == ({"at": 32}, 32)
+        model(STREAM[:, 32:])
+        session.commit({"at": 96})
+        session.flush()
+        assert len(session.view.store.manifest("s").entries) == 12
+        assert session.view.store.verify().is_clean
+
+
+def test_an_append_that_the_store_refuses_breaks_the_session(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    with attached_stream(filled, model, CONFIG) as attached:
+        model(STREAM[:, :8])
+        with monkeypatch.context() as full:
+            full.setattr(Store, "append", refuse)
+            with pytest.raises(CapacityError, match="file system is full"):
+                attached.session.commit()
+        with pytest.raises(StoreIOError, match="open the stream again"):
+            model(STREAM[:, 8:])
 
 
 def test_a_stream_whose_end_is_damaged_cannot_be_continued(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvstore.errors import ConfigError, ReadOnlyError
+from kvstore.retrieval.positions import Placement
+from kvstore.session.attending import Attending, Past
 from kvstore.session.session import Session
 from kvstore.session.view import SessionConfig
 from kvstore.store import Access, FetchRequest
@@ -102,6 +104,21 @@ def test_each_forward_sees_sinks_and_the_window(window: int, sinks: int, tmp_pat
     with attached_stream(tmp_path, model, settings(RULE, window=window, sinks=sinks)):
         had = torch.cat(feed(model, IDS, chunks), dim=1)[0]
     assert torch.allclose(had, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_past_is_placed_once_per_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    placed: list[Past] = []
+    place_past = Attending.place_past
+
+    def counted(self: Attending, past: Past, *args: Any, **kwargs: Any) -> Placement:
+        placed.append(past)
+        return place_past(self, past, *args, **kwargs)
+
+    monkeypatch.setattr(Attending, "place_past", counted)
+    with attached_stream(tmp_path, model, settings(RULE, window=8)):
+        feed(model, IDS[:, :48], (16, 16, 16))
+    assert len(placed) == 3
 
 
 def test_the_oracle_has_teeth() -> None:

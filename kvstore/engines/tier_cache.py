@@ -119,7 +119,7 @@ class TierCache(Cache):
             self.branch.take_rows(rows)
 
     def extend(
-        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, ids: Tensor
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, ids: Tensor, scale: float
     ) -> AttentionInputs:
         """Append one layer of a forward to the branch or the stream.
 
@@ -129,9 +129,18 @@ class TierCache(Cache):
             keys: [batch, kv_heads, num_new, key_dim] before RoPE.
             values: [batch, kv_heads, num_new, value_dim].
             positions: [rows, batch or 1, num_new] int64.
-            ids: [num_new] int64 content ids.
+            ids: [num_new] int64 content ids; a branch has no use for them.
+            scale: multiplies the logits.
         """
         positions = positions.expand(-1, keys.shape[0], -1)
         if self.branch is not None:
             return self.branch.extend(layer, query, keys, values, positions)
-        return self.session.extend(layer, query, keys, values, positions, ids)
+        return self.session.extend(layer, query, keys, values, positions, ids, scale)
+
+
+def _are_alike(tokens: Tensor) -> bool:
+    """Whether all sequences hold the same tokens; embeddings may differ by rounding."""
+    if tokens.dim() == 2 or tokens.shape[0] == 1:
+        return torch.equal(tokens, tokens[:1].expand_as(tokens))
+    first = tokens[:1].float()
+    return bool(((tokens - first).norm(dim=-1) <= _ROUNDING * first.norm(dim=-1)).all())

@@ -23,8 +23,6 @@ from kvstore.engines.content import content_ids
 from kvstore.engines.rope_deltas import RopeDeltas
 from kvstore.engines.tier_cache import TierCache
 from kvstore.errors import ConfigError, ShapeError
-from kvstore.kernels.reference import received_mass
-from kvstore.session.attending import AttentionInputs
 from kvstore.session.recall import Recall
 from kvstore.session.session import Session
 from kvstore.store import check_spec
@@ -35,7 +33,6 @@ Model = PreTrainedModel
 """What can be attached, for annotations elsewhere: other modules do not import transformers."""
 
 _NAME = "kvstore"
-_RECEIVED_QUERIES = 32
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux")
 _CHECKED_TOKENS = 8
 
@@ -72,14 +69,12 @@ def _tiered_attention(
     if layer not in capture.checked_layers:
         _check_layer(module, cache.session, (raw_query, raw_key), (query, key), positions)
         capture.checked_layers.add(layer)
-    inputs = cache.extend(layer, raw_query, raw_key, value, positions, capture.ids)
+    scale = kwargs["scaling"]
+    inputs = cache.extend(layer, raw_query, raw_key, value, positions, capture.ids, scale)
     if attention_mask is None and inputs.keys.shape[2] == inputs.query.shape[2]:
         mask = None  # nothing before these tokens: sdpa's own causal path, as the engine itself would take
     else:
         mask = inputs.mask(attention_mask)
-    scale = kwargs["scaling"]
-    if cache.branch is None:
-        cache.session.receive(layer, _received(inputs, scale, cache.session.num_spare))
     if inputs.query_far is not None:
         return inputs.attend(inputs.mask(attention_mask), scale).transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, inputs.query, inputs.keys, inputs.values, mask, **kwargs)
@@ -108,17 +103,6 @@ def _check_layer(
                 f"{type(module).__name__}: layer {module.layer_idx} changes queries or keys in another way than RoPE "
                 "after its projections; it cannot be attached"
             )
-
-
-def _received(inputs: AttentionInputs, scale: float, num_spare: int) -> Tensor:
-    """Attention mass of every key, `[kv_heads, num_keys]`, estimated from evenly spaced queries but the spare ones."""
-    count = inputs.query.shape[2] - num_spare
-    asking = slice(0, count, max(count // _RECEIVED_QUERIES, 1))
-    mask = inputs.mask(None)
-    if mask is not None:
-        mask = mask[:, :, asking]
-    query, keys = inputs.query[:, :, asking], inputs.keys
-    return received_mass(query, keys, num_received=keys.shape[2], mask=mask, scale=scale)
 
 
 class Attached:

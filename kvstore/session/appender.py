@@ -132,7 +132,8 @@ class Appender:
         slot_idx, spec = self._residency.take_slot(), self._layout.spec
         is_announced = bool(self._segments)
         segment = self._segments.popleft() if is_announced else Segment(self._layout.block_tokens, 0.0, 0.0, -1)
-        received = torch.zeros(spec.num_layers, spec.kv_heads, segment.num_tokens)
+        device = self._residency.pool.device
+        received = torch.zeros(spec.num_layers, spec.kv_heads, segment.num_tokens, device=device)
         return OpenBlock(slot_idx, segment, received, is_announced)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -154,7 +155,7 @@ class Appender:
         """Add attention mass `[kv_heads, num_open_tokens]` float32 that the open tokens got in one layer."""
         first = 0
         for block in self._open:
-            block.received[layer, :, : block.filled] += mass[:, first : first + block.filled].cpu()
+            block.received[layer, :, : block.filled] += mass[:, first : first + block.filled]
             first += block.filled
 
     def end(self) -> None:
@@ -216,7 +217,7 @@ class Appender:
         )
         pool = self._residency.pool
         keys = pool.keys(block.slot_idx)[:, :, : segment.num_tokens]
-        summary = self._summarise(keys, torch.cat(block.positions, dim=1), block.received)
+        summary = self._summarise(keys, torch.cat(block.positions, dim=1), block.received.cpu())
         self._residency.adopt(key, block.slot_idx, spec.num_layers)
         self._parent, self._next_index, self._next_token = key, entry.index + 1, entry.first_token + entry.num_tokens
         return NewBlock(entry, pool.slot(block.slot_idx).cpu(), summary)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from kvstore.errors import ShapeError
-from kvstore.kernels.reference import attend, attend_two_parts
+from kvstore.kernels.reference import attend, attend_two_parts, received_mass
 from kvstore.retrieval.positions import Placement, PositionPolicy, place
 from kvstore.session.context import LayerContext
 from kvstore.session.residency import Residency
 from kvstore.store import Entry
+
+_RECEIVED_QUERIES = 32
 
 
 class Rotate(Protocol):
@@ -74,6 +76,25 @@ class AttentionInputs:
             )
         return attend(self.query, self.keys, self.values, mask=mask, scale=scale)
 
+    def received(self, num_received: int, num_spare: int, scale: float) -> Tensor:
+        """Estimate the attention that the last keys get, among the near ones, from evenly spaced queries.
+
+        Args:
+            num_received: keys, counted from the end, to report.
+            num_spare: last queries that do not count.
+            scale: multiplies the logits.
+
+        Returns:
+            [kv_heads, num_received] float32.
+        """
+        count = self.query.shape[2] - num_spare
+        asking = slice(0, count, max(count // _RECEIVED_QUERIES, 1))
+        mask = self.mask(None)
+        if mask is not None:
+            mask = mask[:, :, asking, self.num_far :]
+        keys = self.keys[:, :, self.num_far :]  # the far ones are not rotated, and this query is
+        return received_mass(self.query[:, :, asking], keys, num_received=num_received, mask=mask, scale=scale)
+
 
 @functools.lru_cache(maxsize=2)
 def _causal_mask(num_new: int, num_keys: int, device: torch.device) -> Tensor:
@@ -114,9 +135,38 @@ class Attending:
         self._position = position
         self._far_position = far_position
         self._rows = rows
+        self._next_layer = 0
         num_layers = residency.pool.layout.spec.num_layers
         self.contexts = [LayerContext() for _ in range(num_layers)]
         self._placements: list[Placement] = [Placement(torch.empty(rows, 0, dtype=torch.int64), 0)] * num_layers
+
+    def check(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Refuse a layer out of turn and tensors of another model: a smaller one would be spread over its place.
+
+        Args:
+            layer: what `inputs` is to be called with, all of them.
+            query: see there.
+            keys: see there.
+            values: see there.
+            positions: see there.
+
+        Raises:
+            ShapeError: one of them does not fit.
+        """
+        spec = self._residency.pool.layout.spec
+        if layer not in (0, self._next_layer):
+            raise ShapeError(f"layer {layer} out of turn; each forward calls all {spec.num_layers} layers from 0 on")
+        batch, num_new = keys.shape[0], keys.shape[2]
+        wanted = [
+            (batch, query.shape[1] // spec.kv_heads * spec.kv_heads, num_new, spec.key_dim),
+            (batch, spec.kv_heads, num_new, spec.key_dim),
+            (batch, spec.kv_heads, num_new, spec.value_dim),
+            (self._rows, batch, num_new),
+        ]
+        had = [tuple(each.shape) for each in (query, keys, values, positions)]
+        if had != wanted:
+            raise ShapeError(f"layer {layer}: query, keys, values, positions are {had}; the model's are {wanted}")
+        self._next_layer = (layer + 1) % spec.num_layers
 
     def place_past(
         self,

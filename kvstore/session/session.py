@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kvstore.errors import ConfigError, CorruptRecordError, ReadOnlyError, ShapeError
-from kvstore.retrieval.positions import PositionPolicy
+from kvstore.errors import ConfigError, CorruptRecordError, ReadOnlyError, ShapeError, StoreIOError
+from kvstore.retrieval.positions import Placement, PositionPolicy
 from kvstore.retrieval.selection import select
 from kvstore.retrieval.summary import summarise
 from kvstore.session.appender import Appender, Segment
@@ -23,7 +23,8 @@ from kvstore.tiers.manifest import JSON
 class Session:
     """The growing end of one stream, in the process that runs the model.
 
-    Each forward calls `extend` once per layer, in order of layers; one that fails midway leaves nothing. Not
+    Each forward calls `extend` once per layer, in order of layers; one that fails midway leaves nothing. After an
+    append that the store could not write, the session refuses to go on: its blocks are not the store's any more. Not
     thread-safe: the engine's thread owns it.
 
     Args:
@@ -39,6 +40,7 @@ class Session:
         CorruptRecordError: a block that the next forward attends to is damaged or gone.
     """
 
+    @torch.inference_mode(False)  # its memory is written in every mode
     def __init__(
         self,
         store: Store,
@@ -54,7 +56,10 @@ class Session:
         self._attending = Attending(self.view.residency, rotate, position, config.window_tokens, rows)
         self._appender: Appender | None = None
         self._window_first = 0
+        self._past: tuple[Past, Placement] | None = None
+        self._sizes: list[int] = []
         self._is_stale = True
+        self._is_broken = False
         self.num_spare = 0
         """Last tokens of the coming forward that only fill it up: they vote for nothing, and `drop` takes them off."""
         if store.is_writable:
@@ -75,7 +80,7 @@ class Session:
         self._writer().segment(Segment(num_tokens, start_s, end_s, group))
 
     def extend(
-        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, ids: Tensor
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, ids: Tensor, scale: float
     ) -> AttentionInputs:
         """Append one layer of a forward's tokens to the stream.
 
@@ -86,36 +91,39 @@ class Session:
             values: [1, kv_heads, num_new, value_dim].
             positions: [rows, 1, num_new] int64.
             ids: [num_new] int64 token ids, or content hashes where tokens have no id.
+            scale: multiplies the logits.
 
         Returns:
             What the attention kernel needs.
 
         Raises:
-            ShapeError: more than one sequence: a stream is one; use a branch. Or positions that do not continue it.
+            ShapeError: more than one sequence: a stream is one; use a branch. Positions that do not continue it. A
+                layer out of turn, or tensors that do not fit the model.
+            StoreIOError: an earlier append failed.
             ReadOnlyError: the store was opened for reading.
             CapacityError: no slot is free.
         """
         if keys.shape[0] != 1:
             raise ShapeError(f"a stream is one sequence; a batch of {keys.shape[0]} needs a branch")
+        if ids.shape != keys.shape[2:3]:
+            raise ShapeError(f"ids are {list(ids.shape)}; {keys.shape[2]} tokens have as many, in one dimension")
         appender = self._writer()
+        self._attending.check(layer, query, keys, values, positions)
         if layer == 0:
             self._check_positions(positions)
             self._slide_window()
         if self._is_stale or self.view.config.policy.retrieves_while_appending:
-            self._assemble(layer, query, int(positions.min()))
+            self._assemble(layer, query, positions)
         if layer == 0:
             appender.begin(ids, positions[:, 0])
         appender.write(layer, keys[0], values[0])
+        inputs = self._attending.inputs(layer, query, keys, values, positions)
+        appender.receive(layer, inputs.received(appender.num_open_tokens, self.num_spare, scale))
         if layer == self.view.num_layers - 1:
             appender.end()
             self._is_stale = False
             self._note_open_rows()
-        return self._attending.inputs(layer, query, keys, values, positions)
-
-    def receive(self, layer: int, mass: Tensor) -> None:
-        """Report attention mass `[kv_heads, num_keys]` float32 of the keys that `extend` returned for this layer."""
-        appender = self._writer()
-        appender.receive(layer, mass[:, mass.shape[1] - appender.num_open_tokens :])
+        return inputs
 
     def commit(self, cursor: Mapping[str, JSON] | None = None, *, partial: bool = False) -> None:
         """Hand complete blocks to the store; returns before they are durable (see `Store.flush`).
@@ -125,10 +133,12 @@ class Session:
             partial: also close the last block although it has room.
 
         Raises:
-            CapacityError, StoreIOError: what the store's writer met since the last call.
+            CapacityError, StoreIOError: what the store's writer met since the last call; this session is of no more
+                use then.
         """
         self._forget_unfinished()
         appender, view = self._writer(), self.view
+        self._is_broken = True  # unless all of this goes well: blocks leave the appender first
         blocks = appender.close_partial() if partial else appender.finish()
         if cursor is not None:
             view.cursor = dict(cursor)
@@ -138,7 +148,17 @@ class Session:
             for block in blocks:
                 view.note_positions(block.entry, block.summary)
             view.note_sinks()
-            self._note_open_rows()
+        self._is_broken = False
+        self._note_open_rows()
+
+    def flush(self) -> None:
+        """Wait until what was committed is durable; raises like `commit`."""
+        self._writer()
+        try:
+            self.view.store.flush()
+        except Exception:
+            self._is_broken = True
+            raise
 
     def drop(self, num_tokens: int) -> None:
         """Forget the last tokens (assisted decoding); only tokens that are not handed on yet.
@@ -160,12 +180,17 @@ class Session:
         """
         if self._appender is not None:
             self.commit()
-            self.view.store.flush()
+            self.flush()
         return Branch(self.view, continues=continues)
 
     def _writer(self) -> Appender:
         if self._appender is None:
             raise ReadOnlyError(f"stream {self.view.header.name!r} is open for reading; open the store for writing")
+        if self._is_broken:
+            raise StoreIOError(
+                f"stream {self.view.header.name!r}: an earlier append failed, and blocks were dropped; open the stream "
+                "again: it continues from the cursor in its manifest"
+            )
         return self._appender
 
     def _open_appender(self) -> None:
@@ -227,39 +252,43 @@ class Session:
             self._window_first = first
             self._is_stale = True
 
-    def _assemble(self, layer: int, query: Tensor, tail_start: int) -> None:
+    def _assemble(self, layer: int, query: Tensor, positions: Tensor) -> None:
         view = self.view
-        retrieved = self._retrieve(layer, query) if view.config.policy.retrieves_while_appending else []
-        past = Past((*self._sinks(), *retrieved), tuple(view.entries[self._window_first :]))
+        retrieves = view.config.policy.retrieves_while_appending
+        retrieved = self._retrieve(layer, query) if retrieves else []
         try:
-            self._attend_to(layer, past, tail_start)
+            if layer == 0 or retrieves:  # else the same in every layer
+                self._past = self._placed(retrieved, int(positions.min()))
+            assert self._past is not None, "layer 0 came first"
+            past, placement = self._past
+            context = self._attending.contexts[layer]
+            context.drop_tail(context.num_tail)
+            self._attending.set_past(layer, past, view.open_planes(layer), placement)
         finally:
             view.residency.unpin([entry.key for entry in retrieved])
 
-    def _attend_to(self, layer: int, past: Past, tail_start: int) -> None:
+    def _placed(self, retrieved: list[Entry], end: int) -> tuple[Past, Placement]:
         view = self.view
+        past = Past((*self._sinks(), *retrieved), tuple(view.entries[self._window_first :]))
         where = {entry.index: view.positions_of(entry) for entry in (*past.far, *past.near)}
         open_positions = [rows.positions for rows in view.open_rows]
-        placement = self._attending.place_past(
-            past, where, open_positions, num_blocks=len(view.entries), end=tail_start, tail_start=tail_start
+        return past, self._attending.place_past(
+            past, where, open_positions, num_blocks=len(view.entries), end=end, tail_start=end
         )
-        context = self._attending.contexts[layer]
-        context.drop_tail(context.num_tail)
-        self._attending.set_past(layer, past, view.open_planes(layer), placement)
 
     def _retrieve(self, layer: int, query: Tensor) -> list[Entry]:
         """Blocks between sinks and window that this layer's queries ask for, loaded and pinned."""
         view = self.view
         if layer == 0:
-            view.store.flush()
+            self.flush()
             view.retriever.refresh(view.num_sink_blocks, self._window_first)
+            self._sizes = [entry.num_tokens for entry in view.entries]
         ranking = view.retriever.rank_layer(
             layer,
             query[0, :, : query.shape[2] - self.num_spare].unflatten(0, (view.header.spec.kv_heads, -1)),
             self._window_first,
         )
-        sizes = [entry.num_tokens for entry in view.entries]
         excluded = frozenset(range(view.num_sink_blocks))
-        chosen = [view.entries[block] for block in select(ranking, sizes, view.config.budget_tokens, excluded)]
+        chosen = [view.entries[block] for block in select(ranking, self._sizes, view.config.budget_tokens, excluded)]
         report = view.residency.load([entry.key for entry in chosen], range(layer, layer + 1))
         return [entry for entry in chosen if entry.key not in report.lost]
