@@ -3,15 +3,29 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import DynamicCache
 
+from kvstore.engines.transformers import attach
 from kvstore.errors import ConfigError, ShapeError, SpecMismatchError
+from kvstore.retrieval.positions import PositionPolicy
 from kvstore.store import Access
-from tests.tiny_models import FAMILIES, ORIGINAL, attached_stream, feed, make_model, policy, settings, token_ids
+from tests.tiny_models import (
+    ALL,
+    FAMILIES,
+    ORIGINAL,
+    attached_stream,
+    feed,
+    make_model,
+    open_session,
+    policy,
+    settings,
+    token_ids,
+)
 
 CHUNKS = (1, 7, 13, 1, 29, 5)
 STREAM = sum(CHUNKS)
@@ -106,16 +120,75 @@ def test_an_answer_goes_on_while_the_stream_grows(tmp_path: Path) -> None:
 
 def test_batch_on_a_stream_branches_off_and_leaves_it_alone(tmp_path: Path) -> None:
     model = make_model()
+    rule = policy("streaming_llm", position=PositionPolicy.ORIGINAL, recent_tokens=ALL)
     rows = torch.cat([IDS[:, 20:26], IDS[:, 30:36]])
     with torch.no_grad():
         expected = [model(torch.cat([IDS[:, :20], row[None]], dim=1)).logits[:, 20:] for row in rows]
-    with attached_stream(tmp_path, model, settings(ORIGINAL)) as attached:
+    with attached_stream(tmp_path, model, settings(rule)) as attached:
         model(IDS[:, :20])
         cache = attached.cache()
         had = model(rows, past_key_values=cache).logits
         assert attached.session.num_tokens == 20
         assert cache.get_seq_length() == 26
     assert torch.allclose(had, torch.cat(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["maxsim", "rekv", "infllm"])
+def test_a_batch_of_different_questions_is_refused_where_they_would_choose(name: str, tmp_path: Path) -> None:
+    model = make_model()
+    rows = torch.cat([IDS[:, 20:26], IDS[:, 30:36]])
+    with attached_stream(tmp_path, model, settings(policy(name, recent_tokens=0), budget=16)) as attached:
+        assert model(rows, past_key_values=attached.question()).logits.isfinite().all(), "nothing to choose from yet"
+        model(token_ids(64))
+        cache = attached.cache()
+        for wrong in (cache, attached.question()):
+            with pytest.raises(ShapeError, match="one at a time"):
+                model(rows, past_key_values=wrong)
+            embeddings = model.get_input_embeddings()(rows)
+            with pytest.raises(ShapeError, match="one at a time"):
+                model(inputs_embeds=embeddings, past_key_values=wrong)
+        assert model(token_ids(3), past_key_values=cache).logits.isfinite().all()
+        assert attached.session.num_tokens == 67, "the refused cache still appends"
+        chosen = attached.question(rows[:1])
+        assert model(rows, past_key_values=chosen).logits.isfinite().all()
+        embeddings = (
+            model.get_input_embeddings()(rows[:1].expand(3, -1)) * torch.tensor([1.0, 1.001, 0.999])[:, None, None]
+        )
+        assert model(inputs_embeds=embeddings, past_key_values=attached.question()).logits.isfinite().all()
+
+
+def test_questions_that_choose_nothing_need_no_pass_and_no_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    forwards: list[int] = []
+    with attached_stream(tmp_path, model, settings(policy("streaming_llm"), window=16)) as attached:
+        model(IDS[:, :40])
+        attached.session.commit()
+        monkeypatch.setattr("kvstore.engines.transformers.content_ids", lambda *_: 1 / 0)
+        counter = model.model.layers[0].register_forward_hook(lambda *_: forwards.append(1))
+        cache = attached.question(IDS[:, 40:43])
+        model(IDS[:, 40:50], past_key_values=cache)
+        assert len(forwards) == 1
+        assert attached.last.num_attended_tokens == 40
+        counter.remove()
+
+
+def test_sessions_made_in_inference_mode_serve_outside_it(tmp_path: Path) -> None:
+    model = make_model()
+    with torch.no_grad():
+        expected = model(IDS[:, :50]).logits
+    answers = []
+    for access, begin in ((Access.WRITE, 0), (Access.WRITE, 40), (Access.READ, 40)):
+        with ExitStack() as stack:
+            with torch.inference_mode():
+                session = stack.enter_context(open_session(tmp_path, model, settings(ORIGINAL), access))
+            with attach(model, session) as attached:
+                if begin == 0:
+                    feed(model, IDS[:, :40], (20, 20))
+                cache = attached.question(IDS[:, 40:42])
+                answers.append(model(IDS[:, 40:50], past_key_values=cache).logits)
+    assert all(torch.allclose(had, expected[:, 40:], atol=1e-5) for had in answers)
 
 
 def test_gradients_and_inference_mode_may_alternate(tmp_path: Path) -> None:
@@ -156,6 +229,8 @@ def test_wrong_questions_and_positions_are_refused(tmp_path: Path) -> None:
             model(IDS[:, 9:12], position_ids=torch.arange(3)[None])
         with pytest.raises(ShapeError, match="unpadded"):
             model(IDS[:, 9:12], attention_mask=torch.tensor([[1] * 9 + [0, 1, 1]]))
+        with pytest.raises(ShapeError, match=r"crop\(3\)"):
+            attached.cache().crop(3)
         with pytest.raises(ConfigError, match="cannot be reset"):
             attached.cache().reset()
         assert attached.session.num_tokens == 9

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from kvstore.errors import ConfigError, ShapeError
-from tests.tiny_models import ORIGINAL, attached_stream, make_model, policy, settings, token_ids
+from kvstore.retrieval.positions import PositionPolicy
+from tests.tiny_models import ALL, ORIGINAL, attached_stream, make_model, policy, settings, token_ids
 
 STREAM = token_ids(37)
 PROMPT = token_ids(9, seed=2)
@@ -68,13 +69,14 @@ def test_left_padded_batch_equals_the_engines(tmp_path: Path) -> None:
     model = make_model()
     rows = torch.cat([PROMPT, PROMPT])
     mask = torch.ones_like(rows)
+    rule = policy("streaming_llm", position=PositionPolicy.ORIGINAL, recent_tokens=ALL)
     rows[1, :4] = 0
     mask[1, :4] = 0
     expected = generate(model, rows, attention_mask=mask, do_sample=False)
-    with attached_stream(tmp_path / "empty", model, settings(ORIGINAL)):
+    with attached_stream(tmp_path / "empty", model, settings(rule)):
         assert torch.equal(generate(model, rows, attention_mask=mask, do_sample=False), expected)
     alone = [generate(model, torch.cat([STREAM, row], dim=1), do_sample=False) for row in (PROMPT, PROMPT[:, 4:])]
-    with attached_stream(tmp_path / "filled", model, settings(ORIGINAL)):
+    with attached_stream(tmp_path / "filled", model, settings(rule)):
         model(STREAM)
         had = generate(model, rows, attention_mask=mask, do_sample=False)
     assert torch.equal(had, torch.cat(alone))

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, ShapeError
 from kvstore.session.attending import AttentionInputs
 from kvstore.session.branch import Branch
 from kvstore.session.session import Session
+
+_ROUNDING = 0.05
 
 
 class TierLayer(CacheLayerMixin):
@@ -83,7 +85,13 @@ class TierCache(Cache):
         return self.branch.num_tokens + query_length, self.branch.first_token
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; 0 or negative, as transformers counts."""
+        """Forget the last tokens; 0 or negative, as transformers counts.
+
+        Raises:
+            ShapeError: a positive number, as transformers once counted.
+        """
+        if tokens_to_remove > 0:
+            raise ShapeError(f"crop({tokens_to_remove}): give a negative number, of tokens to remove")
         if tokens_to_remove < 0:
             (self.branch or self.session).drop(-tokens_to_remove)
 
@@ -105,16 +113,31 @@ class TierCache(Cache):
         """Keep some sequences."""
         self._rows(indices)
 
-    def prepare(self, batch: int) -> None:
-        """Get ready for a forward of `batch` sequences: more than one on a stream branches off it."""
-        if self.branch is None and batch > 1:
-            self.branch = self.session.branch(continues=True)
+    def prepare(self, tokens: Tensor) -> None:
+        """Get ready for a forward: more than one sequence on a stream branches off it.
+
+        Args:
+            tokens: [batch, num_new] int64 ids, or [batch, num_new, hidden] embeddings.
+
+        Raises:
+            ShapeError: the forward is to choose blocks, and its sequences differ.
+        """
+        branch = self._branch_for(tokens.shape[0])
+        if branch is not None and branch.selects_next and not _are_alike(tokens):
+            raise ShapeError(
+                f"a batch of {tokens.shape[0]} sequences that differ would be answered from what suits the first; "
+                "ask them one at a time, or choose the blocks before, with question(input_ids)"
+            )
+        self.branch = branch
+
+    def _branch_for(self, batch: int) -> Branch | None:
+        return self.session.branch(continues=True) if self.branch is None and batch > 1 else self.branch
 
     def _batch(self) -> int:
         return self.branch.batch if self.branch is not None else 1
 
     def _rows(self, rows: Tensor) -> None:
-        self.prepare(rows.numel())
+        self.branch = self._branch_for(rows.numel())
         if self.branch is not None:
             self.branch.take_rows(rows)
 

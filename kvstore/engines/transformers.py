@@ -136,7 +136,7 @@ class Attached:
         branch = self.session.branch()
         self.last = branch.recall
         cache = TierCache(self.session, branch)
-        if input_ids is not None:
+        if input_ids is not None and branch.selects_next:
             with branch.recalling(), torch.no_grad():
                 decoder_of(self.model)(input_ids=input_ids, past_key_values=cache, use_cache=True)
             self.last = branch.recall
@@ -254,16 +254,18 @@ def _decoder_hook(attached: Attached, capture: Capture) -> Callable[..., Any]:
         _inject(attached, kwargs)
         cache = kwargs.get("past_key_values")
         capture.clear()
-        if isinstance(cache, TierCache):
-            ids = args[0] if args else kwargs.get("input_ids")
-            capture.ids = content_ids(ids, kwargs.get("inputs_embeds"))
-            cache.prepare((kwargs["inputs_embeds"] if ids is None else ids).shape[0])
-            capture.cache = cache
-            branch = cache.branch
-            if branch is not None and branch.needs_recall:
+        ids, embeddings = args[0] if args else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        tokens = embeddings if ids is None else ids
+        if isinstance(cache, TierCache) and tokens is not None:  # without tokens, the engine says what it misses
+            cache.prepare(tokens)
+            capture.cache, branch = cache, cache.branch
+            if branch is None:
+                capture.ids = content_ids(ids, embeddings)
+                return args, kwargs
+            if branch.needs_recall:
                 with branch.recalling():
                     module.forward(*args, **kwargs)
-                attached.last = branch.recall
+            attached.last = branch.recall
         return args, kwargs
 
     return hook

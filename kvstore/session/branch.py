@@ -36,8 +36,8 @@ class Branch(Attending):
 
     The engine runs the question through the model between `begin_recall` and `end_recall`, then the prompt and the
     answer. Without that first pass, the first forward of the prompt selects by itself where the policy allows it
-    (`needs_recall` says where it does not). A forward that fails midway leaves nothing. Not thread-safe: the engine's
-    thread owns it.
+    (`needs_recall` says where it does not). Of a batch, the first sequence selects for all. A forward that fails midway
+    leaves nothing. Not thread-safe: the engine's thread owns it.
 
     Args:
         view: the stream, as it is now.
@@ -62,6 +62,9 @@ class Branch(Attending):
         self._tail_start = self._end if continues else 0
         self._recent_first = view.first_block_within(policy.recent_tokens)
         self._sinks = tuple(self._entries[: min(view.num_sink_blocks, self._recent_first)])
+        self._recent = self._entries[self._recent_first :]
+        self._sizes = [entry.num_tokens for entry in self._entries]
+        self._excluded = frozenset((*range(len(self._sinks)), *range(self._recent_first, len(self._entries))))
         self._scout = Attending(view.residency, view.rotate, PositionPolicy.CONSECUTIVE, 0, view.rows)
         self._scout_keys: dict[int, Tensor] = {}
         self._votes: Counter[int] = Counter()
@@ -80,9 +83,15 @@ class Branch(Attending):
         return self.contexts[0].batch
 
     @property
+    def selects_next(self) -> bool:
+        """Whether the coming forward is the one that the question retrieves by, if there is anything to choose from."""
+        is_to_choose = self._policy.searched is not None and len(self._excluded) < len(self._entries)
+        return is_to_choose and not self._has_selected and self._phase is _Phase.ANSWER
+
+    @property
     def needs_recall(self) -> bool:
-        """Whether a pass over the question must come before the first forward."""
-        return self._policy.scope is Scope.STREAM and not self._has_selected and self._phase is _Phase.ANSWER
+        """Whether a pass over the question must come before the coming forward: one list serves all layers."""
+        return self.selects_next and self._policy.scope is Scope.STREAM
 
     @contextmanager
     def recalling(self) -> Iterator[None]:
@@ -132,7 +141,12 @@ class Branch(Attending):
             keys: [batch, kv_heads, num_new, key_dim].
             values: [batch, kv_heads, num_new, value_dim].
             positions: [rows, batch, num_new] int64, counted from the question's first token.
+
+        Raises:
+            ShapeError: a layer out of turn, or tensors that do not fit the model.
+            CapacityError: more blocks were chosen than fit the device pool.
         """
+        self.check(layer, query, keys, values, positions)
         if layer == 0:
             self._forget_unfinished()
         if self._phase is _Phase.SCOUT:
@@ -146,6 +160,9 @@ class Branch(Attending):
             if layer == len(self.contexts) - 1:
                 self._has_selected = True
                 self._cite_votes()
+        elif selects and layer == 0:  # no pass came before: there was nothing to choose
+            self._attend_to(self, [], self._recent, range(len(self.contexts)))
+            self._has_selected = True
         return self.inputs(layer, query, keys, values, positions)
 
     def drop(self, num_tokens: int) -> None:
@@ -168,23 +185,22 @@ class Branch(Attending):
     # Selecting
 
     def _choose(self, ranking: Ranking) -> list[Entry]:
-        excluded = frozenset(range(len(self._sinks))) | frozenset(range(self._recent_first, len(self._entries)))
-        sizes = [entry.num_tokens for entry in self._entries]
-        return [self._entries[i] for i in select(ranking, sizes, self._view.config.budget_tokens, excluded)]
+        budget_tokens = self._view.config.budget_tokens
+        return [self._entries[i] for i in select(ranking, self._sizes, budget_tokens, self._excluded)]
 
     def _select_for_all(self) -> None:
         layers = scored_layers(len(self.contexts))
         question = torch.stack([self._scout_keys[layer].transpose(0, 1).flatten(1) for layer in layers], dim=1)
         ranking = self._view.retriever.rank_stream(question.float().cpu(), len(self._entries))
         chosen = self._choose(ranking)
-        attended = self._attend_to(self, chosen, self._entries[self._recent_first :], range(len(self.contexts)))
+        attended = self._attend_to(self, chosen, self._recent, range(len(self.contexts)))
         scored = list(zip(ranking.blocks.tolist(), ranking.scores.tolist(), strict=True))
         self.recall.spans = cite(scored, self._entries, attended)
 
     def _select_for_layer(self, layer: int, query: Tensor) -> None:
         queries = query[0].unflatten(0, (self._view.header.spec.kv_heads, -1))
         chosen = self._choose(self._view.retriever.rank_layer(layer, queries, len(self._entries)))
-        had = self._attend_to(self, chosen, self._entries[self._recent_first :], range(layer, layer + 1))
+        had = self._attend_to(self, chosen, self._recent, range(layer, layer + 1))
         self._votes.update(entry.index for entry in chosen if entry.index in had)
 
     def _cite_votes(self) -> None:
