@@ -110,4 +110,8 @@ def _ask(folder: Path, video: Path) -> Json:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("demo: interrupted; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)

@@ -142,4 +142,5 @@ if __name__ == "__main__":
     except KVStoreError as error:
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:
+        print("\ndemo: interrupted; the same command asks again", file=sys.stderr)
         sys.exit(130)

@@ -36,8 +36,8 @@ def run(command: Sequence[str | Path]) -> Usage:
     try:
         _, status, usage = os.wait4(process.pid, 0)
     except KeyboardInterrupt:
-        process.wait()
-        raise SystemExit("demo: interrupted; the same command goes on from there") from None
+        process.wait()  # Ctrl-C reaches it too, and it says what it leaves behind
+        raise SystemExit(130) from None
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         print(f"demo: {Path(command[1]).name} ended with exit code {process.returncode}", file=sys.stderr)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -73,12 +75,24 @@ def main() -> None:
         spoken = _spread(facts["spoken"], num_screens, _SCREENS_PER_SPEECH, rng)
         sounds = {screen: _resampled(narrator.say(f["sentence"]), narrator.sample_rate) for screen, f in spoken.items()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    _encode(options.out, shots, sounds, rng)
     truth = _truth(shots, noted, spoken, sounds, _located(facts["natural"], pages))
     truth |= {"video": options.out.name, "seed": options.seed}
-    options.out.with_suffix(".json").write_text(json.dumps(truth, indent=1) + "\n")
+    with _finished(options.out) as video, _finished(options.out.with_suffix(".json")) as text:
+        text.write_text(json.dumps(truth, indent=1) + "\n")
+        _encode(video, shots, sounds, rng)
     megabytes = options.out.stat().st_size / 1e6
     print(f"{options.out}: {shots[-1].end_s / 3600:.2f} h, {len(shots)} screens, {megabytes:.1f} MB")
+
+
+@contextmanager
+def _finished(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; what is written there moves to `path` when all went well, and is removed otherwise."""
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _spread(facts: list[Json], num_screens: int, screens_each: int, rng: np.random.Generator) -> dict[int, Json]:
@@ -207,4 +221,8 @@ def _fact(kind: str, fact: Json, sentence: str, shots: list[Shot]) -> Json:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("record_screen: interrupted; nothing was kept", file=sys.stderr)
+        sys.exit(130)

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,6 +65,29 @@ def test_equal_seeds_make_equal_files_and_others_do_not(tmp_path: Path) -> None:
     assert first.read_bytes() == same.read_bytes()
     assert first.with_suffix(".json").read_text() == same.with_suffix(".json").read_text()
     assert first.read_bytes() != other.read_bytes()
+
+
+@pytest.mark.parametrize("program", ["record_screen.py", "demo.py"])
+def test_ctrl_c_ends_with_one_line_and_leaves_no_half_video(program: str, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    folder = tmp_path / "demo"
+    where = ["--out", str(folder / "reading.mp4")] if program == "record_screen.py" else ["--folder", str(folder)]
+    process = subprocess.Popen(
+        [sys.executable, _RECORDER.with_name(program), *where],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    until_s = time.monotonic() + 60
+    while time.monotonic() < until_s and not any(path.stat().st_size for path in folder.glob("*reading.mp4")):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(said.splitlines()) == 1, said
+    assert "interrupted" in said
+    assert list(folder.iterdir()) == []
 
 
 def test_more_hours_than_there_is_text_is_refused(tmp_path: Path) -> None:
