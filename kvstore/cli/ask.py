@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
             answer = asker.ask(options.question)
         except CapacityError as error:
             raise CapacityError(
-                f"a budget of {options.budget:,} tokens does not fit ({error}); ask with a smaller --budget"
+                f"a budget of {options.budget:,} tokens does not fit the device pool; ask with a smaller --budget"
             ) from error
     if not manifest.is_complete:
         print(f"kvstore: note: {_how_far(manifest)}", file=sys.stderr)

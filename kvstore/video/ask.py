@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
@@ -15,7 +17,7 @@ from kvstore.engines.loading import LanguageModel
 from kvstore.engines.transformers import TierCache, attach
 from kvstore.layout import BlockLayout
 from kvstore.retrieval.policies import policy_named
-from kvstore.session.recall import Span
+from kvstore.session.recall import Recall, Span
 from kvstore.session.session import Session
 from kvstore.session.view import SessionConfig
 from kvstore.store import Access, Store, check_spec
@@ -25,17 +27,35 @@ MAX_NEW_TOKENS = 32
 _FEW_TOKENS = 8
 """Blocks are rarely smaller; the device pool has slots for a budget of such ones."""
 _SPARE_SLOTS = 32
-"""Slots for the sinks and the stream's end."""
+"""Slots for the sinks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """Seconds of a question until its first token, by stage."""
+    """Seconds of a question until its first token, by stage; loading and decoding are in no other stage."""
 
     retrieve: float
     load: float
     decode: float
     attend: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """A point in time, and the seconds of loading and decoding that a question has taken until then."""
+
+    time_s: float
+    load_s: float
+    decode_s: float
+
+    @staticmethod
+    def of(recall: Recall) -> _Moment:
+        return _Moment(time.perf_counter(), recall.load.load_s, recall.load.decode_s)
+
+    def computed_s(self, since: _Moment) -> float:
+        """Seconds since then that were neither loading nor decoding."""
+        waited_s = self.load_s + self.decode_s - since.load_s - since.decode_s
+        return self.time_s - since.time_s - waited_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +68,7 @@ class Answer:
         spans: cited stretches of the video, best first.
         ttft_s: seconds from the question to the first token of the answer.
         stages_s: the same by stage.
-        bytes_read: bytes by tier: device, host, disk.
+        bytes_read: bytes by tier, of the whole answer: device, host, disk.
         policy: what retrieved.
         tokens_in_stream: tokens of the stream.
         tokens_attended: tokens of the stream that the answer attended to.
@@ -107,9 +127,12 @@ class Asker:
         header = manifest.header
         check_spec(header, spec)
         layout = BlockLayout(header.spec, header.block_tokens)
-        most_blocks = min(budget_tokens // _FEW_TOKENS, len(manifest.entries)) + _SPARE_SLOTS
+        rule = policy_named(policy)
+        # A recent block counts as a quarter of a full one at least; see `StreamView.first_block_within`.
+        wanted = budget_tokens // _FEW_TOKENS + rule.recent_tokens // max(header.block_tokens // 4, 1)
+        most_blocks = min(wanted, len(manifest.entries)) + _SPARE_SLOTS
         config = SessionConfig(
-            policy=policy_named(policy),
+            policy=rule,
             sink_tokens=len(language_model.encode(PREAMBLE)),
             budget_tokens=budget_tokens,
             device_nbytes=most_blocks * layout.slot_nbytes,
@@ -148,25 +171,27 @@ class Asker:
             question: in words.
             max_new_tokens: where to stop an answer that does not end by itself.
         """
-        began = time.perf_counter()
+        began = _Moment.of(Recall())
         view = self._session.view
         view.reload()
         with attach(self._language_model.model, self._session) as attached, torch.inference_mode():
             cache = attached.question(self._ids(question))
-            recalled_s = time.perf_counter() - began
-            ids, first_s = self._answer(cache, self._ids(question_prompt(question)), max_new_tokens)
+            recalled = _Moment.of(attached.last)
+            tokens = self._tokens(cache, self._ids(question_prompt(question)), max_new_tokens)
+            ids = list(islice(tokens, 1))
+            first = _Moment.of(attached.last)
+            ids += tokens
         recall, load = attached.last, attached.last.load
-        ttft_s = recalled_s + first_s
         return Answer(
             question=question,
             answer=self._words(ids),
             spans=[span for span in recall.spans if span.group >= 0],  # not the preamble: it is not in the video
-            ttft_s=ttft_s,
+            ttft_s=first.time_s - began.time_s,
             stages_s=Stages(
-                retrieve=max(recalled_s - load.load_s - load.decode_s, 0.0),
-                load=load.load_s,
-                decode=load.decode_s,
-                attend=first_s,
+                retrieve=recalled.computed_s(began),
+                load=first.load_s,
+                decode=first.decode_s,
+                attend=first.computed_s(recalled),
             ),
             bytes_read=dict(load.bytes_read),
             policy=view.config.policy.name,
@@ -179,23 +204,21 @@ class Asker:
             ],
         )
 
-    def _answer(self, cache: TierCache, prompt: torch.Tensor, max_new_tokens: int) -> tuple[list[int], float]:
-        """Greedy decoding up to a line break: token ids, and seconds to the first of them."""
-        began = time.perf_counter()
+    def _tokens(self, cache: TierCache, prompt: torch.Tensor, max_new_tokens: int) -> Iterator[int]:
+        """Greedy decoding up to a line break, one token id at a time."""
         model, tokenizer = self._language_model.model, self._language_model.tokenizer
         ids: list[int] = []
-        step, first_s = prompt, 0.0
+        step = prompt
         for _ in range(max_new_tokens):
             logits = model(input_ids=step, past_key_values=cache, logits_to_keep=1).logits
             token = int(logits[0, -1].argmax())
-            first_s = first_s or time.perf_counter() - began
             if token == tokenizer.eos_token_id:
-                break
+                return
             ids.append(token)
+            yield token
             if "\n" in tokenizer.decode(token) and self._words(ids):
-                break
+                return
             step = torch.tensor([[token]], device=prompt.device)
-        return ids, first_s
 
     def _ids(self, text: str) -> torch.Tensor:
         return torch.tensor([self._language_model.encode(text)], device=self._language_model.device)
