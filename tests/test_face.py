@@ -83,6 +83,24 @@ def test_a_question_attends_to_what_was_appended(tmp_path: Path) -> None:
         forward(stream, 64, 1)
 
 
+@pytest.mark.parametrize("policy", ["maxsim", "rekv", "infllm", "streaming_llm"])
+def test_a_question_that_did_not_run_is_refused(policy: str, tmp_path: Path) -> None:
+    with open_folder(tmp_path) as store:
+        stream = store.stream("s", policy=policy)
+        stream.bind(still, CPU)
+        forward(stream, 0, 32)
+        with pytest.raises(ConfigError, match="no question ran"), stream.recalling():
+            pass
+        with pytest.raises(ConfigError, match="no question ran"), stream.recalling():
+            stream.attend(0, *tensors(3), torch.arange(3).view(1, 1, -1), ids=torch.arange(3), scale=1.0)
+        with pytest.raises(ConfigError, match="nothing was recalled"), stream.asking():
+            pass
+        with stream.recalling():
+            forward(stream, 0, 3)
+        with stream.asking():
+            assert forward(stream, 0, 3).isfinite().all()
+
+
 def test_forwards_may_run_in_any_autograd_mode_and_leave_no_graph(tmp_path: Path) -> None:
     with open_folder(tmp_path) as store:
         with torch.inference_mode():

@@ -11,7 +11,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from kvstore.errors import CorruptRecordError
+from kvstore.errors import ConfigError, CorruptRecordError
 from kvstore.retrieval.maxsim import scored_layers
 from kvstore.retrieval.policies import Scope, Trigger
 from kvstore.retrieval.positions import PositionPolicy
@@ -115,10 +115,16 @@ class Branch(Attending):
             self._attend_to(self._scout, [], [], range(len(self.contexts)))
 
     def end_recall(self) -> None:
-        """End the pass over the question; for policies with one list, select and load now."""
-        if self._phase is _Phase.SCOUT:
+        """End the pass over the question; for policies with one list, select and load now.
+
+        Raises:
+            ConfigError: no question ran through all layers.
+        """
+        if self._phase is _Phase.SCOUT and len(self._scout_keys) == len(self.contexts):
             self._select_for_all()
-        self._has_selected = True
+            self._has_selected = True
+        if not self._has_selected:
+            raise ConfigError("nothing to retrieve by: no question ran through all layers of the model")
         self._leave_recall()
         if self._policy.scope is Scope.LAYER:
             self._cite_votes()
