@@ -10,102 +10,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    SmolVLMConfig,
-    SmolVLMForConditionalGeneration,
-)
+from transformers import DynamicCache, PreTrainedModel
 
 from kvstore.engines.anatomy import decoder_of, position_rows, spec_of
 from kvstore.engines.transformers import attach
 from kvstore.errors import ConfigError
 from kvstore.session.session import Session
 from kvstore.store import Access, Store
-from tests.tiny_models import ORIGINAL, SIZES, attached_stream, build, open_session, policy, settings, token_ids
-
-IMAGE, VIDEO, BEGIN, END = 290, 291, 292, 293
-MARKS: dict[str, Any] = {
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO,
-    "vision_start_token_id": BEGIN,
-    "vision_end_token_id": END,
-}
-ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-TOWER = {
-    "depth": 1,
-    "hidden_size": 32,
-    "num_heads": 2,
-    "patch_size": 4,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-}
-WIDE = {**TOWER, "intermediate_size": 48, "out_hidden_size": 64}
-SIGLIP = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 4,
-}
-
-
-def tiny(config_class: Any, **fields: Any) -> Any:
-    """A config; what transformers declares for its fields is not always what it takes."""
-    return config_class(**fields)
-
-
-def qwen2_vl() -> PreTrainedModel:
-    """Qwen2-VL."""
-    vision = {**TOWER, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
-    text = {**SIZES, "rope_parameters": ROPE}
-    return build(Qwen2VLForConditionalGeneration, Qwen2VLConfig(text_config=text, vision_config=vision, **MARKS))
-
-
-def qwen2_5_vl() -> PreTrainedModel:
-    """Qwen2.5-VL."""
-    vision = {**WIDE, "window_size": 16, "fullatt_block_indexes": [0]}
-    text = {**SIZES, "rope_parameters": ROPE}
-    return build(Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig(text_config=text, vision_config=vision, **MARKS))
-
-
-def qwen3_vl() -> PreTrainedModel:
-    """Qwen3-VL: interleaved M-RoPE, norms before RoPE, features added in later layers."""
-    vision = {**WIDE, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
-    text = {**SIZES, "head_dim": 16, "rope_parameters": {**ROPE, "mrope_interleaved": True}}
-    return build(Qwen3VLForConditionalGeneration, Qwen3VLConfig(text_config=text, vision_config=vision, **MARKS))
-
-
-def llava_onevision() -> PreTrainedModel:
-    """LLaVA-OneVision."""
-    made = tiny(
-        LlavaOnevisionConfig,
-        text_config={**SIZES, "model_type": "qwen2"},
-        vision_config={**SIGLIP, "model_type": "siglip_vision_model", "vision_use_head": False},
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_feature_layer=-1,
-        image_grid_pinpoints=[[16, 16]],
-    )
-    return build(LlavaOnevisionForConditionalGeneration, made)
-
-
-def smolvlm() -> PreTrainedModel:
-    """SmolVLM."""
-    text = {**SIZES, "model_type": "llama"}
-    made = tiny(
-        SmolVLMConfig, text_config=text, vision_config=SIGLIP, image_token_id=IMAGE, scale_factor=2, pad_token_id=0
-    )
-    return build(SmolVLMForConditionalGeneration, made)
+from tests.tiny_models import ORIGINAL, attached_stream, open_session, policy, settings, token_ids
+from tests.tiny_vision_models import (
+    BEGIN,
+    END,
+    IMAGE,
+    VIDEO,
+    llava_onevision,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+    smolvlm,
+)
 
 
 def with_media(token: int, count: int) -> Tensor:
@@ -254,6 +177,19 @@ def test_equal_pictures_have_equal_names(tmp_path: Path) -> None:
             keys.append([entry.key for entry in attached.session.view.entries])
     assert keys[0] == keys[1]
     assert keys[0][-1] != keys[2][-1]
+
+
+def test_plain_pictures_of_another_shape_have_another_name(tmp_path: Path) -> None:
+    """A tower makes the same of every patch of one colour; where the patches lie is all that differs."""
+    keys = []
+    for grid in ((1, 4, 6), (1, 6, 4)):
+        model, inputs = qwen2_vl(), grid_input("image")
+        inputs |= {"pixel_values": torch.ones(24, 96), "image_grid_thw": torch.tensor([grid])}
+        with attached_stream(tmp_path / str(grid), model, settings(ORIGINAL)) as attached:
+            model(**inputs)
+            attached.session.commit(partial=True)
+            keys.append([entry.key for entry in attached.session.view.entries])
+    assert keys[0][-1] != keys[1][-1]
 
 
 def test_a_session_with_one_row_is_refused(tmp_path: Path) -> None:

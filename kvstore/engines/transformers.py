@@ -260,7 +260,7 @@ def _decoder_hook(attached: Attached, capture: Capture) -> Callable[..., Any]:
             cache.prepare(tokens)
             capture.cache, branch = cache, cache.branch
             if branch is None:
-                capture.ids = content_ids(ids, embeddings)
+                capture.ids = content_ids(ids, embeddings, kwargs.get("position_ids"))
                 return args, kwargs
             if branch.needs_recall:
                 with branch.recalling():
