@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import shutil
 import tempfile
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, StoreIOError
 
 _SAMPLE_NBYTES = 1 << 20
 
@@ -55,12 +56,13 @@ def load_model(path: Path, converted: Path, dtype: torch.dtype = torch.bfloat16)
 
     Raises:
         ConfigError: there is no such model, or transformers cannot read it.
+        StoreIOError: the folder of converted models cannot be written.
     """
     if not path.exists():
         raise ConfigError(f"{path}: no such model; give a Hugging Face folder or a GGUF file")
+    transformers_logging.disable_progress_bar()
     folder = _converted(path, converted) if path.is_file() else path
     _check_config(folder)
-    transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -98,33 +100,39 @@ def _first_line(error: Exception) -> str:
 
 def _converted(gguf: Path, root: Path) -> Path:
     """The safetensors folder of a GGUF file, made on first use; complete or absent, never half there."""
-    home = root / f"{gguf.stem}-{_sampled_digest(gguf)}"
+    try:
+        home = root / f"{gguf.stem}-{_sampled_digest(gguf)}"
+    except OSError as error:
+        raise ConfigError(f"{gguf}: cannot be read: {error.strerror}") from error
     if (home / "config.json").is_file():
         return home
-    root.mkdir(parents=True, exist_ok=True)
-    transformers_logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
-        )
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".convert-") as scratch:
+            made = Path(scratch) / "model"
+            _convert(gguf, made)
+            made.replace(home)
+    except (OSError, SafetensorError) as error:
+        if not (home / "config.json").is_file():  # another process may have finished first
+            raise StoreIOError(f"{home}: cannot keep the converted model: {_first_line(error)}") from error
+    return home
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    try:
+        # Its progress bar listens to no setting of transformers.
+        with redirect_stderr(io.StringIO()):
+            config = AutoConfig.from_pretrained(gguf.parent, **where)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+            loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{gguf}: not a GGUF file that transformers can load: {_first_line(error)}") from error
     # The loaded config still says "quantized", and save_pretrained refuses that; the same weights under a plain one.
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict())
-    scratch = Path(tempfile.mkdtemp(dir=root, prefix=".convert-"))
-    try:
-        plain.to(torch.bfloat16).save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        scratch.replace(home)
-    except OSError as error:
-        if not (home / "config.json").is_file():  # another process may have finished first
-            raise ConfigError(f"{home}: cannot keep the converted model: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return home
+    plain.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _sampled_digest(path: Path) -> str:
