@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a language model from a local folder or GGUF file, through transformers; never from a hub."""
+"""Loads a language or vision-language model from a local folder or GGUF file; never from a hub."""
 
 from __future__ import annotations
 
@@ -14,10 +14,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from kvstore.errors import ConfigError, StoreIOError
+from kvstore.engines.pictures import FAMILIES
+from kvstore.errors import ConfigError, MissingDependencyError, StoreIOError
 
 _SAMPLE_NBYTES = 1 << 20
 
@@ -30,11 +39,13 @@ class LanguageModel:
         model: in evaluation mode, on its device.
         tokenizer: the transformers tokenizer.
         path: where it was loaded from.
+        image_processor: makes the pixel values of a vision-language model; None for one that reads text only.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     path: Path
+    image_processor: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -56,18 +67,19 @@ def load_model(path: Path, converted: Path, dtype: torch.dtype = torch.bfloat16)
 
     Raises:
         ConfigError: there is no such model, or transformers cannot read it.
+        MissingDependencyError: its image processor needs a package that is not installed.
         StoreIOError: the folder of converted models cannot be written.
     """
     if not path.exists():
         raise ConfigError(f"{path}: no such model; give a Hugging Face folder or a GGUF file")
     transformers_logging.disable_progress_bar()
     folder = _converted(path, converted) if path.is_file() else path
-    _check_config(folder)
+    sees = _model_type(folder) in FAMILIES
+    image_processor = _image_processor(folder) if sees else None
+    kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        loaded: Any = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"{folder}: transformers cannot load it: {_first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
@@ -77,11 +89,11 @@ def load_model(path: Path, converted: Path, dtype: torch.dtype = torch.bfloat16)
         raise ConfigError(f"{folder}: incomplete, {len(missing)} weights are missing, e.g. {missing[0]}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.nn.Module.to(model, device)  # transformers wraps its own `to` without types
-    return LanguageModel(model.eval(), tokenizer, path)
+    return LanguageModel(model.eval(), tokenizer, path, image_processor)
 
 
-def _check_config(folder: Path) -> None:
-    """Refuse a folder that does not name its architecture; transformers would list all that it knows."""
+def _model_type(folder: Path) -> str:
+    """The architecture that a folder names; refused here if it does not: transformers would list all that it knows."""
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"{folder}: no config.json; not a Hugging Face model folder")
@@ -91,6 +103,24 @@ def _check_config(folder: Path) -> None:
         raise ConfigError(f"{path}: not a JSON file: {_first_line(error)}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise ConfigError(f"{path}: names no model_type; not the configuration of a Hugging Face model")
+    model_type: str = config["model_type"]
+    if "vision_config" in config and model_type not in (*FAMILIES, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        raise ConfigError(
+            f"{path}: the vision tower of {model_type} cannot be fed; those that can: {', '.join(FAMILIES)}"
+        )
+    return model_type
+
+
+def _image_processor(folder: Path) -> Any:
+    try:
+        # Pillow's even where torchvision is installed: their pixels differ, and a stream must go on with the same.
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+    except (ImportError, OSError, ValueError, TypeError, KeyError) as error:
+        if "torchvision" in str(error).lower():
+            raise MissingDependencyError(
+                f"{folder}: its image processor exists for torchvision only: pip install torchvision"
+            ) from error
+        raise ConfigError(f"{folder}: transformers cannot load its image processor: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -21,7 +21,8 @@ from kvstore.session.recall import Recall, Span
 from kvstore.session.session import Session
 from kvstore.session.view import SessionConfig
 from kvstore.store import Access, Store, check_spec
-from kvstore.video.prompt import PREAMBLE, question_prompt, stamp
+from kvstore.video.prompt import stamp
+from kvstore.video.senses import prompts_of
 
 MAX_NEW_TOKENS = 32
 _FEW_TOKENS = 8
@@ -120,6 +121,7 @@ class Asker:
         host_nbytes: int = 128 << 20,
     ) -> None:
         self._language_model = language_model
+        self._prompts = prompts_of(language_model)
         model = language_model.model
         spec = spec_of(model)
         with Store.open(store_folder, access=Access.READ) as listing:
@@ -133,7 +135,7 @@ class Asker:
         most_blocks = min(wanted, len(manifest.entries)) + _SPARE_SLOTS
         config = SessionConfig(
             policy=rule,
-            sink_tokens=len(language_model.encode(PREAMBLE)),
+            sink_tokens=len(language_model.encode(self._prompts.preamble)),
             budget_tokens=budget_tokens,
             device_nbytes=most_blocks * layout.slot_nbytes,
         )
@@ -177,7 +179,7 @@ class Asker:
         with attach(self._language_model.model, self._session) as attached, torch.inference_mode():
             cache = attached.question(self._ids(question))
             recalled = _Moment.of(attached.last)
-            tokens = self._tokens(cache, self._ids(question_prompt(question)), max_new_tokens)
+            tokens = self._tokens(cache, self._ids(self._prompts.question(question)), max_new_tokens)
             ids = list(islice(tokens, 1))
             first = _Moment.of(attached.last)
             ids += tokens

@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kvstore.engines.anatomy import position_rows, rotation_of, spec_of
 from kvstore.engines.loading import LanguageModel
+from kvstore.engines.pictures import PictureMaker
 from kvstore.engines.transformers import attach
 from kvstore.errors import ConfigError, StreamNotFoundError
 from kvstore.layout import BlockLayout
@@ -19,9 +21,13 @@ from kvstore.session.session import Session
 from kvstore.session.view import SessionConfig
 from kvstore.store import Access, Durability, Manifest, Store, StreamHeader, check_spec
 from kvstore.tiers.manifest import JSON
+from kvstore.video.assets import WHISPER_TINY_EN, fetch
 from kvstore.video.decode import VideoInfo, probe
-from kvstore.video.prompt import PREAMBLE
-from kvstore.video.reader import IngestConfig, IngestProgress, Reader
+from kvstore.video.ocr import ScreenReader
+from kvstore.video.reader import Reader, before_picture
+from kvstore.video.senses import PictureTaker, prompts_of
+from kvstore.video.settings import IngestConfig, IngestProgress
+from kvstore.video.speech import Transcriber
 
 __all__ = ["IngestConfig", "IngestProgress", "ingest"]
 
@@ -40,13 +46,13 @@ def ingest(
         video: the file.
         store_folder: the store; made if it is not there.
         name: the stream.
-        language_model: what reads.
+        language_model: what reads the video's text, or sees its frames if it has a vision tower.
         config: see `IngestConfig`.
         on_progress: called after every observation.
 
     Raises:
         MediaError: not a readable video.
-        ConfigError: the stream exists with another video or other settings.
+        ConfigError: the stream exists with another video or other settings, or a frame does not fit the window.
         SpecMismatchError: the stream exists with another model.
         CapacityError: the disk or the budget is full; what is stored can be asked, and resumed when there is room.
         ReadOnlyError: the folder cannot be written.
@@ -54,7 +60,8 @@ def ingest(
     """
     info = probe(video)
     spec = spec_of(language_model.model)
-    preamble = language_model.encode(PREAMBLE)
+    preamble = language_model.encode(prompts_of(language_model).preamble)
+    eyes = _eyes(language_model, info, config)
     session_config = SessionConfig(
         policy=policy_named(config.policy),
         window_tokens=config.window_tokens,
@@ -91,11 +98,32 @@ def ingest(
             language_model.device,
             position_rows(language_model.model),
         )
-        reader = Reader(store, session, language_model, info, config, on_progress)
+        reader = Reader(store, session, language_model, eyes, info, config, on_progress)
         if manifest.is_complete:
             return reader.progress(info.duration_s)
         with attach(language_model.model, session) as attached, torch.inference_mode():
-            return reader.read(video, attached.cache(), preamble)
+            listener = Transcriber(fetch(WHISPER_TINY_EN)) if info.has_audio else None
+            return reader.read(video, attached.cache(), preamble, listener)
+
+
+def _eyes(language_model: LanguageModel, info: VideoInfo, config: IngestConfig) -> ScreenReader | PictureTaker:
+    """What looks at the frames; a picture that the model will not see whole is refused before anything is stored."""
+    if language_model.image_processor is None:
+        return ScreenReader()
+    num_before = len(language_model.encode(before_picture(info.duration_s)))
+    maker = PictureMaker(
+        language_model.model,
+        language_model.image_processor,
+        language_model.encode,
+        most_tokens=config.block_tokens - num_before,
+    )
+    num_tokens = num_before + len(maker.picture(np.zeros((info.height, info.width, 3), dtype=np.uint8)).ids)
+    if num_tokens > config.window_tokens:
+        raise ConfigError(
+            f"a frame makes {num_tokens} tokens and the window holds {config.window_tokens}; "
+            f"set window_tokens to {num_tokens} or more"
+        )
+    return PictureTaker(maker)
 
 
 def _source(video: Path, info: VideoInfo, config: IngestConfig) -> dict[str, JSON]:

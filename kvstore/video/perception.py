@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a video into a sequence of observations: what its screens and its speakers say, and when."""
+"""Turns a video into a sequence of observations: what its screens show, what its speakers say, and when."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import queue
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kvstore.video.changes import MAX_GROUP_S, FrameGroup, group_frames
 from kvstore.video.decode import probe, sample_frames
+
+if TYPE_CHECKING:
+    from kvstore.engines.pictures import Picture
 
 _POLL_S = 0.1
 
@@ -25,11 +28,13 @@ class Observation:
         start_s: beginning, in seconds from the start of the video.
         end_s: end; the next observation starts here.
         text: paragraphs; empty when there was nothing to read or hear.
+        picture: the frame itself, for a model that sees; it comes before the text.
     """
 
     start_s: float
     end_s: float
     text: str
+    picture: Picture | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +147,7 @@ def _observations(
         paragraphs = [seen.text] if seen.text else []
         if heard:
             paragraphs.append("Spoken: " + " ".join(heard))
-        yield Observation(seen.start_s, seen.end_s, "\n\n".join(paragraphs))
+        yield replace(seen, text="\n\n".join(paragraphs))
 
 
 def _marking_last(groups: Iterator[FrameGroup]) -> Iterator[tuple[FrameGroup, bool]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 PREAMBLE = """Reminder: the colour of the garden gate is white. The list is sorted in place.
 Question: What is the colour of the garden gate?
@@ -21,12 +22,37 @@ Answer: The door number of the archive is 4410.
 """
 """First tokens of every stream, attended by every question: shows a model without instruction tuning what to do."""
 
+PICTURE_PREAMBLE = "These are pictures of a video, each behind its time, with what is said in it.\n"
+"""The same for a model that is fed pictures."""
+
 _SENTENCE_END = re.compile(r"(?<=[.!?:;])\s+(?=\S)|\n+")
 
 
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The words around a stream and a question.
+
+    Args:
+        preamble: first tokens of the stream, attended by every question.
+        before: what stands between the passages and the question.
+        after: what follows the question; the model continues it.
+    """
+
+    preamble: str
+    before: str = "\nQuestion: "
+    after: str = "\nAnswer:"
+
+    def question(self, question: str) -> str:
+        """The text that follows the retrieved passages."""
+        return f"{self.before}{question.strip()}{self.after}"
+
+
+TEXT_PROMPTS = Prompts(PREAMBLE)
+
+
 def question_prompt(question: str) -> str:
-    """The text that follows the retrieved passages; the model continues it."""
-    return f"\nQuestion: {question.strip()}\nAnswer:"
+    """The text that follows passages of text."""
+    return TEXT_PROMPTS.question(question)
 
 
 def stamp(seconds: float) -> str:

@@ -7,83 +7,26 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from kvstore.codec import Profile
 from kvstore.engines.anatomy import decoder_of
 from kvstore.engines.loading import LanguageModel
+from kvstore.engines.pictures import Picture
 from kvstore.engines.tier_cache import TierCache
 from kvstore.session.session import Session
 from kvstore.store import Store
 from kvstore.tiers.manifest import JSON
-from kvstore.video.assets import WHISPER_TINY_EN, fetch
 from kvstore.video.decode import VideoInfo
 from kvstore.video.ocr import ScreenReader
 from kvstore.video.perception import Listener, Observation, perceive
 from kvstore.video.prompt import cut_into_blocks, stamp
-from kvstore.video.speech import Transcriber
+from kvstore.video.senses import PictureTaker
+from kvstore.video.settings import IngestConfig, IngestProgress
 
 _STEP_TOKENS = 64
 _FORWARD_TOKENS = 512
-
-
-@dataclass(frozen=True, slots=True)
-class IngestConfig:
-    """How a video is read.
-
-    Args:
-        fps: frames per second to look at.
-        window_tokens: most recent tokens that the model attends to while it reads.
-        block_tokens: most tokens of a block.
-        profile: how blocks are coded.
-        policy: which policy the stream is prepared for; only those that retrieve while they read leave a trace.
-        host_nbytes: memory of the host tier.
-        device_nbytes: memory of the device pool; the window, the sinks and the blocks being written must fit.
-        disk_nbytes: most bytes of the store on disk; None means as much as the disk holds.
-    """
-
-    fps: float = 1.0
-    window_tokens: int = 512
-    block_tokens: int = 128
-    profile: Profile = Profile.LOSSLESS
-    policy: str = "auto"
-    host_nbytes: int = 96 << 20
-    device_nbytes: int = 96 << 20
-    disk_nbytes: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class IngestProgress:
-    """Where an ingest stands; counts are of the whole stream, seconds of this run.
-
-    Args:
-        video_s: seconds of video read.
-        duration_s: seconds of the whole video.
-        resumed_s: where this run began.
-        num_frames: frames looked at in this run.
-        num_tokens: tokens of the stream.
-        new_tokens: tokens read in this run.
-        num_blocks: blocks of the stream.
-        disk_nbytes: bytes of the store on disk.
-        host_nbytes: bytes of blocks in the host tier.
-        elapsed_s: seconds since this run began.
-        is_complete: whether the end was reached.
-    """
-
-    video_s: float
-    duration_s: float
-    resumed_s: float
-    num_frames: int
-    num_tokens: int
-    new_tokens: int
-    num_blocks: int
-    disk_nbytes: int
-    host_nbytes: int
-    elapsed_s: float
-    is_complete: bool
 
 
 class Reader:
@@ -94,6 +37,7 @@ class Reader:
         store: Store,
         session: Session,
         language_model: LanguageModel,
+        eyes: ScreenReader | PictureTaker,
         info: VideoInfo,
         config: IngestConfig,
         on_progress: Callable[[IngestProgress], None],
@@ -102,6 +46,7 @@ class Reader:
         self._session = session
         self._language_model = language_model
         self._decoder = decoder_of(language_model.model)
+        self._eyes = eyes
         self._info = info
         self._config = config
         self._on_progress = on_progress
@@ -111,14 +56,13 @@ class Reader:
         self._first_tokens = session.num_tokens
         self._began = time.perf_counter()
 
-    def read(self, video: Path, cache: TierCache, preamble: list[int]) -> IngestProgress:
+    def read(self, video: Path, cache: TierCache, preamble: list[int], listener: Listener | None) -> IngestProgress:
         """Read from where the stream ends to the end of the video."""
         if "next_s" not in self._session.view.cursor:
             missing = _chunks(preamble, self._config.block_tokens)[len(self._session.view.entries) :]
             self._append(cache, missing, 0.0, 0.0, -1)
             self._session.commit(self._cursor(0.0, is_complete=False))
-        listener: Listener | None = Transcriber(fetch(WHISPER_TINY_EN)) if self._info.has_audio else None
-        observations = perceive(video, ScreenReader(), fps=self._config.fps, start_s=self._resumed_s, listener=listener)
+        observations = perceive(video, self._eyes, fps=self._config.fps, start_s=self._resumed_s, listener=listener)
         last = self.progress(self._resumed_s)
         with closing(observations):
             for observation in observations:
@@ -150,13 +94,29 @@ class Reader:
         )
 
     def _read_one(self, cache: TierCache, observation: Observation) -> None:
-        if observation.text:
-            text = f"\n[{stamp(observation.start_s)}] {observation.text}\n"
-            blocks = cut_into_blocks(text, self._language_model.encode, self._config.block_tokens)
-            del blocks[: self._num_stored_of_group()]
-            self._append(cache, blocks, observation.start_s, observation.end_s, self._group)
+        start_s, end_s, text = observation.start_s, observation.end_s, observation.text
+        num_stored = self._num_stored_of_group()
+        if observation.picture is not None:
+            before = self._language_model.encode(before_picture(start_s))
+            sizes = _even(len(before) + len(observation.picture.ids), self._config.block_tokens)
+            if num_stored == 0:
+                for size in sizes:
+                    self._session.segment(size, start_s, end_s, self._group)
+                self._look(cache, before, observation.picture)
+            num_stored = max(num_stored - len(sizes), 0)
+            text = text and f"\n{text}\n"
+        elif text:
+            text = f"\n[{stamp(start_s)}] {text}\n"
+        blocks = cut_into_blocks(text, self._language_model.encode, self._config.block_tokens)
+        self._append(cache, blocks[num_stored:], start_s, end_s, self._group)
         self._group += 1
-        self._session.commit(self._cursor(observation.end_s, is_complete=False))
+        self._session.commit(self._cursor(end_s, is_complete=False))
+
+    def _look(self, cache: TierCache, before: list[int], picture: Picture) -> None:
+        """Run a picture and the words before it through the model, in one forward: its blocks are stored together."""
+        assert isinstance(self._eyes, PictureTaker), "only those make pictures"
+        arguments = self._eyes.maker.arguments(before, picture, self._session.view.end_position)
+        self._language_model.model(**arguments, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     def _num_stored_of_group(self) -> int:
         """Blocks of the coming group that an interrupted run had stored already: always whole forwards of it."""
@@ -177,12 +137,32 @@ class Reader:
                 self._session.segment(len(block), start_s, end_s, group)
             padded = torch.tensor([ids + ids[-1:] * spare], device=self._language_model.device)
             self._session.num_spare = spare
-            self._decoder(input_ids=padded, past_key_values=cache, use_cache=True)
+            where = self._positions(padded.shape[1])
+            self._decoder(input_ids=padded, position_ids=where, past_key_values=cache, use_cache=True)
             if spare:
                 self._session.drop(spare)
 
+    def _positions(self, num_tokens: int) -> torch.Tensor | None:
+        """M-RoPE positions of coming words, which the decoder would count wrong behind a picture; else it counts."""
+        view = self._session.view
+        if view.rows == 1:
+            return None
+        first = view.end_position
+        return torch.arange(first, first + num_tokens, device=self._language_model.device).expand(view.rows, 1, -1)
+
     def _cursor(self, next_s: float, *, is_complete: bool) -> dict[str, JSON]:
         return {"next_s": next_s, "next_group": self._group, "is_complete": is_complete}
+
+
+def before_picture(start_s: float) -> str:
+    """The words before a picture."""
+    return f"\n[{stamp(start_s)}] "
+
+
+def _even(num_tokens: int, block_tokens: int) -> list[int]:
+    """Sizes of as few blocks as hold the tokens, as even as can be."""
+    count = -(-num_tokens // block_tokens)
+    return [num_tokens * (block + 1) // count - num_tokens * block // count for block in range(count)]
 
 
 def _runs(blocks: list[list[int]]) -> Iterator[list[list[int]]]:
