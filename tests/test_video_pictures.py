@@ -112,6 +112,8 @@ def test_the_command_ingests_frames_and_cites_them(
     groups = [entry.group for entry in entries if entry.group >= 0]
     assert groups == list(range(len(SCENES))), "one block for every scene"
     assert cursor == {"next_s": 10.0, "next_group": 5, "is_complete": True}
+    assert main(["inspect", "--store", str(tmp_path), "--stream", "s"]) == 0
+    assert "ImageProcessor" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)

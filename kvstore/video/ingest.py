@@ -27,7 +27,7 @@ from kvstore.video.ocr import ScreenReader
 from kvstore.video.reader import Reader, before_picture
 from kvstore.video.senses import PictureTaker, prompts_of
 from kvstore.video.settings import IngestConfig, IngestProgress
-from kvstore.video.speech import Transcriber
+from kvstore.video.speech import Transcriber, name_of
 
 __all__ = ["IngestConfig", "IngestProgress", "ingest"]
 
@@ -53,6 +53,7 @@ def ingest(
     Raises:
         MediaError: not a readable video.
         ConfigError: the stream exists with another video or other settings, or a frame does not fit the window.
+        CorruptRecordError: the stream's cursor or its last blocks cannot be read.
         SpecMismatchError: the stream exists with another model.
         CapacityError: the disk or the budget is full; what is stored can be asked, and resumed when there is room.
         ReadOnlyError: the folder cannot be written.
@@ -84,7 +85,7 @@ def ingest(
             block_tokens=config.block_tokens,
             profile=config.profile,
             prefill=session_config.prefill,
-            source=_source(video, info, config),
+            source=_source(video, info, config, eyes),
             created_unix_s=time.time(),
         )
         manifest = _existing(store, header)
@@ -126,12 +127,14 @@ def _eyes(language_model: LanguageModel, info: VideoInfo, config: IngestConfig) 
     return PictureTaker(maker)
 
 
-def _source(video: Path, info: VideoInfo, config: IngestConfig) -> dict[str, JSON]:
+def _source(video: Path, info: VideoInfo, config: IngestConfig, eyes: ScreenReader | PictureTaker) -> dict[str, JSON]:
     return {
         "file": video.name,
         "content_id": info.content_id,
         "duration_s": info.duration_s,
         "fps": config.fps,
+        "frames": eyes.name,
+        "speech": name_of(WHISPER_TINY_EN) if info.has_audio else None,
     }
 
 
@@ -146,6 +149,8 @@ def _existing(store: Store, wanted: StreamHeader) -> Manifest | None:
     for label, had, has in (
         ("video", found.source.get("content_id"), wanted.source["content_id"]),
         ("fps", found.source.get("fps"), wanted.source["fps"]),
+        ("reader of frames", found.source.get("frames"), wanted.source["frames"]),
+        ("writer of speech", found.source.get("speech"), wanted.source["speech"]),
         ("block size", found.block_tokens, wanted.block_tokens),
         ("profile", found.profile, wanted.profile),
         ("prefill", found.prefill, wanted.prefill),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import sys
@@ -48,14 +49,18 @@ class ScreenReader:
         language: Tesseract's name of the language, e.g. `eng` or `eng+deu`.
         data: folder with `<language>.traineddata`; None looks where the `tessdata.fast-*` packages put it.
 
+    Attributes:
+        name: what decides the text: Tesseract's version, the language and a digest of its data.
+
     Raises:
         MissingDependencyError: tesserocr or the language's data is not installed.
     """
 
     def __init__(self, language: str = "eng", data: Path | None = None) -> None:
         folder = data if data is not None else Path(sys.prefix) / "share" / "tessdata"
-        for name in language.split("+"):
-            if not (folder / f"{name}.traineddata").is_file():
+        trained = [folder / f"{name}.traineddata" for name in language.split("+")]
+        for name, path in zip(language.split("+"), trained, strict=True):
+            if not path.is_file():
                 raise MissingDependencyError(f"no {name}.traineddata in {folder}: pip install tessdata.fast-{name}")
         # OpenMP reads its limit once, when Tesseract is loaded; more threads make pages of this size slower.
         limit = os.environ.get("OMP_THREAD_LIMIT")
@@ -68,6 +73,8 @@ class ScreenReader:
             if limit is None:
                 del os.environ["OMP_THREAD_LIMIT"]
         self._tesserocr = tesserocr
+        digest = hashlib.blake2b(b"".join(path.read_bytes() for path in trained), digest_size=8).hexdigest()
+        self.name = f"{tesserocr.tesseract_version().split(chr(10))[0]}, {language} {digest}"
         self._api = tesserocr.PyTessBaseAPI(
             path=str(folder), lang=language, psm=tesserocr.PSM.SINGLE_BLOCK, oem=tesserocr.OEM.LSTM_ONLY
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from kvstore.engines.anatomy import decoder_of
 from kvstore.engines.loading import LanguageModel
 from kvstore.engines.pictures import Picture
 from kvstore.engines.tier_cache import TierCache
+from kvstore.errors import CorruptRecordError
 from kvstore.session.session import Session
 from kvstore.store import Store
 from kvstore.tiers.manifest import JSON
@@ -27,10 +28,16 @@ from kvstore.video.settings import IngestConfig, IngestProgress
 
 _STEP_TOKENS = 64
 _FORWARD_TOKENS = 512
+_FAR = 1 << 40
+"""No second of a video, and no number of a group, is as large."""
 
 
 class Reader:
-    """One run of the loop: observation, tokens, forward, commit."""
+    """One run of the loop: observation, tokens, forward, commit.
+
+    Raises:
+        CorruptRecordError: the stream's cursor does not say where to go on.
+    """
 
     def __init__(
         self,
@@ -50,9 +57,7 @@ class Reader:
         self._info = info
         self._config = config
         self._on_progress = on_progress
-        cursor = session.view.cursor
-        self._resumed_s = float(str(cursor.get("next_s", 0.0)))
-        self._group = int(str(cursor.get("next_group", 0)))
+        self._resumed_s, self._group = _resume_point(session.view.header.name, session.view.cursor)
         self._first_tokens = session.num_tokens
         self._began = time.perf_counter()
 
@@ -157,6 +162,17 @@ class Reader:
 def before_picture(start_s: float) -> str:
     """The words before a picture."""
     return f"\n[{stamp(start_s)}] "
+
+
+def _resume_point(name: str, cursor: Mapping[str, JSON]) -> tuple[float, int]:
+    """Second and frame group to go on with."""
+    next_s, group = cursor.get("next_s", 0.0), cursor.get("next_group", 0)
+    if isinstance(next_s, (int, float)) and isinstance(group, int) and 0 <= next_s < _FAR and 0 <= group < _FAR:
+        return float(next_s), group
+    raise CorruptRecordError(
+        f"stream {name!r}: its cursor (next_s {next_s!r}, next_group {group!r}) does not say where to go on; "
+        "choose another name, or remove it with: kvstore rm"
+    )
 
 
 def _even(num_tokens: int, block_tokens: int) -> list[int]:

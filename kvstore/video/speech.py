@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from kvstore.errors import ConfigError
 from kvstore.extras import missing_dependency
+from kvstore.video.assets import Asset
 from kvstore.video.decode import AUDIO_RATE, audio_chunks
 from kvstore.video.perception import Sentence
 
@@ -24,6 +26,18 @@ _MARGIN = AUDIO_RATE // 4
 _STAMP_JITTER = AUDIO_RATE // 20
 _MAX_GAP = 12 * 3600 * AUDIO_RATE
 _SILENCE_RMS = 0.003
+
+
+def name_of(asset: Asset) -> str:
+    """What decides the words that a `Transcriber` hears with this model: the model, and what runs it.
+
+    Raises:
+        MissingDependencyError: faster-whisper is not installed.
+    """
+    try:
+        return f"{asset.package} {asset.version}, faster-whisper {version('faster-whisper')}"
+    except PackageNotFoundError as error:
+        raise missing_dependency("faster_whisper", "writing down speech") from error
 
 
 class Transcriber:
