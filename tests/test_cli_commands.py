@@ -21,6 +21,7 @@ for _module in ("av", "PIL", "tesserocr", "transformers"):
 from kvstore.cli import streams  # noqa: E402
 from kvstore.cli.interrupt import Interruptible  # noqa: E402
 from kvstore.cli.main import main  # noqa: E402
+from kvstore.store import Store  # noqa: E402
 from tests.cli_runs import (  # noqa: E402
     ENVIRONMENT,
     Done,
@@ -138,7 +139,22 @@ def test_ask_prints_one_json_object(folder: Path, ingested: Path, command: Comma
     assert answer["bytes_read"]["disk"] > 0
     assert 0 < answer["tokens_attended"] < answer["tokens_in_stream"]
     assert answer["policy"] == "maxsim"
-    assert answer["damaged"] == []
+    assert (answer["damaged"], answer["num_unsearched"]) == ([], 0)
+
+
+def test_blocks_that_cannot_be_searched_are_counted(
+    folder: Path, ingested: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "summaries", lambda *_: {})
+    words = ("ask", "Where?", "--store", ingested, "--stream", "s", "--model", folder / "model", "--policy", "rekv")
+    answer = json.loads(command(*words, "--json").out)
+    assert answer["num_unsearched"] == len(answer["damaged"]) > 9
+    told = command(*words)
+    assert told.out.splitlines()[-1] == f"{answer['num_unsearched']} blocks could not be searched: damaged"
+    assert told.err.count("not attended to: block ") == 8
+    assert told.err.splitlines()[8:] == [
+        f"kvstore: warning: not attended to: {answer['num_unsearched'] - 8} more, which --json lists"
+    ]
 
 
 def test_a_larger_budget_attends_to_more(folder: Path, ingested: Path, command: Command) -> None:

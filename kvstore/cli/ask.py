@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from kvstore.tiers.manifest import Manifest
     from kvstore.video.ask import Answer
 
+_MAX_NAMED = 8
+
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command and its arguments."""
@@ -63,8 +65,11 @@ def run(options: argparse.Namespace) -> int:
             ) from error
     if not manifest.is_complete:
         print(f"kvstore: note: {_how_far(manifest)}", file=sys.stderr)
-    for block in answer.damaged:
+    for block in answer.damaged[:_MAX_NAMED]:
         print(f"kvstore: warning: not attended to: {text.printable(block)}", file=sys.stderr)
+    if len(answer.damaged) > _MAX_NAMED:
+        more = len(answer.damaged) - _MAX_NAMED
+        print(f"kvstore: warning: not attended to: {more:,} more, which --json lists", file=sys.stderr)
     if options.json:
         print(json.dumps(_as_json(answer, index_s), indent=1))
     else:
@@ -102,6 +107,7 @@ def _as_json(answer: Answer, index_s: float) -> dict[str, object]:
         "tokens_in_stream": answer.tokens_in_stream,
         "tokens_attended": answer.tokens_attended,
         "damaged": answer.damaged,
+        "num_unsearched": answer.num_unsearched,
     }
 
 
@@ -112,6 +118,7 @@ def _as_text(answer: Answer, index_s: float) -> list[str]:
         (f"{stamp(span.start_s)}-{stamp(span.end_s)}", "attended" if span.is_attended else "", f"{span.score:.3f}")
         for span in answer.spans
     ]
+    unsearched = [f"{text.count(answer.num_unsearched, 'block')} could not be searched: damaged"]
     cited = text.table(("span", "", "score"), rows, left=2) if rows else ["no span cited"]
     return [
         text.printable(answer.answer) or "(the model says nothing)",
@@ -124,4 +131,5 @@ def _as_text(answer: Answer, index_s: float) -> list[str]:
         f"bytes read: {read}",
         f"attended to {answer.tokens_attended:,} of {text.count(answer.tokens_in_stream, 'token')}, "
         f"chosen by {answer.policy}",
+        *(unsearched if answer.num_unsearched else []),
     ]

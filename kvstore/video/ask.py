@@ -74,6 +74,7 @@ class Answer:
         tokens_in_stream: tokens of the stream.
         tokens_attended: tokens of the stream that the answer attended to.
         damaged: blocks that could not be searched or loaded: index, time span and reason.
+        num_unsearched: how many could not be searched: whatever they hold, no question finds it.
     """
 
     question: str
@@ -86,6 +87,7 @@ class Answer:
     tokens_in_stream: int
     tokens_attended: int
     damaged: list[str]
+    num_unsearched: int
 
     def to_json(self) -> dict[str, object]:
         """Plain values for `json.dumps`."""
@@ -204,6 +206,7 @@ class Asker:
                 for entry in view.entries
                 if (reason := load.lost.get(entry.key) or view.retriever.damaged.get(entry.index)) is not None
             ],
+            num_unsearched=len(view.retriever.damaged),
         )
 
     def _tokens(self, cache: TierCache, prompt: torch.Tensor, max_new_tokens: int) -> Iterator[int]:
