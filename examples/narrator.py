@@ -33,6 +33,7 @@ class Narrator:
             raise RuntimeError(f"espeak-ng cannot use its data in {data.decode()}; reinstall espeakng-loader")
         self._library.espeak_SetParameter(_PARAMETER_RATE, _WORDS_PER_MINUTE, 0)
         self._pieces: list[NDArray[np.int16]] = []
+        self._is_interrupted = False
         self._callback = _CALLBACK(self._receive)  # kept: the library holds only a bare pointer to it
         self._library.espeak_SetSynthCallback(self._callback)
 
@@ -42,9 +43,14 @@ class Narrator:
         text = sentence.encode()
         self._library.espeak_Synth(text, len(text) + 1, 0, 1, 0, _CHARS_UTF8, None, None)
         self._library.espeak_Synchronize()
+        if self._is_interrupted:
+            raise KeyboardInterrupt
         return np.concatenate(self._pieces)
 
     def _receive(self, wave: ctypes._Pointer[ctypes.c_short], num_samples: int, _events: int | None) -> int:
-        if wave and num_samples > 0:
-            self._pieces.append(np.ctypeslib.as_array(wave, (num_samples,)).copy())
-        return 0
+        try:
+            if wave and num_samples > 0:
+                self._pieces.append(np.ctypeslib.as_array(wave, (num_samples,)).copy())
+        except KeyboardInterrupt:  # ctypes would print it, and go on
+            self._is_interrupted = True
+        return int(self._is_interrupted)  # 1 ends the sentence

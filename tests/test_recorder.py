@@ -90,6 +90,27 @@ def test_ctrl_c_ends_with_one_line_and_leaves_no_half_video(program: str, tmp_pa
     assert list(folder.iterdir()) == []
 
 
+_INTERRUPTED_SPEECH = """
+import signal
+import numpy
+from narrator import Narrator
+narrator, as_array = Narrator(), numpy.ctypeslib.as_array
+numpy.ctypeslib.as_array = lambda *arguments: (signal.raise_signal(signal.SIGINT), as_array(*arguments))[1]
+try:
+    narrator.say("A sentence that nobody hears to its end.")
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+def test_ctrl_c_inside_a_sentence_is_not_lost() -> None:
+    pytest.importorskip("espeakng_loader")
+    run = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED_SPEECH], capture_output=True, text=True, cwd=_RECORDER.parent, check=False
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "stopped\n", "")
+
+
 def test_more_hours_than_there_is_text_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("av")
     refused = _record(tmp_path / "v.mp4", "--hours", "9")
