@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvstore.engines.anatomy import decoder_of, position_rows, spec_of
 from kvstore.engines.transformers import attach
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, CorruptRecordError
 from kvstore.session.session import Session
 from kvstore.store import Access, Store
 from tests.tiny_models import ORIGINAL, attached_stream, open_session, policy, settings, token_ids
@@ -202,25 +202,33 @@ def test_a_session_with_one_row_is_refused(tmp_path: Path) -> None:
             pass
 
 
-def test_an_unreadable_position_loses_its_block_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lost", [2, -1])
+def test_an_unreadable_position_loses_its_block_only(
+    lost: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = qwen2_vl()
     with attached_stream(tmp_path, model, settings(ORIGINAL)) as attached:
         model(**grid_input("video"))
         model(TEXT)
         attached.session.commit(partial=True)
-        key = attached.session.view.entries[2].key
+        entry = attached.session.view.entries[lost]
     summaries = Store.summaries
     monkeypatch.setattr(
         Store,
         "summaries",
         lambda self, name, first, count: {
-            index: b"" if index == 2 else data for index, data in summaries(self, name, first, count).items()
+            index: b"" if index == entry.index else data for index, data in summaries(self, name, first, count).items()
         },
     )
     with attached_stream(tmp_path, model, settings(policy("streaming_llm")), Access.READ) as attached:
         assert model(QUESTION, past_key_values=attached.question()).logits.isfinite().all()
-        assert list(attached.last.load.lost) == [key]
+        assert list(attached.last.load.lost) == [entry.key]
         assert {place.pins for place in attached.session.view.residency._places.values()} == {0}
+    with (
+        attached_stream(tmp_path, model, settings(ORIGINAL)) as attached,
+        pytest.raises(CorruptRecordError, match="is shorter than its header"),
+    ):
+        model(TEXT)  # what comes next would be computed from a past with a hole
 
 
 def test_specs_name_the_text_tower() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -126,10 +127,13 @@ class StreamView:
 
     @property
     def end_position(self) -> int:
-        """RoPE position that follows the last token."""
+        """RoPE position that follows the last token, or the last one whose position can be read."""
         if self.open_rows:
             return int(self.open_rows[-1].positions.max()) + 1
-        return int(self.positions_of(self.entries[-1]).max()) + 1 if self.entries else 0
+        for entry in reversed(self.entries):
+            with suppress(CorruptRecordError):
+                return int(self.positions_of(entry).max()) + 1
+        return 0
 
     def reload(self) -> None:
         """Read the manifest again: see what another process has appended since."""
