@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from kvstore.cli import arguments, text
+from kvstore.cli.heap import release_free_memory
 from kvstore.cli.interrupt import Interruptible
 from kvstore.cli.progress import Progress
 from kvstore.errors import CapacityError, KVStoreError, StoreIOError
@@ -66,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
 
                 def on_progress(state: IngestProgress) -> None:
                     display.show(state)
+                    release_free_memory()
                     interruptible.check()
 
                 last = ingest(options.video, options.store, options.stream, language_model, config, on_progress)

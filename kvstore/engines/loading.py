@@ -89,6 +89,11 @@ def load_model(path: Path, converted: Path, dtype: torch.dtype = torch.bfloat16)
         raise ConfigError(f"{folder}: incomplete, {len(missing)} weights are missing, e.g. {missing[0]}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.nn.Module.to(model, device)  # transformers wraps its own `to` without types
+    if device.type == "cpu":
+        # Weights are mapped from their file. All are read by the first forward but the table of words, which would
+        # creep in with every new word of a long text and look like a leak.
+        words: Any = model.get_input_embeddings()
+        words.weight.sum()
     return LanguageModel(model.eval(), tokenizer, path, image_processor)
 
 
