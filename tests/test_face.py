@@ -170,6 +170,26 @@ def test_a_stream_whose_append_failed_says_to_open_it_again(tmp_path: Path, monk
         assert store.blocks.verify().is_clean
 
 
+def test_a_failure_that_another_stream_was_told_of_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise CapacityError("the file system is full")
+
+    with open_folder(tmp_path) as store:
+        one, other = store.stream("one"), store.stream("other")
+        for stream in (one, other):
+            stream.bind(still, CPU)
+        with monkeypatch.context() as full:
+            full.setattr(DiskTier, "allocate", refuse)
+            forward(one, 0, 2 * BLOCK)
+            one.bind(still, CPU).commit()
+            with pytest.raises(CapacityError, match="file system is full"):
+                other.commit()
+        with pytest.raises(StoreIOError, match="open the stream again"):
+            one.commit()
+
+
 def test_budgets_that_are_too_small_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"host_nbytes is 1; .* raise it"):
         kvstore.open(tmp_path, SPEC, block_tokens=BLOCK, host_nbytes=1)

@@ -156,9 +156,12 @@ class Session:
         self._writer()
         try:
             self.view.store.flush()
+            # The store reports a failure once, and may have told another of its streams.
+            self._is_broken = not all(self.view.store.exists([entry.key for entry in self.view.entries[-1:]]))
         except Exception:
             self._is_broken = True
             raise
+        self._writer()
 
     def drop(self, num_tokens: int) -> None:
         """Forget the last tokens (assisted decoding); only tokens that are not handed on yet.
