@@ -46,10 +46,10 @@ def tiny(tmp_path: Path) -> Path:
     writer.add_rope_dimension_count(16)
     writer.add_vocab_size(8)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*"abcdefg", "ab"])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(5)
-    writer.add_eos_token_id(6)
+    writer.add_token_list([*"abcdef", "ab", "abc"])
+    writer.add_token_merges(["a b", "ab c"])
+    writer.add_bos_token_id(4)
+    writer.add_eos_token_id(5)
     random = np.random.default_rng(0)
     for name, shape in WEIGHTS.items():
         writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
@@ -69,7 +69,7 @@ def test_a_gguf_file_is_converted_once_and_silently(
     made = (kept / "model.safetensors").stat().st_mtime_ns
     again = load_model(tiny, tmp_path / "converted")
     assert (kept / "model.safetensors").stat().st_mtime_ns == made
-    assert first.encode("abc") == again.encode("abc") == [7, 2]
+    assert first.encode("abca") == again.encode("abca") == [7, 0]
 
 
 def test_a_folder_for_converted_models_that_cannot_be_made_has_a_name(tiny: Path, tmp_path: Path) -> None:
