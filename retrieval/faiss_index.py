@@ -69,7 +69,7 @@ class FaissIndex:
             if self._first.num_rows < _TRAINING_ROWS:
                 return
             rows, self._first = self._first.rows().float(), None
-            self._index.train(rows.numpy())
+            self._index.train(rows[:_TRAINING_ROWS].numpy())  # these exactly: scores depend on the rows alone
         self._index.add(rows.contiguous().numpy())
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

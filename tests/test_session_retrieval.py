@@ -180,6 +180,22 @@ def test_a_planted_question_finds_its_block(tmp_path: Path) -> None:
     assert [span.score for span in spans] == sorted((span.score for span in spans), reverse=True)
 
 
+def test_scores_do_not_depend_on_when_a_process_began_to_ask(tmp_path: Path) -> None:
+    model, ids, question = make_model(), token_ids(12 * BLOCK_TOKENS), token_ids(7, seed=3)
+    config = settings(policy("maxsim"), window=16, sinks=4, budget=24)
+    seen = []
+    with attached_stream(tmp_path, model, config) as attached:
+        for number, part in enumerate(ids.split(BLOCK_TOKENS, dim=1)):
+            attached.session.segment(BLOCK_TOKENS, float(number), number + 1.0, number)
+            model(part)
+            attached.question(question)
+            seen = attached.last.spans
+    with attached_stream(tmp_path, model, config, Access.READ) as attached:
+        attached.question(question)
+        assert attached.last.spans == seen
+        assert len(seen) > 2
+
+
 def test_a_recalled_question_serves_the_whole_answer(choices: Choices, tmp_path: Path) -> None:
     model = make_model()
     with attached_stream(tmp_path, model, settings(policy("rekv"), window=WINDOW, sinks=4, budget=16)) as attached:

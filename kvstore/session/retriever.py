@@ -56,10 +56,14 @@ class Retriever:
         if self._policy.searched is None or num_blocks <= max(self._known, num_sink_blocks):
             return
         entries = self._store.manifest(self._header.name).entries[:num_blocks]
-        if self._policy.searched is Searched.TOKEN_KEY and num_blocks > 2 * self._num_averaged:
-            # Directions are taken from the mean key; one of a stream half as long may be far from today's.
-            self._begin(entries[num_sink_blocks:])
-            self._known = 0
+        if len(entries) <= num_sink_blocks:
+            return
+        # Directions are taken from the mean key of half the stream or more; which blocks count depends on the stream's
+        # length alone, so that scores do not depend on when a process began to look.
+        num_averaged = 1 << len(entries).bit_length() - 1
+        if self._policy.searched is Searched.TOKEN_KEY and num_averaged != self._num_averaged:
+            self._begin(entries[num_sink_blocks:], max(num_averaged - num_sink_blocks, 1))
+            self._num_averaged, self._known = num_averaged, 0
         self._known = max(self._known, num_sink_blocks)
         for batch in _batches(entries[self._known :]):
             self._add(batch)
@@ -83,15 +87,15 @@ class Retriever:
             return Ranking(torch.empty(0, dtype=torch.int64), torch.empty(0))
         return self._by_layer[layer].rank(queries, self._known).before(num_blocks)
 
-    def _begin(self, entries: Sequence[Entry]) -> None:
-        """Start an index over token keys, centred by the mean of a sample of the blocks."""
+    def _begin(self, entries: Sequence[Entry], num_averaged: int) -> None:
+        """Start an index over token keys, centred by the mean of a sample of the first `num_averaged` blocks."""
         row_dim = self._header.spec.kv_heads * self._header.spec.key_dim
-        stride = max(len(entries) // _SAMPLE, 1)
-        sample = [keys for batch in _batches(entries[::stride]) for _, keys in self._token_keys(batch)]
+        stride = max(num_averaged // _SAMPLE, 1)
+        sampled = entries[:num_averaged:stride]
+        sample = [keys for batch in _batches(sampled) for _, keys in self._token_keys(batch)]
         mean = torch.cat(sample).mean(dim=0) if sample else torch.zeros(len(self._layers), row_dim)
         num_rows = sum(entry.num_tokens for entry in entries)
         self._maxsim = MaxSimScorer(make_index(len(self._layers) * row_dim, num_rows), mean)
-        self._num_averaged = entries[-1].index + 1
         self.damaged = {}  # every block is read again
 
     def _add(self, entries: Sequence[Entry]) -> None:
