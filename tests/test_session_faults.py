@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvstore.engines.anatomy import rotation_of, spec_of
+from kvstore.engines.transformers import attach
 from kvstore.errors import CapacityError, CorruptRecordError, StoreIOError
+from kvstore.layout import BlockLayout
 from kvstore.session.branch import Branch
-from kvstore.store import Access, FetchReport, FetchRequest, Outcome, Store
+from kvstore.session.session import Session
+from kvstore.store import Access, FetchReport, FetchRequest, Outcome, Profile, Store, StreamHeader
 from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.writing import writer
 from tests.tiny_models import BLOCK_TOKENS, ORIGINAL, attached_stream, make_model, policy, settings, token_ids
 
 STREAM = token_ids(96)
@@ -222,6 +227,30 @@ def test_after_a_failed_append_the_session_refuses_and_the_next_one_goes_on(
         session.flush()
         assert len(session.view.store.manifest("s").entries) == 12
         assert session.view.store.verify().is_clean
+
+
+@pytest.mark.parametrize("is_known_elsewhere", [False, True])
+def test_a_cursor_does_not_move_past_blocks_whose_loss_another_was_told_of(
+    is_known_elsewhere: bool, filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = make_model(), CONFIG if is_known_elsewhere else settings(policy("maxsim"), window=32, sinks=4)
+    spec = spec_of(model)
+    layout, rotate = BlockLayout(spec, BLOCK_TOKENS), rotation_of(model)
+    with Store.open(filled, access=Access.WRITE, layout=layout, host_nbytes=4 << 20) as store:
+        store.create_stream(StreamHeader("twin", spec, BLOCK_TOKENS, Profile.LOSSLESS, config.prefill, {}, 0.0))
+        session = Session(store, store.manifest("twin").header, config, rotate, torch.device("cpu"))
+        with attach(model, session):
+            with monkeypatch.context() as full:
+                full.setattr(writer, "append_entries", refuse)
+                model(STREAM[:, :32])
+                session.commit({"at": 32})
+                with pytest.raises(CapacityError, match="file system is full"):
+                    store.flush()
+            assert all(store.exists([entry.key for entry in session.view.entries])) == is_known_elsewhere
+            for _ in range(2):
+                with pytest.raises(StoreIOError, match="open the stream again"):
+                    session.commit({"at": 33})
+        assert store.manifest("twin").cursor == {}
 
 
 def test_an_append_that_the_store_refuses_breaks_the_session(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:

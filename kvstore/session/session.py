@@ -141,6 +141,8 @@ class Session:
         self._is_broken = True  # unless all of this goes well: blocks leave the appender first
         blocks = appender.close_partial() if partial else appender.finish()
         if cursor is not None:
+            if not blocks:
+                self._make_sure()  # the store would notice a gap before new blocks, but not before a cursor
             view.cursor = dict(cursor)
         if blocks or cursor is not None:
             view.store.append(view.header.name, blocks, view.cursor)
@@ -155,13 +157,10 @@ class Session:
         """Wait until what was committed is durable; raises like `commit`."""
         self._writer()
         try:
-            self.view.store.flush()
-            # The store reports a failure once, and may have told another of its streams.
-            self._is_broken = not all(self.view.store.exists([entry.key for entry in self.view.entries[-1:]]))
+            self._make_sure()
         except Exception:
             self._is_broken = True
             raise
-        self._writer()
 
     def drop(self, num_tokens: int) -> None:
         """Forget the last tokens (assisted decoding); only tokens that are not handed on yet.
@@ -190,11 +189,21 @@ class Session:
         if self._appender is None:
             raise ReadOnlyError(f"stream {self.view.header.name!r} is open for reading; open the store for writing")
         if self._is_broken:
-            raise StoreIOError(
-                f"stream {self.view.header.name!r}: an earlier append failed, and blocks were dropped; open the stream "
-                "again: it continues from the cursor in its manifest"
-            )
+            raise self._dropped()
         return self._appender
+
+    def _make_sure(self) -> None:
+        """Wait for the store, and see that the stream has its last block: a failure is told once, maybe to another."""
+        view = self.view
+        view.store.flush()
+        if view.entries and not view.store.summaries(view.header.name, view.entries[-1].index, 1):
+            raise self._dropped()
+
+    def _dropped(self) -> StoreIOError:
+        return StoreIOError(
+            f"stream {self.view.header.name!r}: an earlier append failed, and blocks were dropped; open the stream "
+            "again: it continues from the cursor in its manifest"
+        )
 
     def _open_appender(self) -> None:
         view = self.view

@@ -75,7 +75,7 @@ class Reader:
                 last = self.progress(observation.end_s)
                 self._on_progress(last)
         self._session.commit(self._cursor(self._info.duration_s, is_complete=True))
-        self._store.flush()
+        self._session.flush()
         last = self.progress(self._info.duration_s)
         self._on_progress(last)
         return last
