@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kvstore/engines/loading.py: a GGUF file is converted once, silently, and what the disk refuses has a name."""
+"""kvstore/engines/loading.py: GGUF files are converted once, silently; what cannot be read or written has a name."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,10 +33,17 @@ WEIGHTS = {
 }
 
 
+MERGES = ["a b", "ab c"]
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """A random Llama of one layer and eight tokens."""
-    path = tmp_path / "tiny.gguf"
+    return write_gguf(tmp_path / "tiny.gguf", list(WEIGHTS))
+
+
+def write_gguf(path: Path, weights: list[str], merges: list[str] = MERGES, eos: int = 5) -> Path:
+    """Write such a model, or parts of it."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(WIDTH)
@@ -47,12 +56,12 @@ def tiny(tmp_path: Path) -> Path:
     writer.add_vocab_size(8)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([*"abcdef", "ab", "abc"])
-    writer.add_token_merges(["a b", "ab c"])
+    writer.add_token_merges(merges)
     writer.add_bos_token_id(4)
-    writer.add_eos_token_id(5)
+    writer.add_eos_token_id(eos)
     random = np.random.default_rng(0)
-    for name, shape in WEIGHTS.items():
-        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
+    for name in weights:
+        writer.add_tensor(f"{name}.weight", random.normal(size=WEIGHTS[name]).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -83,3 +92,41 @@ def test_a_damaged_gguf_file_leaves_nothing_behind(tiny: Path, tmp_path: Path) -
     with pytest.raises(ConfigError, match="not a GGUF file that transformers can load"):
         load_model(tiny, tmp_path / "converted")
     assert not any((tmp_path / "converted").iterdir())
+
+
+@pytest.mark.parametrize("broken", [{"merges": ["c d", "cd e"]}, {"merges": ["ab", "x"]}, {"eos": 99}])
+def test_a_gguf_file_with_a_senseless_tokenizer_is_refused(broken: dict[str, Any], tmp_path: Path) -> None:
+    model = write_gguf(tmp_path / "tiny.gguf", list(WEIGHTS), **broken)
+    with pytest.raises(ConfigError, match="not a GGUF file that transformers can load"):
+        load_model(model, tmp_path / "converted")
+    assert not any((tmp_path / "converted").iterdir())
+
+
+def test_a_gguf_file_without_some_weights_is_refused_except_where_they_are_tied(tmp_path: Path) -> None:
+    without = {gone: [name for name in WEIGHTS if name != gone] for gone in ("output", "blk.0.attn_q")}
+    tied = load_model(write_gguf(tmp_path / "tied.gguf", without["output"]), tmp_path / "converted").model
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+    with pytest.raises(ConfigError, match=r"incomplete, 1 weights are missing, e.g. model.layers.0.self_attn.q_proj"):
+        load_model(write_gguf(tmp_path / "less.gguf", without["blk.0.attn_q"]), tmp_path / "converted")
+    assert len(list((tmp_path / "converted").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config.json", {"num_attention_heads": 0}),
+        ("config.json", {"rms_norm_eps": "small"}),
+        ("config.json", {"hidden_size": -1}),
+        ("tokenizer.json", {"added_tokens": None}),
+        ("tokenizer.json", {"truncation": {}}),
+    ],
+)
+def test_a_folder_with_senseless_settings_is_refused(
+    file: str, changes: dict[str, Any], tiny: Path, tmp_path: Path
+) -> None:
+    load_model(tiny, tmp_path / "converted")
+    (folder,) = (tmp_path / "converted").iterdir()
+    settings = folder / file
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | changes))
+    with pytest.raises(ConfigError, match=r"transformers cannot load it: .*[^:]$"):
+        load_model(folder, tmp_path / "converted")

@@ -7,7 +7,8 @@ import hashlib
 import io
 import json
 import tempfile
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from kvstore.engines.pictures import FAMILIES
-from kvstore.errors import ConfigError, MissingDependencyError, StoreIOError
+from kvstore.errors import ConfigError, KVStoreError, MissingDependencyError, StoreIOError
 
 _SAMPLE_NBYTES = 1 << 20
 
@@ -67,7 +68,7 @@ def load_model(path: Path, converted: Path, dtype: torch.dtype = torch.bfloat16)
 
     Raises:
         ConfigError: there is no such model, or transformers cannot read it.
-        MissingDependencyError: its image processor needs a package that is not installed.
+        MissingDependencyError: its tokenizer or image processor needs a package that is not installed.
         StoreIOError: the folder of converted models cannot be written.
     """
     if not path.exists():
@@ -77,16 +78,10 @@ def load_model(path: Path, converted: Path, dtype: torch.dtype = torch.bfloat16)
     sees = _model_type(folder) in FAMILIES
     image_processor = _image_processor(folder) if sees else None
     kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    try:
+    with _naming_errors(f"{folder}: transformers cannot load it"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         loaded: Any = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ConfigError(f"{folder}: transformers cannot load it: {_first_line(error)}") from error
-    model: PreTrainedModel = loaded[0]
-    found: dict[str, Any] = loaded[1]
-    if found["missing_keys"]:  # transformers would fill them with random numbers
-        missing = sorted(found["missing_keys"])
-        raise ConfigError(f"{folder}: incomplete, {len(missing)} weights are missing, e.g. {missing[0]}")
+    model: PreTrainedModel = _complete(folder, loaded)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.nn.Module.to(model, device)  # transformers wraps its own `to` without types
     if device.type == "cpu":
@@ -117,20 +112,45 @@ def _model_type(folder: Path) -> str:
 
 
 def _image_processor(folder: Path) -> Any:
-    try:
-        # Pillow's even where torchvision is installed: their pixels differ, and a stream must go on with the same.
-        return AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-    except (ImportError, OSError, ValueError, TypeError, KeyError) as error:
-        if "torchvision" in str(error).lower():
+    with _naming_errors(f"{folder}: transformers cannot load its image processor"):
+        try:
+            # Pillow's even where torchvision is installed: their pixels differ, and a stream must go on with the same.
+            return AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+        except (ImportError, ValueError) as error:
+            if "torchvision" not in str(error).lower():
+                raise
             raise MissingDependencyError(
                 f"{folder}: its image processor exists for torchvision only: pip install torchvision"
             ) from error
-        raise ConfigError(f"{folder}: transformers cannot load its image processor: {_first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def _complete(path: Path, loaded: tuple[Any, dict[str, Any]]) -> Any:
+    """The model that was loaded, if it was whole: transformers fills what is missing with random numbers."""
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise ConfigError(f"{path}: incomplete, {len(missing)} weights are missing, e.g. {missing[0]}")
+    return model
+
+
+@contextmanager
+def _naming_errors(what: str) -> Iterator[None]:
+    """Turn whatever transformers raises over a file that it cannot read, which is errors of every kind, into ours."""
+    try:
+        yield
+    except KVStoreError:
+        raise
+    except BaseException as error:
+        # Its tokenizers are written in Rust, and a panic there is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        kind = MissingDependencyError if isinstance(error, ImportError) else ConfigError
+        raise kind(f"{what}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
     """What went wrong, without the paragraphs of advice that transformers adds."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
 
 
 def _converted(gguf: Path, root: Path) -> Path:
@@ -155,17 +175,16 @@ def _converted(gguf: Path, root: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    try:
-        # Its progress bar listens to no setting of transformers.
-        with redirect_stderr(io.StringIO()):
-            config = AutoConfig.from_pretrained(gguf.parent, **where)
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
-            loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{gguf}: not a GGUF file that transformers can load: {_first_line(error)}") from error
-    # The loaded config still says "quantized", and save_pretrained refuses that; the same weights under a plain one.
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(loaded.state_dict())
+    # Its progress bar listens to no setting of transformers.
+    with _naming_errors(f"{gguf}: not a GGUF file that transformers can load"), redirect_stderr(io.StringIO()):
+        config = AutoConfig.from_pretrained(gguf.parent, **where)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, dtype=torch.float32, output_loading_info=True, **where
+        )
+        # The loaded config still says "quantized", which save_pretrained refuses: the same weights under a plain one.
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain.load_state_dict(_complete(gguf, loaded).state_dict())
     plain.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
