@@ -110,6 +110,28 @@ def test_help_and_bad_arguments_answer_without_heavy_imports(argv: list[str]) ->
     assert run.stdout.splitlines()[-1] == "imported:"
 
 
+def test_ctrl_c_while_the_commands_are_imported_ends_with_one_line() -> None:
+    script = (
+        "import sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'kvstore.cli.ask':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "from kvstore.cli.main import main\n"
+        "sys.exit(main(['ls']))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=60,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (130, "kvstore: interrupted\n")
+
+
 @pytest.mark.parametrize(
     ("nbytes", "words"),
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 << 29, "1.5 GiB")],

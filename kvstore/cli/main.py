@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from kvstore.cli import ask, ingest, inspection, removal, streams, verify
 from kvstore.errors import BusyError, KVStoreError, SpecMismatchError
 
 EXIT_ERROR = 2
@@ -20,7 +19,6 @@ _ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "ONEDNN_PRIMITIVE_CACHE_CAPACITY":
 and decoding (2.5 times slower on 2 busy cores); and oneDNN keeps up to 1,024 compiled kernels, one per length of text,
 which would grow the process with the video."""
 
-_COMMANDS = (ingest, ask, streams, inspection, verify, removal)
 _ADVICE: dict[type[KVStoreError], str] = {
     BusyError: "wait until it is done, or stop it",
     SpecMismatchError: "give the model that wrote it with --model",
@@ -37,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when all went well, 1 when `verify` found damage, 2 for an error that the user can act on, 130 after Ctrl-C.
     """
-    options = _parser().parse_args(argv)
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     try:
+        options = _parser().parse_args(argv)
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         code: int = options.run(options)
         sys.stdout.flush()
     except KVStoreError as error:
@@ -57,13 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    # Here, where Ctrl-C is caught: importing them takes a moment.
+    from kvstore.cli import ask, ingest, inspection, removal, streams, verify
+
     parser = argparse.ArgumentParser(
         prog="kvstore",
         description="Turns long videos into streams of KV cache on disk, and answers questions from them.",
         epilog="Exit codes: 0 all went well, 1 verify found damage, 2 error, 130 interrupted.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in _COMMANDS:
+    for command in (ingest, ask, streams, inspection, verify, removal):
         command.add_command(commands)
     return parser
 
