@@ -126,7 +126,9 @@ class Session:
         return inputs
 
     def commit(self, cursor: Mapping[str, JSON] | None = None, *, partial: bool = False) -> None:
-        """Hand complete blocks to the store; returns before they are durable (see `Store.flush`).
+        """Hand complete blocks to the store; returns before they are durable (see `flush`).
+
+        A cursor without blocks waits for those before it.
 
         Args:
             cursor: where the producer stands once these blocks are stored; None keeps the last one.
@@ -141,9 +143,9 @@ class Session:
         self._is_broken = True  # unless all of this goes well: blocks leave the appender first
         blocks = appender.close_partial() if partial else appender.finish()
         if cursor is not None:
+            view.cursor = dict(cursor)
             if not blocks:
                 self._make_sure()  # the store would notice a gap before new blocks, but not before a cursor
-            view.cursor = dict(cursor)
         if blocks or cursor is not None:
             view.store.append(view.header.name, blocks, view.cursor)
             view.entries.extend(block.entry for block in blocks)
@@ -156,11 +158,7 @@ class Session:
     def flush(self) -> None:
         """Wait until what was committed is durable; raises like `commit`."""
         self._writer()
-        try:
-            self._make_sure()
-        except Exception:
-            self._is_broken = True
-            raise
+        self._make_sure()
 
     def drop(self, num_tokens: int) -> None:
         """Forget the last tokens (assisted decoding); only tokens that are not handed on yet.
@@ -189,21 +187,22 @@ class Session:
         if self._appender is None:
             raise ReadOnlyError(f"stream {self.view.header.name!r} is open for reading; open the store for writing")
         if self._is_broken:
-            raise self._dropped()
+            raise StoreIOError(
+                f"stream {self.view.header.name!r}: an earlier append failed, and blocks were dropped; open the stream "
+                "again: it continues from the cursor in its manifest"
+            )
         return self._appender
 
     def _make_sure(self) -> None:
         """Wait for the store, and see that the stream has its last block: a failure is told once, maybe to another."""
-        view = self.view
-        view.store.flush()
-        if view.entries and not view.store.summaries(view.header.name, view.entries[-1].index, 1):
-            raise self._dropped()
-
-    def _dropped(self) -> StoreIOError:
-        return StoreIOError(
-            f"stream {self.view.header.name!r}: an earlier append failed, and blocks were dropped; open the stream "
-            "again: it continues from the cursor in its manifest"
-        )
+        store, last = self.view.store, self.view.entries[-1:]
+        try:
+            store.flush()
+            self._is_broken = not all(store.summaries(self.view.header.name, entry.index, 1) for entry in last)
+        except Exception:
+            self._is_broken = True
+            raise
+        self._writer()
 
     def _open_appender(self) -> None:
         view = self.view
@@ -214,15 +213,14 @@ class Session:
                 "use the same settings or another stream"
             )
         namespace = f"{spec.fingerprint};{header.profile};{header.prefill}"
-        last = view.entries[-1] if view.entries else None
-        self._appender = Appender(view.residency, namespace, summarise, last)
+        self._appender = Appender(view.residency, namespace, summarise, next(reversed(view.entries), None))
         self._window_first = view.first_block_within(view.config.window_tokens)
         kept = [*self._sinks(), *view.entries[self._window_first :]]
         report = view.residency.load([entry.key for entry in kept], range(spec.num_layers))
         if report.lost:
-            reason = next(iter(report.lost.values()))
             raise CorruptRecordError(
-                f"stream {header.name!r}: its last blocks cannot be read ({reason}), so it cannot be continued"
+                f"stream {header.name!r}: its last blocks cannot be read ({next(iter(report.lost.values()))}), so it "
+                "cannot be continued"
             )
 
     def _forget_unfinished(self) -> None:
@@ -283,10 +281,9 @@ class Session:
         view = self.view
         past = Past((*self._sinks(), *retrieved), tuple(view.entries[self._window_first :]))
         where = {entry.index: view.positions_of(entry) for entry in (*past.far, *past.near)}
-        open_positions = [rows.positions for rows in view.open_rows]
-        return past, self._attending.place_past(
-            past, where, open_positions, num_blocks=len(view.entries), end=end, tail_start=end
-        )
+        opened = [rows.positions for rows in view.open_rows]
+        num_blocks = len(view.entries)
+        return past, self._attending.place_past(past, where, opened, num_blocks=num_blocks, end=end, tail_start=end)
 
     def _retrieve(self, layer: int, query: Tensor) -> list[Entry]:
         """Blocks between sinks and window that this layer's queries ask for, loaded and pinned."""
@@ -295,11 +292,8 @@ class Session:
             self.flush()
             view.retriever.refresh(view.num_sink_blocks, self._window_first)
             self._sizes = [entry.num_tokens for entry in view.entries]
-        ranking = view.retriever.rank_layer(
-            layer,
-            query[0, :, : query.shape[2] - self.num_spare].unflatten(0, (view.header.spec.kv_heads, -1)),
-            self._window_first,
-        )
+        asking = query[0, :, : query.shape[2] - self.num_spare].unflatten(0, (view.header.spec.kv_heads, -1))
+        ranking = view.retriever.rank_layer(layer, asking, self._window_first)
         excluded = frozenset(range(view.num_sink_blocks))
         chosen = [view.entries[block] for block in select(ranking, self._sizes, view.config.budget_tokens, excluded)]
         report = view.residency.load([entry.key for entry in chosen], range(layer, layer + 1))
