@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from kvstore.errors import CapacityError, CorruptRecordError, StoreIOError
 from kvstore.layout import BlockLayout
 from kvstore.session.branch import Branch
 from kvstore.session.session import Session
-from kvstore.store import Access, FetchReport, FetchRequest, Outcome, Profile, Store, StreamHeader
+from kvstore.store import Access, FetchReport, FetchRequest, Manifest, Outcome, Profile, Store, StreamHeader
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.writing import writer
 from tests.tiny_models import BLOCK_TOKENS, ORIGINAL, attached_stream, make_model, policy, settings, token_ids
@@ -155,6 +156,25 @@ def test_a_block_whose_keys_cannot_be_read_is_named_and_the_others_are_found(
         assert attached.last.spans[0].first_token == 64
         assert attached.session.view.retriever.damaged == {5: "its first plane is torn"}
         assert model(PROMPT, past_key_values=cache).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("index", [0, 5, 11])
+@pytest.mark.parametrize("num_tokens", [0, BLOCK_TOKENS - 1, BLOCK_TOKENS + 1, 2**32 - 1])
+def test_a_stream_whose_entries_lie_about_their_sizes_is_refused(
+    index: int, num_tokens: int, filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, manifest = make_model(), Store.manifest
+
+    def lying(self: Store, name: str) -> Manifest:
+        found = manifest(self, name)
+        entries = [replace(e, num_tokens=num_tokens) if e.index == index else e for e in found.entries]
+        return replace(found, entries=entries)
+
+    monkeypatch.setattr(Store, "manifest", lying)
+    for access in Access:
+        match = r"entry \d+ says|tokens, 96 are announced"
+        with pytest.raises(CorruptRecordError, match=match), attached_stream(filled, model, CONFIG, access):
+            pass
 
 
 def test_a_full_pool_is_reported_and_nothing_stays_pinned(filled: Path) -> None:

@@ -106,7 +106,7 @@ class Branch(Attending):
     def begin_recall(self) -> None:
         """Start the pass over the question: the next forward selects and is then forgotten."""
         self._leave_recall()
-        self._view.retriever.refresh(self._view.num_sink_blocks, len(self._entries))
+        self._view.retriever.refresh(self._view.num_sink_blocks, self._entries)
         self._phase = _Phase.SCOUT if self._policy.scope is Scope.STREAM else _Phase.RECALL
         self._has_selected = False
         self._votes.clear()
@@ -161,7 +161,7 @@ class Branch(Attending):
         selects = self._phase is _Phase.RECALL or not self._has_selected or self._policy.trigger is Trigger.STEP
         if selects and self._policy.scope is Scope.LAYER:
             if layer == 0 and self._phase is _Phase.ANSWER:
-                self._view.retriever.refresh(self._view.num_sink_blocks, len(self._entries))
+                self._view.retriever.refresh(self._view.num_sink_blocks, self._entries)
             self._select_for_layer(layer, query)
             if layer == len(self.contexts) - 1:
                 self._has_selected = True

@@ -46,17 +46,14 @@ class Retriever:
         self._by_layer: list[MeanQueryScorer] = []
         self.damaged: dict[int, str] = {}
 
-    def refresh(self, num_sink_blocks: int, num_blocks: int) -> None:
+    def refresh(self, num_sink_blocks: int, entries: Sequence[Entry]) -> None:
         """Index the stream's blocks that are not indexed yet.
 
         Args:
             num_sink_blocks: leading blocks to leave out: they are attended always.
-            num_blocks: where to stop.
+            entries: the stream's entries from the first one on; their blocks are durable.
         """
-        if self._policy.searched is None or num_blocks <= max(self._known, num_sink_blocks):
-            return
-        entries = self._store.manifest(self._header.name).entries[:num_blocks]
-        if len(entries) <= num_sink_blocks:
+        if self._policy.searched is None or len(entries) <= max(self._known, num_sink_blocks):
             return
         # Directions are taken from the mean key of half the stream or more; which blocks count depends on the stream's
         # length alone, so that scores do not depend on when a process began to look.

@@ -290,7 +290,7 @@ class Session:
         view = self.view
         if layer == 0:
             self.flush()
-            view.retriever.refresh(view.num_sink_blocks, self._window_first)
+            view.retriever.refresh(view.num_sink_blocks, view.entries[: self._window_first])
             self._sizes = [entry.num_tokens for entry in view.entries]
         asking = query[0, :, : query.shape[2] - self.num_spare].unflatten(0, (view.header.spec.kv_heads, -1))
         ranking = view.retriever.rank_layer(layer, asking, self._window_first)

@@ -83,6 +83,7 @@ class StreamView:
     Raises:
         ConfigError: keys are stored rotated and the policy would move them.
         StreamNotFoundError: the store has no such stream.
+        CorruptRecordError: the stream's entries are damaged.
     """
 
     def __init__(
@@ -136,10 +137,27 @@ class StreamView:
         return 0
 
     def reload(self) -> None:
-        """Read the manifest again: see what another process has appended since."""
+        """Read the manifest again: see what another process has appended since.
+
+        Raises:
+            StreamNotFoundError: the stream was removed, or replaced by another.
+            CorruptRecordError: its entries are damaged.
+        """
         manifest = self.store.manifest(self.header.name)
         if manifest.header != self.header:
             raise StreamNotFoundError(f"stream {self.header.name!r} was replaced by another; open it again")
+        first = 0
+        for entry in manifest.entries:
+            if entry.first_token != first or not 1 <= entry.num_tokens <= self.header.block_tokens:
+                raise CorruptRecordError(
+                    f"stream {self.header.name!r}: entry {entry.index} says {entry.num_tokens} tokens from "
+                    f"{entry.first_token} on, where token {first} is next and a block holds {self.header.block_tokens}"
+                )
+            first += entry.num_tokens
+        if first != manifest.num_tokens:
+            raise CorruptRecordError(
+                f"stream {self.header.name!r}: its entries hold {first} tokens, {manifest.num_tokens} are announced"
+            )
         self.entries = list(manifest.entries)
         self.cursor = dict(manifest.cursor)
         self.note_sinks()

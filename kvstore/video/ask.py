@@ -150,7 +150,7 @@ class Asker:
             )
             began = time.perf_counter()
             view = self._session.view
-            view.retriever.refresh(view.num_sink_blocks, len(view.entries))
+            view.retriever.refresh(view.num_sink_blocks, view.entries)
             self.index_s = time.perf_counter() - began
         except BaseException:
             self._store.close()
