@@ -123,6 +123,8 @@ def test_layers_out_of_turn_and_tensors_that_do_not_fit_are_refused_and_leave_no
         stream = store.stream("s")
         session = stream.bind(still, CPU)
         forward(stream, 0, 4)
+        with pytest.raises(ShapeError, match="no tokens"):
+            forward(stream, 4, 0)
         with pytest.raises(ShapeError, match="layer 1 out of turn"):
             stream.attend(1, query, keys, values, at, ids=at[0, 0], scale=1.0)
         with pytest.raises(ShapeError, match="layer 2 out of turn"):

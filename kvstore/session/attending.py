@@ -157,6 +157,8 @@ class Attending:
         if layer not in (0, self._next_layer):
             raise ShapeError(f"layer {layer} out of turn; each forward calls all {spec.num_layers} layers from 0 on")
         batch, num_new = keys.shape[0], keys.shape[2]
+        if num_new == 0:
+            raise ShapeError("a forward of no tokens; give at least one")
         wanted = [
             (batch, query.shape[1] // spec.kv_heads * spec.kv_heads, num_new, spec.key_dim),
             (batch, spec.kv_heads, num_new, spec.key_dim),
