@@ -65,11 +65,15 @@ class FaissIndex:
         """
         check_rows(rows, self._dim)
         if self._first is not None:
-            self._first.add(rows)
+            # These exactly, whatever they come with: scores depend on the rows alone.
+            wanted = _TRAINING_ROWS - self._first.num_rows
+            self._first.add(rows[:wanted])
             if self._first.num_rows < _TRAINING_ROWS:
                 return
-            rows, self._first = self._first.rows().float(), None
-            self._index.train(rows[:_TRAINING_ROWS].numpy())  # these exactly: scores depend on the rows alone
+            first, self._first = self._first.rows().float().numpy(), None
+            self._index.train(first)
+            self._index.add(first)
+            rows = rows[wanted:]
         self._index.add(rows.contiguous().numpy())
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

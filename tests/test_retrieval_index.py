@@ -68,6 +68,20 @@ def test_rows_are_found_however_they_came(make: Make, sizes: tuple[int, ...]) ->
 
 
 @needs_faiss
+@pytest.mark.parametrize("batch_rows", [100, 1024, 1025, 3000])
+def test_faiss_scores_do_not_depend_on_the_batches_in_which_rows_came(batch_rows: int) -> None:
+    rows, (one_by_one, batched) = unit(3000), (FaissIndex(DIM), FaissIndex(DIM))
+    for row in rows.split(1):
+        one_by_one.add(row)
+    for batch in rows.split(batch_rows):
+        batched.add(batch)
+    for had, wanted in zip(
+        batched.search(unit(5, seed=1), 3000), one_by_one.search(unit(5, seed=1), 3000), strict=True
+    ):
+        assert torch.equal(had, wanted)
+
+
+@needs_faiss
 def test_a_range_is_not_learnt_from_the_first_row() -> None:
     """A live stream adds one block at a time; what comes later may lie far outside the first."""
     rows = unit(1500, seed=4)
