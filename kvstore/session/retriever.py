@@ -92,6 +92,7 @@ class Retriever:
         sample = [keys for batch in _batches(sampled) for _, keys in self._token_keys(batch)]
         mean = torch.cat(sample).mean(dim=0) if sample else torch.zeros(len(self._layers), row_dim)
         num_rows = sum(entry.num_tokens for entry in entries)
+        self._maxsim = None  # its memory goes before that of the next is taken
         self._maxsim = MaxSimScorer(make_index(len(self._layers) * row_dim, num_rows), mean)
         self.damaged = {}  # every block is read again
 
