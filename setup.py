@@ -19,7 +19,7 @@ VERSION = tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"
 PACKAGES = [*find_packages(include=["kvstore", "kvstore.*"]), "kvstore.retrieval", "kvstore.kernels"]
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*/*.cpp"))
 FLAGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-MMD"]
-FLAGS += ["-ffp-contract=off", f'-DKV_VERSION="{VERSION}"', "-isystem", pybind11.get_include()]
+FLAGS += ["-ffp-contract=off", "-fno-trapping-math", f'-DKV_VERSION="{VERSION}"', "-isystem", pybind11.get_include()]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-MMD", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 # compute_90 is the portable form, which machines newer than sm_90 translate when the module is loaded.
 NVCC_FLAGS += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]

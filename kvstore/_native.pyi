@@ -43,44 +43,73 @@ def gather_rows(
 def scatter_rows(
     geometry: Geometry, plane: int, pool: Buffer, slots: Buffer, row_starts: Buffer, dense: Buffer
 ) -> None: ...
+
+_Entry = tuple[int, int, int, int, int, int, int, int, int, int, int]
+
+@final
+class Calibration:
+    def __init__(self, data: Buffer, id_bytes: Buffer) -> None: ...
+
+@final
+class RecordPart:
+    def __init__(
+        self, first_plane: int, entries: Sequence[_Entry], segment_tokens: int, data: Buffer, data_offset: int
+    ) -> None: ...
+
+_Target = tuple[int, int, int, int, int]
+_Request = tuple[Geometry, int, int, RecordPart, Calibration | None, list[_Target], tuple[int, int, list[int]]]
+
+@final
+class DecodePlan:
+    def __init__(self, requests: list[_Request]) -> None: ...
+    @property
+    def workspace_nbytes(self) -> int: ...
+    @property
+    def zeroed_nbytes(self) -> int: ...
+    def faults(self, zeroed: Buffer) -> list[str]: ...
+    def run_in_lockstep(self) -> list[str]: ...
+    def upload(self, workspace: tuple[int, int], stream: int) -> None: ...
+    def launch(self, workspace: tuple[int, int], stream: int) -> None: ...
+
+def limit_simd(level: str) -> None: ...
 def probe_record(
     record: Buffer,
-) -> tuple[tuple[int, int], int, int, int, int, int, int, int, int, int, int, list[tuple[int, int, int, int, int]]]: ...
+) -> tuple[tuple[int, int], int, int, int, int, int, int, int, int, int, bytes, int, int, list[_Entry]]: ...
 def record_bound(geometry: Geometry, dtype: int, num_tokens: int) -> int: ...
-def find_nonfinite(geometry: Geometry, dtype: int, num_tokens: int, slot: Buffer) -> list[int]: ...
-def split_planes(
-    geometry: Geometry, dtype: int, num_tokens: int, slot: Buffer, planes: Sequence[int], streams: Buffer
-) -> None: ...
+def split_planes(geometry: Geometry, dtype: int, num_tokens: int, slot: Buffer, streams: Buffer) -> None: ...
 def encode_record(
     geometry: Geometry,
     dtype: int,
     num_tokens: int,
     profile: int,
+    steps: tuple[int, int, bool, bool],
+    calibration: Calibration | None,
     first_token: int,
     slot: Buffer,
-    codings: Sequence[int],
+    is_split: Sequence[bool],
     streams: Sequence[Buffer],
     out: Buffer,
 ) -> int: ...
-def open_planes(
-    geometry: Geometry,
-    dtype: int,
-    num_tokens: int,
-    first_plane: int,
-    entries: Sequence[tuple[int, int, int, int, int]],
-    data: Buffer,
-    data_offset: int,
-) -> list[tuple[int, int]]: ...
+def open_planes(geometry: Geometry, dtype: int, num_tokens: int, part: RecordPart) -> list[tuple[int, int]]: ...
 def decode_planes(
     geometry: Geometry,
     dtype: int,
     num_tokens: int,
-    first_plane: int,
-    entries: Sequence[tuple[int, int, int, int, int]],
-    data: Buffer,
-    data_offset: int,
+    part: RecordPart,
     streams: Sequence[Buffer],
+    calibration: Calibration | None,
     slot: Buffer,
+) -> None: ...
+def decode_rows(
+    geometry: Geometry,
+    dtype: int,
+    num_tokens: int,
+    part: RecordPart,
+    streams: Sequence[Buffer],
+    calibration: Calibration | None,
+    wanted: tuple[int, int, int, int],
+    keys: Buffer,
+    values: Buffer,
 ) -> None: ...
 
 @final

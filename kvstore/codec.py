@@ -1,34 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slots <-> records, as csrc/codec/FORMAT.md defines them. Native code does all but the zstd step, which is here."""
+"""Slots <-> records, as csrc/codec/FORMAT.md defines them. Native code does all but the zstd step."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import zstandard
 from torch import Tensor
 
-from kvstore.errors import CorruptRecordError, ShapeError, SpecMismatchError
-from kvstore.layout import BlockLayout
+from kvstore.byte_streams import ByteStreams
+from kvstore.calibration import Calibration
+from kvstore.errors import ConfigError, CorruptRecordError, ShapeError, SpecMismatchError
+from kvstore.layout import TORCH_DTYPE, BlockLayout
 from kvstore.native import (
     Geometry,
+    RecordPart,
     decode_planes,
+    decode_rows,
     encode_record,
-    find_nonfinite,
     open_planes,
     record_bound,
-    split_planes,
 )
 from kvstore.record import (
     DTYPES,
     PROFILES,
+    STEPS,
+    UNCALIBRATED_STEPS,
     Coding,
     PlaneInfo,
     Profile,
     RecordInfo,
+    Steps,
     header_nbytes,
     plane_span,
     planes_of,
@@ -38,18 +41,9 @@ from kvstore.record import (
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Codec", "Coding", "PlaneInfo", "Profile", "RecordInfo", "header_nbytes", "plane_span", "probe"]
+    from kvstore.native import Calibration as NativeCalibration
 
-# FORMAT.md section 3: length fields of a split plane, scales of a q8 plane.
-_STREAM_LENGTH_NBYTES = 4
-_SCALE_NBYTES = 4
-
-# Exponent streams have skewed bytes and few repeats: what pays is the entropy coder, not the match finder. Long minimum
-# matches and a tiny table keep accidental matches out: 3 times as fast to encode as level 1, twice as fast to decode,
-# and smaller. Runs and repeats are still found.
-_ZSTD_PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
-    1, strategy=zstandard.STRATEGY_FAST, window_log=17, hash_log=8, min_match=7, write_content_size=True
-)
+__all__ = ["Codec", "Coding", "PlaneInfo", "Profile", "RecordInfo", "Steps", "header_nbytes", "plane_span", "probe"]
 
 
 class Codec:
@@ -60,21 +54,42 @@ class Codec:
 
     Args:
         layout: byte layout of the slots.
-        profile: how `encode` stores planes. A bit-exact codec refuses to decode `q8` records.
+        profile: how `encode` stores planes. A bit-exact codec refuses to decode lossy records.
+        calibration: what the model's K and V look like; lossy profiles are smaller with it, and can read what was
+            written with it.
+        steps: of a lossy profile, instead of its usual ones.
+        exact_keys: under a lossy profile, store K exactly: for models that mind errors in it more than others.
 
     Raises:
         ShapeError: a size of `layout` is beyond the format's limits (65535, or 1 GiB a plane).
+        ConfigError: `steps` for a profile that has none.
+        SpecMismatchError: `calibration` is of another geometry.
     """
 
-    def __init__(self, layout: BlockLayout, profile: Profile) -> None:
+    def __init__(
+        self,
+        layout: BlockLayout,
+        profile: Profile,
+        calibration: Calibration | None = None,
+        steps: Steps | None = None,
+        *,
+        exact_keys: bool = False,
+    ) -> None:
         spec = layout.spec
+        if steps is not None and not profile.is_lossy:
+            raise ConfigError(f"steps are for lossy profiles; {profile} is bit-exact")
+        if calibration is not None:
+            calibration.check_spec(spec)
         self._layout = layout
         self._profile = profile
+        self._calibration = calibration
+        chosen = steps or (STEPS if calibration else UNCALIBRATED_STEPS).get(profile, Steps(0, 0))
+        self._steps = (chosen.key_mult, chosen.value_mult, chosen.has_channel_values, exact_keys)
         self._dtype = DTYPES.index(spec.dtype)
         self._geometry = Geometry(
             spec.num_layers, spec.kv_heads, spec.key_dim, spec.value_dim, spec.itemsize, layout.block_tokens
         )
-        self._local = _ThreadState()
+        self._streams = ByteStreams(spec, self._geometry)
 
     def bound(self, num_tokens: int) -> int:
         """Most bytes that a record of `num_tokens` tokens can take.
@@ -87,8 +102,8 @@ class Codec:
     def encode(self, slot: Tensor, num_tokens: int, first_token: int, out: Buffer) -> int:
         """Write the first `num_tokens` tokens of a slot as a record.
 
-        A plane that does not shrink is stored raw. Under `q8`, a plane that holds an infinity or a NaN is stored
-        exactly.
+        A plane that does not shrink is stored raw. Lossy profiles keep infinities, NaNs and whatever their alphabet
+        cannot hold exactly, and the first tokens of a stream.
 
         Args:
             slot: [slot_nbytes] uint8, CPU, contiguous.
@@ -106,15 +121,17 @@ class Codec:
         if not 0 <= first_token < 1 << 64:
             raise ShapeError(f"first_token is {first_token}; it must be 0 to 2^64 - 1")
         source = self._buffer(slot)
-        codings, streams = self._plan(source, num_tokens)
+        is_split, streams = self._streams.deflate(source, num_tokens) if self._profile is Profile.ZSTD else ([], [])
         return encode_record(
             self._geometry,
             self._dtype,
             num_tokens,
             PROFILES.index(self._profile),
+            self._steps,
+            self._native_calibration,
             first_token,
             source,
-            codings,
+            is_split,
             streams,
             out,
         )
@@ -135,7 +152,8 @@ class Codec:
         Raises:
             CorruptRecordError: damaged, cut off, or not a record of `num_tokens` tokens; the message names the plane.
             UnsupportedFormatError: see `probe`.
-            SpecMismatchError: of another geometry or dtype, or lossy while this codec is bit-exact.
+            SpecMismatchError: of another geometry or dtype, lossy while this codec is bit-exact, or written with a
+                calibration that this codec does not have.
             ShapeError: an argument does not fit.
         """
         data = memoryview(record)
@@ -159,84 +177,71 @@ class Codec:
             SpecMismatchError: see `decode`.
             ShapeError: an argument does not fit.
         """
+        opened = self._open(info, data, data_offset, layers)
+        decode_planes(*opened, self._native_calibration, self._buffer(slot))
+
+    def decode_rows(
+        self,
+        info: RecordInfo,
+        data: Buffer,
+        data_offset: int,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        layers: range,
+        heads: range,
+        tokens: range,
+    ) -> None:
+        """Decode layers, heads and tokens of a record to anywhere; see `decode_planes`.
+
+        Args:
+            info: the record's header.
+            data: as in `decode_planes`.
+            data_offset: position of `data` in the record.
+            keys: [layers, heads, tokens, key_dim], CPU, of the layout's dtype; any strides, rows contiguous.
+            values: [layers, heads, tokens, value_dim], likewise.
+            layers: consecutive layers, at least one.
+            heads: consecutive heads.
+            tokens: consecutive tokens, counted in the block.
+
+        Raises:
+            CorruptRecordError: a plane is damaged or cut off.
+            SpecMismatchError: see `decode`.
+            ShapeError: an argument does not fit.
+        """
+        if heads.step != 1 or tokens.step != 1 or min(heads.start, tokens.start) < 0:
+            raise ShapeError(f"heads {heads} and tokens {tokens} must be consecutive")
+        wanted = (heads.start, len(heads), tokens.start, len(tokens))
+        opened = self._open(info, data, data_offset, layers)
+        decode_rows(*opened, self._native_calibration, wanted, self._rows(keys), self._rows(values))
+
+    def part(
+        self, info: RecordInfo, data: Buffer, data_offset: int, layers: range
+    ) -> tuple[Geometry, int, int, RecordPart, NativeCalibration | None]:
+        """Describe a run of layers to the native decoders: geometry, dtype, tokens, where they lie, calibration.
+
+        Raises:
+            SpecMismatchError: see `decode`.
+            ShapeError: an argument does not fit.
+        """
         self._check(info)
         planes = planes_of(info, layers)
-        destination = self._buffer(slot)
-        view = memoryview(data)
-        first_plane = 2 * layers.start
-        part = (self._geometry, self._dtype, self._checked(info.num_tokens), first_plane, planes, view, data_offset)
-        streams = self._inflate(view, open_planes(*part), planes, first_plane)
-        decode_planes(*part, streams, destination)
+        self._check_calibration(info, planes)
+        part = RecordPart(2 * layers.start, planes, info.segment_tokens, memoryview(data), data_offset)
+        return self._geometry, self._dtype, self._checked(info.num_tokens), part, self._native_calibration
 
-    def _plan(self, slot: Buffer, num_tokens: int) -> tuple[list[Coding], list[Buffer]]:
-        """Choose each plane's coding; streams are those of the planes that will be stored as split, in order."""
-        spec = self._layout.spec
-        num_planes = 2 * spec.num_layers
-        match self._profile:
-            case Profile.RAW:
-                return [Coding.RAW] * num_planes, []
-            case Profile.LOSSLESS:
-                codings = [Coding.SPLIT] * num_planes
-            case Profile.Q8:
-                # Codes and scales must be fewer bytes than the elements, as the format demands.
-                codings = [
-                    Coding.Q8 if _SCALE_NBYTES + dim < dim * spec.itemsize else Coding.SPLIT
-                    for dim in (spec.key_dim, spec.value_dim)
-                ] * spec.num_layers
-                for plane in find_nonfinite(self._geometry, self._dtype, num_tokens, slot):
-                    codings[plane] = Coding.SPLIT
-        return codings, self._deflate(slot, num_tokens, codings)
+    def _open(
+        self, info: RecordInfo, data: Buffer, data_offset: int, layers: range
+    ) -> tuple[Geometry, int, int, RecordPart, list[Buffer]]:
+        """Verify a part of a record; returns what decoding it takes."""
+        geometry, dtype, num_tokens, part, _ = self.part(info, data, data_offset, layers)
+        found = open_planes(geometry, dtype, num_tokens, part)
+        streams = self._streams.inflate(memoryview(data), found, planes_of(info, layers), 2 * layers.start)
+        return geometry, dtype, num_tokens, part, streams
 
-    def _deflate(self, slot: Buffer, num_tokens: int, codings: list[Coding]) -> list[Buffer]:
-        """Compress the planes marked as split; one that does not shrink is marked as raw instead."""
-        planes = [plane for plane, coding in enumerate(codings) if coding is Coding.SPLIT]
-        if not planes:
-            return []
-        spec = self._layout.spec
-        scratch = self._local.scratch(num_tokens * spec.token_nbytes)
-        split_planes(self._geometry, self._dtype, num_tokens, slot, planes, scratch)
-        compress = self._local.compressor.compress
-        streams: list[Buffer] = []
-        offset = 0
-        for plane in planes:
-            elements = spec.kv_heads * num_tokens * (spec.value_dim if plane % 2 else spec.key_dim)
-            stored: list[Buffer] = []
-            nbytes = spec.itemsize * _STREAM_LENGTH_NBYTES
-            for _ in range(spec.itemsize):
-                stream = scratch[offset : offset + elements]
-                frame = compress(stream)
-                stored.append(frame if len(frame) < elements else stream)
-                nbytes += min(len(frame), elements)
-                offset += elements
-            if nbytes < elements * spec.itemsize:
-                streams += stored
-            else:
-                codings[plane] = Coding.RAW
-        return streams
-
-    def _inflate(
-        self, data: memoryview, spans: list[tuple[int, int]], planes: Sequence[PlaneInfo], first_plane: int
-    ) -> list[Buffer]:
-        """Decompress the streams of the split planes; `spans` are their places in `data`, checked by native code."""
-        itemsize = self._layout.spec.itemsize
-        split = [(first_plane + i, p.raw_nbytes // itemsize) for i, p in enumerate(planes) if p.coding is Coding.SPLIT]
-        streams: list[Buffer] = []
-        for index, (offset, nbytes) in enumerate(spans):
-            plane, elements = split[index // itemsize]
-            stream = data[offset : offset + nbytes]
-            streams.append(stream if nbytes == elements else self._decompress(stream, elements, plane))
-        return streams
-
-    def _decompress(self, frame: memoryview, nbytes: int, plane: int) -> bytes:
-        where = f"{'V' if plane % 2 else 'K'} of layer {plane // 2}"
-        try:
-            # zstd allocates what the frame states: compare that with the geometry first.
-            stated = zstandard.frame_content_size(frame)
-            if stated != nbytes:
-                raise CorruptRecordError(f"{where} has a stream that states {stated} bytes; it must have {nbytes}")
-            return self._local.decompressor.decompress(frame, allow_extra_data=False)
-        except zstandard.ZstdError as error:
-            raise CorruptRecordError(f"{where} has a stream that zstd refuses: {error}") from error
+    @property
+    def _native_calibration(self) -> NativeCalibration | None:
+        return None if self._calibration is None else self._calibration.native
 
     def _check(self, info: RecordInfo) -> None:
         spec = self._layout.spec
@@ -246,9 +251,18 @@ class Codec:
             raise SpecMismatchError(
                 f"record is of (layers, heads, key dim, value dim, dtype) {found}; this layout has {wanted}"
             )
-        if info.profile is Profile.Q8 and self._profile is not Profile.Q8:
+        if info.profile.is_lossy and not self._profile.is_lossy:
             raise SpecMismatchError(
                 f"record is lossy ({info.profile}); a {self._profile} codec does not answer with it"
+            )
+
+    def _check_calibration(self, info: RecordInfo, planes: Sequence[PlaneInfo]) -> None:
+        """Refuse planes that were written with a calibration which this codec does not have."""
+        own = None if self._calibration is None else self._calibration.id
+        if info.calibration_id != own and any(plane.is_calibrated for plane in planes):
+            raise SpecMismatchError(
+                f"record was written with calibration {info.calibration_id.hex()}; this codec has "
+                f"{'none' if own is None else own.hex()}"
             )
 
     def _checked(self, num_tokens: int) -> int:
@@ -265,17 +279,7 @@ class Codec:
             )
         return slot.numpy().data
 
-
-class _ThreadState(threading.local):
-    """What one thread reuses from call to call: contexts that zstd does not share, and memory already faulted in."""
-
-    def __init__(self) -> None:
-        self.compressor = zstandard.ZstdCompressor(compression_params=_ZSTD_PARAMETERS)
-        self.decompressor = zstandard.ZstdDecompressor()
-        self._memory = bytearray()
-
-    def scratch(self, nbytes: int) -> memoryview:
-        """`nbytes` bytes of any content, valid until the next call."""
-        if len(self._memory) < nbytes:
-            self._memory = bytearray(nbytes)
-        return memoryview(self._memory)[:nbytes]
+    def _rows(self, rows: Tensor) -> Buffer:
+        if rows.dtype != TORCH_DTYPE[self._layout.spec.dtype] or not rows.is_cpu:
+            raise ShapeError(f"rows are {self._layout.spec.dtype} on cpu; got {rows.dtype} on {rows.device}")
+        return rows.view(torch.int32 if self._layout.spec.itemsize == 4 else torch.int16).numpy().data

@@ -5,6 +5,17 @@ All calls that move bytes release the GIL. Errors are those of `kvstore.errors`:
 does not fit, ConfigError for a closed object or one inherited through fork(), StoreIOError (with errno) and
 CapacityError from the system, CorruptRecordError and UnsupportedFormatError from records.
 
+Records (kvstore.codec is their face):
+    Calibration(data, id_bytes): a parsed calibration object, shared by all threads.
+    RecordPart(first_plane, entries, segment_tokens, data, data_offset): consecutive planes, and the bytes they are in.
+    decode_rows(..., wanted, keys, values): wanted is (first_head, num_heads, first_token, num_tokens); keys and values
+        are [layers, heads, tokens, dim] of any strides, rows contiguous.
+    DecodePlan(requests): records that warps decode, on a device or in lock step on the host; a request is (geometry,
+        dtype, num_tokens, part, calibration, targets, paging). A target is (address, head stride, row stride, page
+        stride, pages), in bytes, one a plane; paging is (page_tokens, first_row, slots), slots empty if not paged. What
+        is wrong with each record, "" where nothing is, is returned, or left in the workspace for `faults`.
+    limit_simd(level): keeps loops beyond `baseline`, `avx2` or `avx512` from being used, for comparing them.
+
 Memory and files:
     Arena(nbytes, pinned): page-aligned writable memory, zero-filled, `nbytes` rounded up to pages; a buffer of uint8.
         `pinned` page-locks it when a CUDA device is there. `close()` gives the pages back; views left read zeros.
@@ -32,9 +43,12 @@ from kvstore.errors import MissingDependencyError
 try:
     from kvstore._native import (
         Arena,
+        Calibration,
+        DecodePlan,
         DirectFile,
         Geometry,
         IoPool,
+        RecordPart,
         Ticket,
         build_info,
         copy_to_device,
@@ -42,11 +56,12 @@ try:
         crc32c,
         crc32c_table,
         decode_planes,
+        decode_rows,
         device_gather_rows,
         device_scatter_rows,
         encode_record,
-        find_nonfinite,
         gather_rows,
+        limit_simd,
         open_planes,
         probe_record,
         record_bound,
@@ -60,9 +75,12 @@ except ImportError as error:
 
 __all__ = [
     "Arena",
+    "Calibration",
+    "DecodePlan",
     "DirectFile",
     "Geometry",
     "IoPool",
+    "RecordPart",
     "Ticket",
     "build_info",
     "copy_to_device",
@@ -70,11 +88,12 @@ __all__ = [
     "crc32c",
     "crc32c_table",
     "decode_planes",
+    "decode_rows",
     "device_gather_rows",
     "device_scatter_rows",
     "encode_record",
-    "find_nonfinite",
     "gather_rows",
+    "limit_simd",
     "open_planes",
     "probe_record",
     "record_bound",

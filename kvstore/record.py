@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Header and directory of a record as values, and how they are read; FORMAT.md sections 1, 2 and 4."""
+"""Header and directory of a record as values, and how they are read; FORMAT.md sections 1 and 2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvstore.errors import ShapeError
+from kvstore.errors import ConfigError, ShapeError
 from kvstore.native import probe_record
 
 if TYPE_CHECKING:
@@ -17,20 +17,62 @@ DTYPES = ("bfloat16", "float16", "float32")
 """Element types by their number in the format."""
 
 _HEADER_NBYTES = 64
-_ENTRY_NBYTES = 32
+_ENTRY_NBYTES = 16
 _PLANE_ALIGNMENT = 16
 
 
 class Profile(StrEnum):
-    """What a record promises: `raw` and `lossless` are bit-exact; `q8` is 8 bits an element, one scale a row."""
+    """What a record promises: `raw`, `zstd` and `lossless` are bit-exact; `q8` to `q2` are ever coarser."""
 
     RAW = "raw"
+    ZSTD = "zstd"
     LOSSLESS = "lossless"
     Q8 = "q8"
+    Q4 = "q4"
+    Q3 = "q3"
+    Q2 = "q2"
+
+    @property
+    def is_lossy(self) -> bool:
+        """True when decoding gives back other bits than were encoded."""
+        return self in (Profile.Q8, Profile.Q4, Profile.Q3, Profile.Q2)
 
 
 PROFILES = tuple(Profile)
 """Profiles by their number in the format."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """How coarsely a lossy profile quantises: a step is 2^(-mult / 8) times an rms (FORMAT.md section 6.3).
+
+    Args:
+        key_mult: for K, of the rms of a head; -128 to 127.
+        value_mult: for V, of the rms of a token's row; -128 to 127.
+        has_channel_values: one step per channel of V instead of one per token, as video models want it (VidKV,
+            arXiv 2503.16257).
+    """
+
+    key_mult: int
+    value_mult: int
+    has_channel_values: bool = False
+
+    def __post_init__(self) -> None:
+        if not (-128 <= self.key_mult <= 127 and -128 <= self.value_mult <= 127):
+            raise ConfigError(f"mult is {self.key_mult} for K and {self.value_mult} for V; it must be -128 to 127")
+
+
+STEPS = {Profile.Q8: Steps(24, 24), Profile.Q4: Steps(14, 11), Profile.Q3: Steps(6, 3), Profile.Q2: Steps(1, -1)}
+"""Steps of the lossy profiles with a calibration, chosen so that a KL divergence of 0.0002, 0.002, 0.008 and 0.021 is
+kept without knowing how the model minds errors; where that is known, coarser ones are decided (kvstore/decision.py)."""
+
+UNCALIBRATED_STEPS = {
+    Profile.Q8: Steps(24, 24),
+    Profile.Q4: Steps(17, 13),
+    Profile.Q3: Steps(10, 5),
+    Profile.Q2: Steps(5, 1),
+}
+"""Finer ones for the same divergence: without a calibration all channels of a key have equal steps."""
 
 
 class Coding(IntEnum):
@@ -38,17 +80,29 @@ class Coding(IntEnum):
 
     RAW = 0
     SPLIT = 1
-    Q8 = 2
+    EXPONENT = 2
+    QUANTISED = 3
 
 
 class PlaneInfo(NamedTuple):
-    """One directory entry: where K or V of one layer lies in the record, and how it is stored. Sizes in bytes."""
+    """One directory entry: where K or V of one layer lies in the record, and how it is stored (FORMAT.md section 2)."""
 
     offset: int
     nbytes: int
     raw_nbytes: int
     coding: Coding
     crc32c: int
+    transform: int
+    mult: int
+    low_bits: int
+    raw_rows: int
+    scale_class: int
+    segment_heads: int
+
+    @property
+    def is_calibrated(self) -> bool:
+        """True when the plane cannot be read without the calibration that the header names."""
+        return self.coding is Coding.QUANTISED and self.transform >> 4 & 3 == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +117,9 @@ class RecordInfo:
     value_dim: int
     dtype: str
     num_tokens: int
+    segment_tokens: int
     first_token: int
+    calibration_id: bytes
     header_nbytes: int
     total_nbytes: int
     planes: tuple[PlaneInfo, ...]
@@ -102,12 +158,25 @@ def probe(record: Buffer) -> RecordInfo:
         CorruptRecordError: cut off, damaged, or violating the format.
         UnsupportedFormatError: a newer major version, or a required feature that this version does not know.
     """
-    version, profile, layers, heads, key_dim, value_dim, dtype, tokens, first, header, total, planes = probe_record(
-        record
+    found = probe_record(record)
+    version, profile, layers, heads, key_dim, value_dim, dtype, tokens, cut, first, calibration, *_ = found
+    header, total, entries = found[-3:]
+    return RecordInfo(
+        version=version,
+        profile=PROFILES[profile],
+        num_layers=layers,
+        kv_heads=heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        dtype=DTYPES[dtype],
+        num_tokens=tokens,
+        segment_tokens=cut,
+        first_token=first,
+        calibration_id=calibration,
+        header_nbytes=header,
+        total_nbytes=total,
+        planes=tuple(PlaneInfo(*entry[:3], Coding(entry[3]), *entry[4:]) for entry in entries),
     )
-    entries = tuple(PlaneInfo(at, size, raw, Coding(coding), crc) for at, size, raw, coding, crc in planes)
-    sizes = (layers, heads, key_dim, value_dim)
-    return RecordInfo(version, PROFILES[profile], *sizes, DTYPES[dtype], tokens, first, header, total, planes=entries)
 
 
 def planes_of(info: RecordInfo, layers: range) -> tuple[PlaneInfo, ...]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A three-minute screen recording that several files look at; made once per run."""
+"""What several files of tests share: a screen recording, made once per run, and where warps decode."""
 
 from __future__ import annotations
 
@@ -37,3 +37,11 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     video = tmp_path_factory.mktemp("recording") / "reading.mp4"
     subprocess.run([sys.executable, str(_RECORDER), "--out", str(video), "--hours", "0.05"], check=True)
     return Recording(video, json.loads(video.with_suffix(".json").read_text()))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where records are decoded by warps: in lock step on the CPU, and on a GPU where there is one."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)

@@ -12,5 +12,6 @@ void bind_core(pybind11::module_& module);
 void bind_codec(pybind11::module_& module);
 void bind_io(pybind11::module_& module);
 void bind_device(pybind11::module_& module);
+void bind_decode(pybind11::module_& module);
 
 }  // namespace kv::bindings

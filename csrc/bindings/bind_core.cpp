@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checksums, geometry and the row mover for Python.
+#include <string>
+#include <utility>
+#include <vector>
+
 #include "bindings/bind.hpp"
 #include "bindings/buffers.hpp"
 #include "core/cpu.hpp"
@@ -59,6 +63,19 @@ void scatter_rows(const Geometry& geometry,
                   Bytes(const_cast<std::uint8_t*>(source.data()), source.size()));
 }
 
+void limit_simd_to(const std::string& name) {
+  const std::vector<std::pair<std::string, SimdLevel>> levels{{"baseline", SimdLevel::kBaseline},
+                                                              {"avx2", SimdLevel::kAvx2},
+                                                              {"avx512", SimdLevel::kAvx512}};
+  for (const auto& [known, level] : levels) {
+    if (name == known) {
+      limit_simd(level);
+      return;
+    }
+  }
+  KV_EXPECT(false, ConfigError, "unknown level " + name + ": use baseline, avx2 or avx512");
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = KV_VERSION;
@@ -74,6 +91,7 @@ void bind_core(py::module_& module) {
   module.def("crc32c", &crc_of<&crc32c>, "data"_a, "seed"_a = 0);
   module.def("crc32c_table", &crc_of<&crc32c_table>, "data"_a, "seed"_a = 0);
   module.def("build_info", &build_info);
+  module.def("limit_simd", &limit_simd_to, "level"_a);
   py::class_<Geometry>(module, "Geometry")
       .def(py::init<std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t,
                     std::uint64_t>(),

@@ -8,4 +8,5 @@ PYBIND11_MODULE(_native, module) {
   kv::bindings::bind_codec(module);
   kv::bindings::bind_io(module);
   kv::bindings::bind_device(module);
+  kv::bindings::bind_decode(module);
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Field offsets of FORMAT.md, and the checks in the order of its section 5.
+// Field offsets of FORMAT.md, and the checks in the order of its section 10.
 #include "codec/container.hpp"
 
 #include <cstring>
@@ -7,17 +7,18 @@
 
 #include "core/crc32c.hpp"
 #include "core/endian.hpp"
+#include "core/geometry.hpp"
 
 namespace kv {
 namespace {
 
 constexpr char kMagic[] = {'K', 'V', 'X', '1'};
-constexpr std::uint32_t kRequiredFlags = 0xFFFFU;
 constexpr std::size_t kCrcOffset = 8;
 
 // Offsets of FORMAT.md section 1.
 constexpr std::size_t kMajorAt = 4;
 constexpr std::size_t kMinorAt = 5;
+constexpr std::size_t kSegmentTokensAt = 6;
 constexpr std::size_t kFlagsAt = 12;
 constexpr std::size_t kTotalAt = 16;
 constexpr std::size_t kHeaderNbytesAt = 24;
@@ -29,20 +30,17 @@ constexpr std::size_t kKeyDimAt = 34;
 constexpr std::size_t kValueDimAt = 36;
 constexpr std::size_t kTokensAt = 38;
 constexpr std::size_t kFirstTokenAt = 40;
+constexpr std::size_t kCalibrationAt = 48;
 
 // Offsets of FORMAT.md section 2.
-constexpr std::size_t kEntryNbytesAt = 8;
-constexpr std::size_t kEntryRawAt = 16;
-constexpr std::size_t kEntryCrcAt = 24;
-constexpr std::size_t kEntryCodingAt = 28;
-
-std::uint32_t header_crc(ConstBytes header) {
-  constexpr std::uint8_t kZeros[4] = {};
-  std::uint32_t crc = crc32c(ConstBytes(header.data(), kCrcOffset));
-  crc = crc32c(ConstBytes(kZeros, sizeof(kZeros)), crc);
-  const std::size_t after = kCrcOffset + sizeof(kZeros);
-  return crc32c(header.sub(after, header.size() - after), crc);
-}
+constexpr std::size_t kEntryCrcAt = 4;
+constexpr std::size_t kEntryCodingAt = 8;
+constexpr std::size_t kEntryTransformAt = 9;
+constexpr std::size_t kEntryMultAt = 10;
+constexpr std::size_t kEntryLowBitsAt = 11;
+constexpr std::size_t kEntryRawRowsAt = 12;
+constexpr std::size_t kEntryScaleClassAt = 13;
+constexpr std::size_t kEntryHeadsAt = 14;
 
 // Returns header and directory, once it is known that they are complete and intact.
 ConstBytes checked_header(ConstBytes record) {
@@ -54,7 +52,7 @@ ConstBytes checked_header(ConstBytes record) {
   KV_EXPECT(data[kMajorAt] == kMajorVersion, UnsupportedFormat,
             "record has format version " + std::to_string(data[kMajorAt]) + "." +
                 std::to_string(data[kMinorAt]) + "; this kvstore reads version " +
-                std::to_string(kMajorVersion) + ": read it with a newer kvstore");
+                std::to_string(kMajorVersion) + ": read it with the kvstore of that version");
   const std::uint64_t num_planes = std::uint64_t{2} * load_le<std::uint16_t>(data + kLayersAt);
   const std::uint64_t wanted = kHeaderNbytes + kEntryNbytes * num_planes;
   const std::uint64_t stated = load_le<std::uint32_t>(data + kHeaderNbytesAt);
@@ -65,20 +63,9 @@ ConstBytes checked_header(ConstBytes record) {
             "record is cut off: " + std::to_string(record.size()) +
                 " bytes, header and directory have " + std::to_string(wanted));
   const ConstBytes header = record.sub(0, wanted);
-  KV_EXPECT(header_crc(header) == load_le<std::uint32_t>(data + kCrcOffset), CorruptRecord,
-            "header or directory is damaged: its checksum does not match");
+  KV_EXPECT(crc_without(header, kCrcOffset) == load_le<std::uint32_t>(data + kCrcOffset),
+            CorruptRecord, "header or directory is damaged: its checksum does not match");
   return header;
-}
-
-Coding coding_from(std::uint8_t number, std::size_t plane) {
-  KV_EXPECT(number <= static_cast<std::uint8_t>(Coding::kQ8), UnsupportedFormat,
-            plane_name(plane) + " has unknown coding " + std::to_string(number) +
-                ": read it with a newer kvstore");
-  return static_cast<Coding>(number);
-}
-
-bool is_allowed(Profile profile, Coding coding) noexcept {
-  return static_cast<std::uint8_t>(coding) <= static_cast<std::uint8_t>(profile);
 }
 
 void parse_fields(const std::uint8_t* data, RecordInfo& info) {
@@ -88,10 +75,11 @@ void parse_fields(const std::uint8_t* data, RecordInfo& info) {
                 ": read it with a newer kvstore");
   KV_EXPECT(data[kDTypeAt] <= static_cast<std::uint8_t>(DType::kFloat32), UnsupportedFormat,
             "record has unknown dtype " + std::to_string(data[kDTypeAt]));
-  KV_EXPECT(data[kProfileAt] <= static_cast<std::uint8_t>(Profile::kQ8), UnsupportedFormat,
+  KV_EXPECT(data[kProfileAt] <= static_cast<std::uint8_t>(Profile::kQ2), UnsupportedFormat,
             "record has unknown profile " + std::to_string(data[kProfileAt]));
   info.major = data[kMajorAt];
   info.minor = data[kMinorAt];
+  info.segment_tokens = load_le<std::uint16_t>(data + kSegmentTokensAt);
   info.dtype = static_cast<DType>(data[kDTypeAt]);
   info.profile = static_cast<Profile>(data[kProfileAt]);
   info.num_layers = load_le<std::uint16_t>(data + kLayersAt);
@@ -101,59 +89,112 @@ void parse_fields(const std::uint8_t* data, RecordInfo& info) {
   info.num_tokens = load_le<std::uint16_t>(data + kTokensAt);
   info.first_token = load_le<std::uint64_t>(data + kFirstTokenAt);
   info.total_nbytes = load_le<std::uint64_t>(data + kTotalAt);
-  KV_EXPECT(info.kv_heads > 0 && info.key_dim > 0 && info.value_dim > 0 && info.num_tokens > 0,
+  std::memcpy(info.calibration.data(), data + kCalibrationAt, info.calibration.size());
+  KV_EXPECT(info.kv_heads > 0 && info.key_dim > 0 && info.value_dim > 0 && info.num_tokens > 0 &&
+                info.segment_tokens > 0,
             CorruptRecord, "header states a size of 0");
+}
+
+PlaneEntry parse_entry(const std::uint8_t* data, std::size_t plane) {
+  const unsigned coding = data[kEntryCodingAt];
+  KV_EXPECT(coding <= static_cast<unsigned>(Coding::kQuantised), UnsupportedFormat,
+            plane_name(plane) + " has unknown coding " + std::to_string(coding) +
+                ": read it with a newer kvstore");
+  PlaneEntry entry;
+  entry.nbytes = load_le<std::uint32_t>(data);
+  entry.crc32c = load_le<std::uint32_t>(data + kEntryCrcAt);
+  entry.coding = static_cast<Coding>(coding);
+  entry.transform = data[kEntryTransformAt];
+  entry.mult = load_le<std::int8_t>(data + kEntryMultAt);
+  entry.low_bits = data[kEntryLowBitsAt];
+  entry.raw_rows = data[kEntryRawRowsAt];
+  entry.scale_class = data[kEntryScaleClassAt];
+  entry.segment_heads = load_le<std::uint16_t>(data + kEntryHeadsAt);
+  return entry;
+}
+
+void write_entry_at(const PlaneEntry& entry, std::uint8_t* at) {
+  store_le<std::uint32_t>(at, static_cast<std::uint32_t>(entry.nbytes));
+  store_le<std::uint32_t>(at + kEntryCrcAt, entry.crc32c);
+  at[kEntryCodingAt] = static_cast<std::uint8_t>(entry.coding);
+  at[kEntryTransformAt] = entry.transform;
+  store_le<std::int8_t>(at + kEntryMultAt, entry.mult);
+  at[kEntryLowBitsAt] = entry.low_bits;
+  at[kEntryRawRowsAt] = entry.raw_rows;
+  at[kEntryScaleClassAt] = entry.scale_class;
+  store_le<std::uint16_t>(at + kEntryHeadsAt, entry.segment_heads);
+}
+
+// The rules for the fields that only coding 3 may use.
+bool is_quantised_entry(const PlaneEntry& entry, const PlaneShape& shape) {
+  const Transform transform = Transform::from(entry.transform);
+  const bool has_scales = transform.axis == StepAxis::kToken;
+  const bool is_scale_class = entry.scale_class < kNumClasses || entry.scale_class == kStoredScales;
+  return transform.is_consistent() && entry.low_bits <= kMaxLowBits &&
+         entry.raw_rows <= kMaxRawRows && entry.raw_rows < shape.tokens &&
+         (has_scales ? is_scale_class : entry.scale_class == 0);
 }
 
 }  // namespace
 
-std::size_t itemsize_of(DType dtype) noexcept { return dtype == DType::kFloat32 ? 4 : 2; }
+bool is_calibrated(const PlaneEntry& entry) noexcept {
+  return Transform::from(entry.transform).source == ParameterSource::kCalibration;
+}
 
-DType dtype_from(unsigned number) {
-  KV_EXPECT(number <= static_cast<unsigned>(DType::kFloat32), ShapeError,
-            "unknown dtype number " + std::to_string(number));
-  return static_cast<DType>(number);
+std::uint32_t crc_without(ConstBytes bytes, std::size_t crc_at) {
+  constexpr std::uint8_t kZeros[4] = {};
+  std::uint32_t crc = crc32c(bytes.sub(0, crc_at));
+  crc = crc32c(ConstBytes(kZeros, sizeof(kZeros)), crc);
+  const std::size_t after = crc_at + sizeof(kZeros);
+  return crc32c(bytes.sub(after, bytes.size() - after), crc);
+}
+
+bool is_allowed(Profile profile, Coding coding) noexcept {
+  switch (coding) {
+    case Coding::kRaw:
+      return true;
+    case Coding::kSplit:
+      return profile == Profile::kZstd;
+    case Coding::kExponent:
+      return profile >= Profile::kLossless;
+    case Coding::kQuantised:
+      return profile >= Profile::kQ8;
+  }
+  return false;
 }
 
 Profile profile_from(unsigned number) {
-  KV_EXPECT(number <= static_cast<unsigned>(Profile::kQ8), ShapeError,
+  KV_EXPECT(number <= static_cast<unsigned>(Profile::kQ2), ShapeError,
             "unknown profile number " + std::to_string(number));
   return static_cast<Profile>(number);
 }
 
-std::string plane_name(std::size_t plane) {
-  return (plane % 2 == 0 ? "K of layer " : "V of layer ") + std::to_string(plane / 2);
-}
-
-std::uint64_t fixed_nbytes(Coding coding,
-                           std::uint64_t rows,
-                           std::uint64_t dim,
-                           std::size_t itemsize) noexcept {
-  switch (coding) {
-    case Coding::kRaw:
-      return rows * dim * itemsize;
-    case Coding::kQ8:
-      return rows * (sizeof(float) + dim);
-    case Coding::kSplit:
-      break;
-  }
-  return 0;
-}
-
-void check_entry(const PlaneEntry& entry,
-                 std::size_t plane,
-                 std::uint64_t rows,
-                 std::uint64_t dim,
-                 std::size_t itemsize) {
-  const std::uint64_t raw_nbytes = fixed_nbytes(Coding::kRaw, rows, dim, itemsize);
+void check_entry(const PlaneEntry& entry, std::size_t plane, const PlaneShape& shape) {
+  const std::uint64_t raw_nbytes = shape.raw_nbytes();
   KV_EXPECT(entry.raw_nbytes == raw_nbytes && raw_nbytes <= kMaxPlaneNbytes, CorruptRecord,
-            plane_name(plane) + " states " + std::to_string(entry.raw_nbytes) +
-                " raw bytes; its sizes give " + std::to_string(raw_nbytes));
-  const std::uint64_t fixed = fixed_nbytes(entry.coding, rows, dim, itemsize);
-  const bool is_shrunk = entry.coding == Coding::kRaw || entry.nbytes < raw_nbytes;
-  KV_EXPECT((fixed == 0 || entry.nbytes == fixed) && is_shrunk, CorruptRecord,
+            plane_name(plane) + " has " + std::to_string(raw_nbytes) +
+                " raw bytes by its sizes, which is not possible");
+  KV_EXPECT(entry.coding == Coding::kRaw ? entry.nbytes == raw_nbytes : entry.nbytes < raw_nbytes,
+            CorruptRecord,
             plane_name(plane) + " states " + std::to_string(entry.nbytes) +
                 " bytes, which its coding does not allow");
+  bool is_valid = true;
+  if (entry.coding == Coding::kQuantised) {
+    KV_EXPECT(Transform::is_known(entry.transform), UnsupportedFormat,
+              plane_name(plane) + " has unknown transform " + std::to_string(entry.transform) +
+                  ": read it with a newer kvstore");
+    is_valid = is_quantised_entry(entry, shape);
+  } else {
+    is_valid = entry.transform == 0 && entry.mult == 0 && entry.low_bits == 0 &&
+               entry.raw_rows == 0 && entry.scale_class == 0;
+  }
+  if (entry.coding >= Coding::kExponent) {
+    is_valid = is_valid && shape.grid(entry.raw_rows, entry.segment_heads).is_valid();
+  } else {
+    is_valid = is_valid && entry.segment_heads == 0;
+  }
+  KV_EXPECT(is_valid, CorruptRecord,
+            plane_name(plane) + " has a directory entry that its coding does not allow");
 }
 
 RecordInfo parse_header(ConstBytes record) {
@@ -163,20 +204,15 @@ RecordInfo parse_header(ConstBytes record) {
   info.planes.resize(2 * info.num_layers);
   std::uint64_t offset = header.size();
   for (std::size_t plane = 0; plane < info.planes.size(); ++plane) {
-    const std::uint8_t* data = header.data() + kHeaderNbytes + plane * kEntryNbytes;
     PlaneEntry& entry = info.planes[plane];
-    entry.offset = load_le<std::uint64_t>(data);
-    entry.nbytes = load_le<std::uint64_t>(data + kEntryNbytesAt);
-    entry.raw_nbytes = load_le<std::uint64_t>(data + kEntryRawAt);
-    entry.crc32c = load_le<std::uint32_t>(data + kEntryCrcAt);
-    entry.coding = coding_from(data[kEntryCodingAt], plane);
-    check_entry(entry, plane, info.kv_heads * info.num_tokens,
-                plane % 2 == 0 ? info.key_dim : info.value_dim, itemsize_of(info.dtype));
+    entry = parse_entry(header.data() + kHeaderNbytes + plane * kEntryNbytes, plane);
+    entry.offset = offset;
+    entry.raw_nbytes = info.shape(plane).raw_nbytes();
+    check_entry(entry, plane, info.shape(plane));
     KV_EXPECT(is_allowed(info.profile, entry.coding), CorruptRecord,
               plane_name(plane) + " has a coding that the record's profile does not allow");
-    KV_EXPECT(entry.offset == offset, CorruptRecord,
-              plane_name(plane) + " states offset " + std::to_string(entry.offset) +
-                  "; the planes before it end at " + std::to_string(offset));
+    KV_EXPECT(!is_calibrated(entry) || info.calibration != CalibrationId{}, CorruptRecord,
+              plane_name(plane) + " needs a calibration, and the header names none");
     offset += entry.padded_nbytes();
   }
   KV_EXPECT(info.total_nbytes == offset, CorruptRecord,
@@ -192,6 +228,7 @@ void write_header(const RecordInfo& info, Bytes record) {
   std::memcpy(data, kMagic, sizeof(kMagic));
   data[kMajorAt] = info.major;
   data[kMinorAt] = info.minor;
+  store_le<std::uint16_t>(data + kSegmentTokensAt, static_cast<std::uint16_t>(info.segment_tokens));
   store_le<std::uint64_t>(data + kTotalAt, info.total_nbytes);
   store_le<std::uint32_t>(data + kHeaderNbytesAt, static_cast<std::uint32_t>(header.size()));
   data[kDTypeAt] = static_cast<std::uint8_t>(info.dtype);
@@ -202,16 +239,12 @@ void write_header(const RecordInfo& info, Bytes record) {
   store_le<std::uint16_t>(data + kValueDimAt, static_cast<std::uint16_t>(info.value_dim));
   store_le<std::uint16_t>(data + kTokensAt, static_cast<std::uint16_t>(info.num_tokens));
   store_le<std::uint64_t>(data + kFirstTokenAt, info.first_token);
+  std::memcpy(data + kCalibrationAt, info.calibration.data(), info.calibration.size());
   for (std::size_t plane = 0; plane < info.planes.size(); ++plane) {
-    const PlaneEntry& entry = info.planes[plane];
-    std::uint8_t* at = data + kHeaderNbytes + plane * kEntryNbytes;
-    store_le<std::uint64_t>(at, entry.offset);
-    store_le<std::uint64_t>(at + kEntryNbytesAt, entry.nbytes);
-    store_le<std::uint64_t>(at + kEntryRawAt, entry.raw_nbytes);
-    store_le<std::uint32_t>(at + kEntryCrcAt, entry.crc32c);
-    at[kEntryCodingAt] = static_cast<std::uint8_t>(entry.coding);
+    write_entry_at(info.planes[plane], data + kHeaderNbytes + plane * kEntryNbytes);
   }
-  store_le<std::uint32_t>(data + kCrcOffset, header_crc(ConstBytes(header.data(), header.size())));
+  store_le<std::uint32_t>(data + kCrcOffset,
+                          crc_without(ConstBytes(header.data(), header.size()), kCrcOffset));
 }
 
 }  // namespace kv

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Slots <-> records. The zstd step of coding 1 lies outside: callers compress and decompress the
-// streams in between.
+// Slots <-> records. The zstd step of coding split lies outside: callers compress and decompress
+// the streams in between.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
+#include "codec/calibration.hpp"
 #include "codec/container.hpp"
 #include "core/geometry.hpp"
 #include "core/span.hpp"
@@ -23,54 +24,58 @@ struct BlockView {
   /// block_tokens.
   BlockView(const Geometry& geometry, DType dtype, std::uint64_t num_tokens);
 
-  [[nodiscard]] std::size_t rows() const noexcept { return geometry.kv_heads() * num_tokens; }
+  [[nodiscard]] PlaneShape shape(std::size_t plane, std::size_t segment_tokens) const noexcept {
+    return PlaneShape{geometry.kv_heads(), num_tokens, geometry.dim(plane), dtype, segment_tokens};
+  }
   /// Elements of a plane, which is also the length of each of its byte streams.
   [[nodiscard]] std::size_t elements(std::size_t plane) const noexcept {
-    return rows() * geometry.dim(plane);
+    return geometry.kv_heads() * num_tokens * geometry.dim(plane);
   }
-  /// Contiguous bytes of one head: its valid rows.
-  [[nodiscard]] std::size_t run_nbytes(std::size_t plane) const noexcept {
-    return num_tokens * geometry.row_nbytes(plane);
-  }
-  /// Offset in the slot of that run.
-  [[nodiscard]] std::size_t run_offset(std::size_t plane, std::size_t head) const noexcept {
-    return geometry.plane_offset(plane) + head * geometry.head_nbytes(plane);
+  /// A plane's rows in a slot.
+  template <typename Byte>
+  [[nodiscard]] PlaneRows<Byte> rows(Byte* slot, std::size_t plane) const noexcept {
+    return PlaneRows<Byte>{slot + geometry.plane_offset(plane),
+                           static_cast<std::ptrdiff_t>(geometry.head_nbytes(plane)),
+                           static_cast<std::ptrdiff_t>(geometry.row_nbytes(plane))};
   }
 };
 
 /// Most bytes that a record of `block` can take: header and directory plus all planes stored raw.
 [[nodiscard]] std::size_t record_bound(const BlockView& block) noexcept;
 
-/// Planes that hold an infinity or a NaN.
-[[nodiscard]] std::vector<std::size_t> nonfinite_planes(const BlockView& block, ConstBytes slot);
+/// Writes the byte streams of all planes to `streams`, plane after plane, lowest byte first,
+/// without gaps.
+/// @throws ShapeError when `streams` is too small.
+void split_planes(const BlockView& block, ConstBytes slot, Bytes streams);
 
-/// Writes the byte streams of `planes` to `streams`, plane after plane, lowest byte first, without
-/// gaps.
-/// @throws ShapeError when `streams` is too small or a plane does not exist.
-void split_planes(const BlockView& block,
-                  ConstBytes slot,
-                  const std::vector<std::size_t>& planes,
-                  Bytes streams);
+/// How planes are stored.
+struct WriterSettings {
+  Profile profile = Profile::kRaw;
+  int key_mult = 0;                          ///< lossy profiles
+  int value_mult = 0;                        ///< lossy profiles
+  bool has_channel_values = false;           ///< lossy profiles: one step per channel of V
+  bool has_exact_keys = false;               ///< lossy profiles: K as in profile lossless
+  const Calibration* calibration = nullptr;  ///< lossy profiles; null: each block measures itself
+  /// Profile zstd: which planes are split, and itemsize stored streams for each of these, in plane
+  /// order, lowest byte first.
+  std::vector<bool> is_split;
+  std::vector<ConstBytes> streams;
+};
 
 /// Writes a whole record to `out`.
-/// @param codings  one per plane; must be allowed by `profile` and give fewer bytes than raw
-/// (except raw itself).
-/// @param streams  itemsize stored streams for each plane of coding split, in plane order, lowest
-/// byte first.
-/// @return         bytes written.
-/// @throws ShapeError when an argument does not fit. Allocates the directory only.
+/// @return bytes written.
+/// @throws ShapeError when an argument does not fit.
 std::size_t encode_record(const BlockView& block,
-                          Profile profile,
+                          const WriterSettings& settings,
                           std::uint64_t first_token,
                           ConstBytes slot,
-                          const std::vector<Coding>& codings,
-                          const std::vector<ConstBytes>& streams,
                           Bytes out);
 
 /// Consecutive planes of a record, of which `data` holds the bytes from `data_offset` on.
 struct RecordPart {
   std::size_t first_plane;
   std::vector<PlaneEntry> planes;
+  std::size_t segment_tokens;
   ConstBytes data;
   std::uint64_t data_offset;
 };
@@ -90,13 +95,23 @@ struct StoredStream {
 /// before the data.
 [[nodiscard]] std::vector<StoredStream> open_planes(const BlockView& block, const RecordPart& part);
 
-/// Decodes the planes of `part`, which open_planes has accepted, into the rows of `slot`; touches
-/// no other byte.
-/// @param streams  the streams of open_planes, decompressed.
+/// Decodes planes of `part`, which open_planes has accepted; touches the wanted rows only.
+/// @param streams      the streams of open_planes, decompressed.
+/// @param calibration  what the record was written with; null when it needs none.
+/// @param window       the wanted heads and tokens.
+/// @param targets      one per plane; where its wanted rows go.
 /// @throws ShapeError, CorruptRecord; contents of those rows are unspecified then.
 void decode_planes(const BlockView& block,
                    const RecordPart& part,
                    const std::vector<ConstBytes>& streams,
-                   Bytes slot);
+                   const Calibration* calibration,
+                   const Window& window,
+                   const std::vector<TargetRows>& targets);
+
+/// @throws ShapeError when a slot of `nbytes` does not hold the block.
+void check_slot(const BlockView& block, std::size_t nbytes);
+
+/// @throws ShapeError when the calibration is of another geometry.
+void check_calibration(const BlockView& block, const Calibration* calibration);
 
 }  // namespace kv

@@ -3,6 +3,7 @@
 // core/paged.cpp.
 #include "core/device.hpp"
 #include "cuda/check.hpp"
+#include "cuda/device_guard.hpp"
 
 namespace kv::device {
 namespace {
@@ -67,27 +68,6 @@ void launch_words(PagedMove move, const PagedParams& params, dim3 grid, cudaStre
   }
 }
 
-/// Makes the device that owns an address current, and restores the caller's on destruction.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(const void* address_dev) {
-    cudaPointerAttributes attributes{};
-    KV_CUDA(cudaPointerGetAttributes(&attributes, address_dev), "look up the pool's device");
-    KV_EXPECT(attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged,
-              ShapeError, "the pool is not device memory");
-    KV_CUDA(cudaGetDevice(&before_), "ask for the current device");
-    KV_CUDA(cudaSetDevice(attributes.device), "select the pool's device");
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  DeviceGuard(DeviceGuard&&) = delete;
-  DeviceGuard& operator=(DeviceGuard&&) = delete;
-  ~DeviceGuard() { static_cast<void>(cudaSetDevice(before_)); }
-
- private:
-  int before_ = 0;
-};
-
 void check_arrays(const PagedPlane& plane, const PagedArrays& arrays, std::uint64_t num_blocks) {
   constexpr std::uint64_t kEntry = sizeof(std::int32_t);
   constexpr std::uint64_t kMaxBlocks = 0x7FFFFFFFU;  // grid limit
@@ -126,7 +106,7 @@ void move_paged_rows(PagedMove move,
                            reinterpret_cast<std::uint8_t*>(arrays.dense.address),
                            reinterpret_cast<std::int32_t*>(arrays.status),
                            arrays.dense.nbytes / (plane.row_nbytes * plane.kv_heads)};
-  const DeviceGuard guard(params.pool_dev);
+  const DeviceGuard guard(params.pool_dev, "the pool");
   const dim3 grid(static_cast<unsigned>(num_blocks), plane.kv_heads);
   // Plane and head offsets are multiples of row_nbytes.
   const std::uint64_t alignment =

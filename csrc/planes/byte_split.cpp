@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The rotate-and-split loops, compiled for the baseline and for AVX2.
-#include "codec/byte_split.hpp"
+// The rotate-and-split loops, compiled for the baseline, AVX2 and AVX-512.
+#include "planes/byte_split.hpp"
 
 #include "core/cpu.hpp"
 #include "core/endian.hpp"
@@ -97,6 +97,20 @@ KV_TARGET_AVX2 void merge_avx2(const ConstStreams& streams,
                                std::uint8_t* destination) noexcept {
   merge_any(streams, count, itemsize, destination);
 }
+
+KV_TARGET_AVX512 void split_avx512(const std::uint8_t* source,
+                                   std::size_t count,
+                                   std::size_t itemsize,
+                                   const Streams& streams) noexcept {
+  split_any(source, count, itemsize, streams);
+}
+
+KV_TARGET_AVX512 void merge_avx512(const ConstStreams& streams,
+                                   std::size_t count,
+                                   std::size_t itemsize,
+                                   std::uint8_t* destination) noexcept {
+  merge_any(streams, count, itemsize, destination);
+}
 #endif
 
 }  // namespace
@@ -106,7 +120,11 @@ void split_bytes(const std::uint8_t* source,
                  std::size_t itemsize,
                  const Streams& streams) noexcept {
 #ifdef KV_X86
-  if (cpu_features().has_avx2) {
+  if (simd_level() == SimdLevel::kAvx512) {
+    split_avx512(source, count, itemsize, streams);
+    return;
+  }
+  if (simd_level() == SimdLevel::kAvx2) {
     split_avx2(source, count, itemsize, streams);
     return;
   }
@@ -119,7 +137,11 @@ void merge_bytes(const ConstStreams& streams,
                  std::size_t itemsize,
                  std::uint8_t* destination) noexcept {
 #ifdef KV_X86
-  if (cpu_features().has_avx2) {
+  if (simd_level() == SimdLevel::kAvx512) {
+    merge_avx512(streams, count, itemsize, destination);
+    return;
+  }
+  if (simd_level() == SimdLevel::kAvx2) {
     merge_avx2(streams, count, itemsize, destination);
     return;
   }

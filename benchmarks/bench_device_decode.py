@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding records on a GPU, kernels alone and with the upload, against copies of as many plain bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import cycle, islice
+
+import torch
+from torch import Tensor
+
+from harness import MIN_ITERATIONS, MIN_S, WARM_UPS, Report, Timing, check, options
+from kvstore.codec import Codec, Profile
+from kvstore.layout import BlockLayout
+from kvstore.native import Arena, build_info
+from kvstore.spec import ModelSpec
+from kvstore.tiers.device_decode import DeviceRecord, plan_decode
+
+# Of a model with 8 KV heads of 128; a block of two layers is 2 MiB, so that batches grow by whole records.
+LAYOUT = BlockLayout(ModelSpec(2, 8, 128, 128, "bfloat16", "pre", "llama", "{}", "0"), 128)
+BLOCK_NBYTES = 2 << 20
+DISTINCT = 4
+PROFILES = (Profile.LOSSLESS, Profile.Q8, Profile.Q4, Profile.Q3, Profile.Q2)
+
+
+def made_records(codec: Codec) -> list[tuple[Arena, int]]:
+    """Records of normal values with a scale per channel, in page-locked memory: made up, no model's."""
+    chance = torch.Generator().manual_seed(0)
+    records = []
+    for _ in range(DISTINCT):
+        slot = torch.zeros(LAYOUT.slot_nbytes, dtype=torch.uint8)
+        for rows in (LAYOUT.keys(slot), LAYOUT.values(slot)):
+            rows.copy_(torch.randn(rows.shape, generator=chance) * torch.randn(rows.shape[-1], generator=chance).exp())
+        arena = Arena(codec.bound(LAYOUT.block_tokens), pinned=True)
+        records.append((arena, codec.encode(slot, LAYOUT.block_tokens, 1, arena)))
+    return records
+
+
+def event_timing(call: Callable[[], object], stream: torch.cuda.Stream) -> Timing:
+    """Time what a call queues on the stream, by the device's own clock."""
+    samples: list[float] = []
+    for _ in range(WARM_UPS):
+        call()
+    stream.synchronize()
+    began = time.perf_counter()
+    while len(samples) < MIN_ITERATIONS or time.perf_counter() - began < MIN_S:
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record(stream)
+        call()
+        last.record(stream)
+        last.synchronize()
+        samples.append(first.elapsed_time(last) / 1e3)
+    return Timing.of(samples)
+
+
+def host_rows(codec: Codec, record: memoryview) -> tuple[Tensor, Tensor]:
+    """Keys and values of a record, by the host's decoder."""
+    keys, values = (torch.zeros(2, 8, 128, 128, dtype=torch.bfloat16) for _ in range(2))
+    info = codec.probe(record)
+    codec.decode_rows(info, record, 0, keys, values, layers=range(2), heads=range(8), tokens=range(128))
+    return keys, values
+
+
+def measure_batch(report: Report, profile: Profile, num_records: int, stream: torch.cuda.Stream) -> None:
+    """One batch: every record is decoded to rows of its own."""
+    codec = Codec(LAYOUT, profile)
+    made = made_records(codec)
+    targets = torch.zeros(num_records, 2, 2, 8, 128, 128, dtype=torch.bfloat16, device="cuda")
+    records = []
+    for (arena, nbytes), target in zip(islice(cycle(made), num_records), targets, strict=True):
+        data = memoryview(arena)[:nbytes]
+        records.append(DeviceRecord(codec, codec.probe(data), data, 0, range(2), target[0], target[1]))
+    began = time.perf_counter()
+    plan, _ = plan_decode(records)
+    planned_s = time.perf_counter() - began
+    workspace = torch.empty(plan.workspace_nbytes, dtype=torch.uint8, device="cuda")
+    place = workspace.data_ptr(), workspace.nbytes
+    plain = torch.zeros_like(targets)
+    plain_host = torch.zeros(targets.shape, dtype=targets.dtype, pin_memory=True)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        plan.upload(place, stream.cuda_stream)
+        plan.launch(place, stream.cuda_stream)
+        check(not any(plan.faults(workspace[: plan.zeroed_nbytes].cpu().numpy().data)), f"{profile} is corrupt")
+        for found, (arena, nbytes) in zip(targets[:DISTINCT], made, strict=False):
+            for part, wanted in zip(found.cpu(), host_rows(codec, memoryview(arena)[:nbytes]), strict=True):
+                same = torch.equal(part.view(torch.int16), wanted.view(torch.int16))
+                check(same, f"{profile} differs from the host's decoder")
+        copied = event_timing(lambda: plain.copy_(targets), stream)
+        sent = event_timing(lambda: plain.copy_(plain_host, non_blocking=True), stream)
+        kernels = event_timing(lambda: plan.launch(place, stream.cuda_stream), stream)
+
+        def upload_and_decode() -> None:
+            plan.upload(place, stream.cuda_stream)
+            plan.launch(place, stream.cuda_stream)
+
+        whole = event_timing(upload_and_decode, stream)
+    amount = num_records * BLOCK_NBYTES / 1e9
+    case = {"profile": str(profile), "mib": num_records * 2, "data": "made"}
+    report.rate("decode", amount, "GB/s", kernels, ("copy on the device", copied), **case)
+    report.rate("upload and decode", amount, "GB/s", whole, ("upload plain", sent), **case)
+    report.value("plan and verify on the host", amount / planned_s, "GB/s", **case)
+
+
+def main() -> None:
+    """Measure batches of 2 to 512 MiB of KV."""
+    settings = options(__doc__ or "")
+    if not torch.cuda.is_available() or build_info()["cuda_devices"] == 0:
+        print("# no CUDA device, or built without: nothing to measure")
+        return
+    report = Report("device_decode", settings)
+    stream = torch.cuda.Stream()
+    for profile in PROFILES:
+        for num_records in (1, 32) if settings.quick else (1, 4, 32, 256):
+            measure_batch(report, profile, num_records, stream)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

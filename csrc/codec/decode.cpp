@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0
+// The reader of records: checks first, then every plane by its coding.
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include "codec/record.hpp"
+#include "core/crc32c.hpp"
+#include "core/endian.hpp"
+#include "planes/byte_split.hpp"
+#include "planes/exponent_plane.hpp"
+#include "planes/quantised_plane.hpp"
+
+namespace kv {
+namespace {
+
+constexpr std::size_t kLengthNbytes = 4;
+// Enough K and V planes for segments to be read in lock step; more would not fit the cache.
+constexpr std::size_t kPlanesTogether = 2 * kMaxReaders;
+
+// Lists the streams of one split plane; its checksum is known to match, its lengths are not
+// trusted.
+void list_streams(const PlaneShape& shape,
+                  std::size_t plane,
+                  ConstBytes stored,
+                  std::uint64_t offset,
+                  std::vector<StoredStream>& streams) {
+  const std::size_t table_nbytes = shape.itemsize() * kLengthNbytes;
+  KV_EXPECT(stored.size() > table_nbytes, CorruptRecord,
+            plane_name(plane) + " has no room for its stream lengths");
+  std::uint64_t at = table_nbytes;
+  for (std::size_t stream = 0; stream < shape.itemsize(); ++stream) {
+    const std::uint64_t nbytes = load_le<std::uint32_t>(stored.data() + stream * kLengthNbytes);
+    KV_EXPECT(nbytes > 0 && nbytes <= shape.elements() && fits(at, nbytes, stored.size()),
+              CorruptRecord,
+              "stream " + std::to_string(stream) + " of " + plane_name(plane) + " states " +
+                  std::to_string(nbytes) + " bytes, which is not possible");
+    streams.push_back(StoredStream{offset + at, nbytes});
+    at += nbytes;
+  }
+  KV_EXPECT(at == stored.size(), CorruptRecord,
+            plane_name(plane) + " has bytes that belong to no stream");
+}
+
+void check_part(const BlockView& block, const RecordPart& part) {
+  KV_EXPECT(fits(part.first_plane, part.planes.size(), block.geometry.num_planes()), ShapeError,
+            "planes " + std::to_string(part.first_plane) + " to " +
+                std::to_string(part.first_plane + part.planes.size()) + " of " +
+                std::to_string(block.geometry.num_planes()));
+  for (std::size_t index = 0; index < part.planes.size(); ++index) {
+    const std::size_t plane = part.first_plane + index;
+    const PlaneEntry& entry = part.planes[index];
+    check_entry(entry, plane, block.shape(plane, part.segment_tokens));
+    KV_EXPECT(entry.offset >= part.data_offset, ShapeError,
+              plane_name(plane) + " begins at " + std::to_string(entry.offset) +
+                  ", before the data at " + std::to_string(part.data_offset));
+    KV_EXPECT(fits(entry.offset - part.data_offset, entry.padded_nbytes(), part.data.size()),
+              CorruptRecord,
+              "record is cut off: " + plane_name(plane) + " ends beyond the " +
+                  std::to_string(part.data.size()) + " bytes at hand");
+  }
+}
+
+void check_window(const BlockView& block, const Window& window) {
+  KV_EXPECT(fits(window.first_head, window.num_heads, block.geometry.kv_heads()) &&
+                fits(window.first_token, window.num_tokens, block.num_tokens),
+            ShapeError,
+            "heads and tokens beyond the block's " + std::to_string(block.geometry.kv_heads()) +
+                " heads and " + std::to_string(block.num_tokens) + " tokens");
+}
+
+ConstBytes stored_bytes(const RecordPart& part, const PlaneEntry& entry) {
+  return part.data.sub(entry.offset - part.data_offset, entry.nbytes);
+}
+
+// Calls `copy` for every run of wanted rows that is contiguous at both ends: first element, count,
+// destination.
+template <typename Copy>
+void for_each_run(const PlaneShape& shape, const WindowTarget& target, const Copy& copy) {
+  const Window& window = target.window;
+  const bool is_dense = target.rows.token_stride == static_cast<std::ptrdiff_t>(shape.row_nbytes());
+  const std::size_t run = is_dense ? window.num_tokens : 1;
+  for (std::size_t at = 0; at < window.num_heads; ++at) {
+    const std::size_t head = window.first_head + at;
+    for (std::size_t token = 0; token < window.num_tokens; token += run) {
+      const std::size_t first = (head * shape.tokens + window.first_token + token) * shape.dim;
+      copy(first, run * shape.dim, target.rows.row(at, token));
+    }
+  }
+}
+
+void read_raw(const PlaneShape& shape, ConstBytes stored, const WindowTarget& target) {
+  for_each_run(shape, target, [&](std::size_t first, std::size_t count, std::uint8_t* to) {
+    std::memcpy(to, stored.data() + first * shape.itemsize(), count * shape.itemsize());
+  });
+}
+
+void read_split(const PlaneShape& shape, const ConstBytes* streams, const WindowTarget& target) {
+  for_each_run(shape, target, [&](std::size_t first, std::size_t count, std::uint8_t* to) {
+    ConstStreams at{};
+    for (std::size_t stream = 0; stream < shape.itemsize(); ++stream) {
+      at[stream] = streams[stream].data() + first;
+    }
+    merge_bytes(at, count, shape.itemsize(), to);
+  });
+}
+
+// Returns the streams of one split plane, and moves on.
+const ConstBytes* take_streams(const std::vector<ConstBytes>& streams,
+                               const PlaneShape& shape,
+                               std::size_t plane,
+                               std::size_t& next) {
+  KV_EXPECT(shape.itemsize() <= streams.size() - next, ShapeError,
+            "only " + std::to_string(streams.size()) + " streams for the planes of coding split");
+  const ConstBytes* taken = streams.data() + next;
+  next += shape.itemsize();
+  for (std::size_t stream = 0; stream < shape.itemsize(); ++stream) {
+    KV_EXPECT(taken[stream].size() == shape.elements(), ShapeError,
+              "a decompressed stream of " + std::to_string(taken[stream].size()) + " bytes; " +
+                  plane_name(plane) + " needs " + std::to_string(shape.elements()));
+  }
+  return taken;
+}
+
+}  // namespace
+
+BlockView::BlockView(const Geometry& geometry_in, DType dtype_in, std::uint64_t num_tokens_in)
+    : geometry(geometry_in), dtype(dtype_in), num_tokens(static_cast<std::size_t>(num_tokens_in)) {
+  KV_EXPECT(itemsize_of(dtype) == geometry.itemsize(), ShapeError,
+            "dtype has items of " + std::to_string(itemsize_of(dtype)) + " bytes, the layout of " +
+                std::to_string(geometry.itemsize()));
+  KV_EXPECT(num_tokens_in >= 1 && num_tokens_in <= geometry.block_tokens(), ShapeError,
+            "num_tokens is " + std::to_string(num_tokens_in) + "; a slot has room for 1 to " +
+                std::to_string(geometry.block_tokens()));
+}
+
+void check_slot(const BlockView& block, std::size_t nbytes) {
+  KV_EXPECT(nbytes == block.geometry.slot_nbytes(), ShapeError,
+            "a slot has " + std::to_string(block.geometry.slot_nbytes()) + " bytes, not " +
+                std::to_string(nbytes));
+}
+
+void check_calibration(const BlockView& block, const Calibration* calibration) {
+  const Geometry& geometry = block.geometry;
+  KV_EXPECT(calibration == nullptr || (calibration->num_layers() == geometry.num_layers() &&
+                                       calibration->kv_heads() == geometry.kv_heads() &&
+                                       calibration->key_dim() == geometry.key_dim() &&
+                                       calibration->value_dim() == geometry.value_dim()),
+            ShapeError, "the calibration is of another geometry");
+}
+
+std::vector<StoredStream> open_planes(const BlockView& block, const RecordPart& part) {
+  check_part(block, part);
+  std::vector<StoredStream> streams;
+  for (std::size_t index = 0; index < part.planes.size(); ++index) {
+    const std::size_t plane = part.first_plane + index;
+    const PlaneEntry& entry = part.planes[index];
+    const std::uint64_t offset = entry.offset - part.data_offset;
+    KV_EXPECT(crc32c(part.data.sub(offset, entry.padded_nbytes())) == entry.crc32c, CorruptRecord,
+              plane_name(plane) + " is damaged: its checksum does not match");
+    if (entry.coding == Coding::kSplit) {
+      list_streams(block.shape(plane, part.segment_tokens), plane, stored_bytes(part, entry),
+                   offset, streams);
+    }
+  }
+  return streams;
+}
+
+void decode_planes(const BlockView& block,
+                   const RecordPart& part,
+                   const std::vector<ConstBytes>& streams,
+                   const Calibration* calibration,
+                   const Window& window,
+                   const std::vector<TargetRows>& targets) {
+  check_part(block, part);
+  check_window(block, window);
+  check_calibration(block, calibration);
+  KV_EXPECT(targets.size() == part.planes.size(), ShapeError,
+            std::to_string(targets.size()) + " targets for " + std::to_string(part.planes.size()) +
+                " planes");
+  std::vector<std::unique_ptr<PlaneReader>> readers;
+  std::vector<PlaneJob> jobs;
+  const auto read_opened = [&] {
+    read_planes(jobs);
+    jobs.clear();
+    readers.clear();
+  };
+  std::size_t next_stream = 0;
+  for (std::size_t index = 0; index < part.planes.size(); ++index) {
+    const std::size_t plane = part.first_plane + index;
+    const PlaneEntry& entry = part.planes[index];
+    const PlaneShape shape = block.shape(plane, part.segment_tokens);
+    const ConstBytes stored = stored_bytes(part, entry);
+    const WindowTarget target{window, targets[index]};
+    switch (entry.coding) {
+      case Coding::kRaw:
+        read_raw(shape, stored, target);
+        break;
+      case Coding::kSplit:
+        read_split(shape, take_streams(streams, shape, plane, next_stream), target);
+        break;
+      case Coding::kExponent:
+        readers.push_back(open_exponent_plane(plane, shape, entry, stored));
+        jobs.push_back(PlaneJob{readers.back().get(), target});
+        break;
+      case Coding::kQuantised:
+        readers.push_back(open_quantised_plane(
+            plane, shape, entry, calibration == nullptr ? nullptr : &calibration->plane(plane),
+            stored));
+        jobs.push_back(PlaneJob{readers.back().get(), target});
+        break;
+    }
+    if (jobs.size() == kPlanesTogether) {
+      read_opened();
+    }
+  }
+  KV_EXPECT(next_stream == streams.size(), ShapeError,
+            std::to_string(streams.size()) + " streams; the planes of coding split take " +
+                std::to_string(next_stream));
+  read_opened();
+}
+
+}  // namespace kv

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one model's K and V look like, measured once and kept by content (csrc/codec/FORMAT.md section 8)."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from kvstore.errors import ConfigError, ShapeError, SpecMismatchError
+from kvstore.moments import Moments, PlaneParameters
+from kvstore.native import Calibration as NativeCalibration
+from kvstore.native import crc32c
+from kvstore.spec import ModelSpec
+
+CALIBRATION_ID_NBYTES = 16
+
+MIN_TOKENS = 4096
+"""Fewer tokens say too little of a channel: the standard error of a correlation is 1/64 at this many."""
+
+SINK_TOKENS = 4
+"""First tokens of a stream: their keys are like no others, and records hold them exactly (FORMAT.md section 9)."""
+
+_HEADER = struct.Struct("<4sBBHIIQHHHH")  # magic, major, minor, -, crc32c, flags, total, layers, heads, key, value dim
+_FIELDS = ("log_rms", "mean", "log_sigma", "log_residual", "rho", "log_step")
+_ALIGNMENT = 4
+
+
+class Calibration:
+    """A calibration object. Immutable, thread-safe; equal bytes have equal ids.
+
+    Args:
+        data: the object's bytes; a copy is kept.
+
+    Raises:
+        CorruptRecordError: cut off, damaged or violating the format.
+        UnsupportedFormatError: of a newer format.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.data = bytes(data)
+        self.id = hashlib.blake2b(self.data, digest_size=CALIBRATION_ID_NBYTES).digest()
+        self.native = NativeCalibration(self.data, self.id)
+
+    def check_spec(self, spec: ModelSpec) -> None:
+        """Refuse models of another geometry.
+
+        Raises:
+            SpecMismatchError: layers, heads or dims differ.
+        """
+        found = _HEADER.unpack_from(self.data)[-4:]
+        wanted = (spec.num_layers, spec.kv_heads, spec.key_dim, spec.value_dim)
+        if found != wanted:
+            raise SpecMismatchError(f"calibration is of (layers, heads, key dim, value dim) {found}; wanted {wanted}")
+
+
+def calibrate(
+    moments: Moments, log_steps: tuple[Tensor, Tensor] | None = None, *, min_tokens: int = MIN_TOKENS
+) -> Calibration:
+    """Make the calibration of what was measured.
+
+    Args:
+        moments: of K and V as they are stored, the first `SINK_TOKENS` of every stream left out.
+        log_steps: see `Moments.planes`.
+        min_tokens: refuse to judge by fewer.
+
+    Raises:
+        ConfigError: too few tokens.
+        ShapeError: `log_steps` do not fit.
+    """
+    if moments.num_tokens < min_tokens:
+        raise ConfigError(f"{moments.num_tokens} tokens are too few for a calibration; {min_tokens} are needed")
+    return Calibration(_pack(moments.planes(log_steps)))
+
+
+def fit_calibration(samples: Iterable[tuple[Tensor, Tensor]]) -> Calibration:
+    """Measure texts that stand for what will be stored; `MIN_TOKENS` are enough.
+
+    Args:
+        samples: keys [layers, heads, tokens, key_dim] and values [layers, heads, tokens, value_dim] of consecutive
+            tokens, as they will be stored; at least two tokens each.
+
+    Raises:
+        ShapeError: no sample, or shapes that do not fit each other.
+    """
+    moments: Moments | None = None
+    for keys, values in samples:
+        if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] < 2:
+            raise ShapeError(
+                f"samples are [layers, heads, tokens, dim], two tokens or more; got {list(keys.shape)} and "
+                f"{list(values.shape)}"
+            )
+        num_layers, kv_heads, _, key_dim = keys.shape
+        moments = moments or Moments(num_layers, kv_heads, key_dim, values.shape[3])
+        moments.add(keys, values)
+    if moments is None:
+        raise ShapeError("there is no sample to calibrate with")
+    return calibrate(moments, min_tokens=1)
+
+
+def _pack(planes: Sequence[PlaneParameters]) -> bytes:
+    body = b"".join(_pack_plane(plane) for plane in planes)
+    kv_heads, key_dim = planes[0].mean.shape
+    sizes = (_HEADER.size + len(body), len(planes) // 2, kv_heads, key_dim, planes[1].mean.shape[1])
+
+    def head(crc: int) -> bytes:
+        return _HEADER.pack(b"KVCL", 1, 0, 0, crc, 0, *sizes)
+
+    return head(crc32c(head(0) + body)) + body
+
+
+def _pack_plane(plane: PlaneParameters) -> bytes:
+    parts: list[Tensor] = [getattr(plane, name).contiguous().flatten() for name in _FIELDS]
+    data = b"".join(part.view(torch.uint8).numpy().tobytes() for part in parts)
+    return data + bytes(-len(data) % _ALIGNMENT)

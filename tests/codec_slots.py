@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layouts, slots and records that the tests of the codec share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvstore.codec import Codec, Profile
+from kvstore.layout import TORCH_DTYPE, BlockLayout
+from kvstore.spec import ModelSpec
+
+GUARD = 0xA5
+DTYPES = sorted(TORCH_DTYPE)
+EXACT = [profile for profile in Profile if not profile.is_lossy]
+LOSSY = [profile for profile in Profile if profile.is_lossy]
+LARGEST = {name: torch.finfo(dtype).max for name, dtype in TORCH_DTYPE.items()}
+MULTS = {Profile.Q8: 32, Profile.Q4: 16, Profile.Q3: 8, Profile.Q2: 3}
+LATER = 128  # a first token that is not the stream's
+
+
+def make_layout(
+    *, layers: int = 2, heads: int = 2, key_dim: int = 8, value_dim: int = 8, dtype: str = "bfloat16", tokens: int = 16
+) -> BlockLayout:
+    spec = ModelSpec(layers, heads, key_dim, value_dim, dtype, "pre", "llama", "{}", "0")
+    return BlockLayout(spec, tokens)
+
+
+def guarded_slot(layout: BlockLayout) -> Tensor:
+    return torch.full((layout.slot_nbytes,), GUARD, dtype=torch.uint8)
+
+
+def normal_slot(layout: BlockLayout, seed: int = 0) -> Tensor:
+    """Values as models have them: normal, with a scale per channel."""
+    generator = torch.Generator().manual_seed(seed)
+    slot = torch.zeros(layout.slot_nbytes, dtype=torch.uint8)
+    for view in (layout.keys(slot), layout.values(slot)):
+        scale = torch.exp(torch.randn(view.shape[-1], generator=generator))
+        view.copy_(torch.randn(view.shape, generator=generator) * scale)
+    return slot
+
+
+def any_bits_slot(layout: BlockLayout, seed: int) -> Tensor:
+    """Uniform bytes: NaNs with payloads, infinities, denormals and negative zeros among them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (layout.slot_nbytes,), generator=generator, dtype=torch.uint8)
+
+
+def encoded(codec: Codec, slot: Tensor, num_tokens: int, first_token: int = 0) -> bytes:
+    out = bytearray(codec.bound(num_tokens))
+    return bytes(out[: codec.encode(slot, num_tokens, first_token, out)])
+
+
+def expected_slot(layout: BlockLayout, slot: Tensor, num_tokens: int) -> Tensor:
+    """What decoding into a guarded slot must leave behind: the valid rows, and the guard everywhere else."""
+    expected = guarded_slot(layout)
+    for view in (layout.keys, layout.values):
+        view(expected)[:, :, :num_tokens] = view(slot)[:, :, :num_tokens]
+    return expected
