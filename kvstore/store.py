@@ -65,6 +65,7 @@ class Store:
     """
 
     def __init__(self, disk: DiskTier, pool: IoPool, data: DataPath | None) -> None:
+        self.calibrations = disk.calibrations  # of models' keys and values: what lossy profiles code with
         self._disk = disk
         self._pool = pool
         self._data = data

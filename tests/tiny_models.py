@@ -97,7 +97,11 @@ def settings(rule: Policy, window: int = ALL, sinks: int = BLOCK_TOKENS, budget:
 
 @contextmanager
 def open_session(
-    path: Path, model: PreTrainedModel, config: SessionConfig, access: Access = Access.WRITE
+    path: Path,
+    model: PreTrainedModel,
+    config: SessionConfig,
+    access: Access = Access.WRITE,
+    profile: Profile = Profile.LOSSLESS,
 ) -> Iterator[Session]:
     """Open the stream `s` of a store and close it again."""
     spec = spec_of(model)
@@ -105,25 +109,32 @@ def open_session(
         path,
         access=access,
         layout=BlockLayout(spec, BLOCK_TOKENS),
+        profile=profile,
         host_nbytes=4 << 20,
         durability=Durability.NONE,
         io_threads=1,
         decode_threads=1,
     ) as store:
         if access is Access.WRITE:
-            store.create_stream(
-                StreamHeader("s", spec, BLOCK_TOKENS, Profile.LOSSLESS, config.prefill, {}, time.time())
-            )
+            store.create_stream(StreamHeader("s", spec, BLOCK_TOKENS, profile, config.prefill, {}, time.time()))
         header = store.manifest("s").header
         yield Session(store, header, config, rotation_of(model), torch.device("cpu"), position_rows(model))
 
 
 @contextmanager
 def attached_stream(
-    path: Path, model: PreTrainedModel, config: SessionConfig, access: Access = Access.WRITE
+    path: Path,
+    model: PreTrainedModel,
+    config: SessionConfig,
+    access: Access = Access.WRITE,
+    profile: Profile = Profile.LOSSLESS,
 ) -> Iterator[Attached]:
     """Open a stream and attach it, without gradients."""
-    with torch.no_grad(), open_session(path, model, config, access) as session, attach(model, session) as attached:
+    with (
+        torch.no_grad(),
+        open_session(path, model, config, access, profile) as session,
+        attach(model, session) as attached,
+    ):
         yield attached
 
 

@@ -15,7 +15,7 @@ from kvstore.errors import ConfigError, CorruptRecordError
 
 if TYPE_CHECKING:
     from kvstore.cli.stored import Shelf
-    from kvstore.tiers.manifest import Manifest
+    from kvstore.tiers.manifest import Manifest, StreamHeader
 
 Json = dict[str, object]
 
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _stream(shelf: Shelf, manifest: Manifest) -> tuple[Json, list[str]]:
     header = manifest.header
-    statistics = _statistics(shelf, manifest)
+    statistics, calibration = _statistics(shelf, manifest), _calibration(shelf, header)
     shown: Json = {
         "name": header.name,
         "is_complete": manifest.is_complete,
@@ -59,6 +59,7 @@ def _stream(shelf: Shelf, manifest: Manifest) -> tuple[Json, list[str]]:
         "cursor": manifest.cursor,
         "spec": asdict(header.spec),
         "fingerprint": header.spec.fingerprint,
+        "calibration": calibration,
         "blocks": statistics,
     }
     model = {**asdict(header.spec), "fingerprint": header.spec.fingerprint}
@@ -69,9 +70,24 @@ def _stream(shelf: Shelf, manifest: Manifest) -> tuple[Json, list[str]]:
         ("source", [(name, str(value)) for name, value in header.source.items()]),
         ("cursor", [(name, str(value)) for name, value in manifest.cursor.items()]),
         ("model", [(name, str(value)) for name, value in model.items()]),
+        ("calibration of the model", [(name, str(value)) for name, value in (calibration or {}).items()]),
         ("blocks", [(name, _figure(name, value)) for name, value in statistics.items()]),
     ]
     return shown, _listed(groups)
+
+
+def _calibration(shelf: Shelf, header: StreamHeader) -> Json | None:
+    """What new blocks of a lossy stream are coded with; None for exact streams and before there is any."""
+    decision = shelf.decision(header.spec) if header.profile.is_lossy else None
+    if decision is None:
+        return None
+    return {
+        "object": decision.calibration.hex(),
+        "tokens": decision.num_tokens,
+        "source": decision.source,
+        "divergence": decision.divergence.get(header.profile),
+        "exact_keys": header.profile in decision.exact_keys,
+    }
 
 
 def _statistics(shelf: Shelf, manifest: Manifest) -> Json:
@@ -128,6 +144,7 @@ def _block(shelf: Shelf, manifest: Manifest, index: int) -> tuple[Json, list[str
         "first_token": entry.first_token,
         "tokens": entry.num_tokens,
         "profile": str(info.profile),
+        "calibration": info.calibration_id.hex() if any(info.calibration_id) else None,
         "format": ".".join(map(str, info.version)),
         "file": record.extent.file_id,
         "offset": record.extent.offset,

@@ -8,8 +8,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from kvstore.config import Access, Durability, StoreConfig
+from kvstore.decision import Decision
 from kvstore.errors import CorruptRecordError, KVStoreError, StoreNotFoundError, StreamNotFoundError
-from kvstore.spec import BlockKey
+from kvstore.spec import BlockKey, ModelSpec
 from kvstore.tiers.disk import DiskTier, Found
 from kvstore.tiers.manifest import Manifest
 from kvstore.tiers.tables.streams import read_manifest, stream_rows
@@ -38,6 +39,10 @@ class Shelf:
         except StreamNotFoundError as error:
             names = ", ".join(map(repr, self.names())) or "no stream at all"
             raise StreamNotFoundError(f"{self._disk.folder}: no stream {name!r}; the store holds {names}") from error
+
+    def decision(self, spec: ModelSpec) -> Decision | None:
+        """How new blocks of a model are coded by lossy profiles; None before it is calibrated."""
+        return self._disk.calibrations.of_model(spec)
 
     def blocks(self, keys: Sequence[BlockKey]) -> list[Found | None]:
         """Where blocks lie, with the directory of their records; None for one that is not stored.

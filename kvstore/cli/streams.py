@@ -62,7 +62,7 @@ def _line(shelf: Shelf, name: str) -> StreamLine:
     duration_s = manifest.header.source.get("duration_s")
     return StreamLine(
         name=name,
-        model=f"{spec.architecture} {spec.num_layers}x{spec.kv_heads}x{spec.key_dim} {spec.dtype}",
+        model=text.model(spec),
         fingerprint=spec.fingerprint,
         tokens=manifest.num_tokens,
         blocks=len(manifest.entries),

@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from kvstore.video.prompt import stamp
+
+if TYPE_CHECKING:
+    from kvstore.spec import ModelSpec
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _STEP = 1024
@@ -41,6 +45,11 @@ def duration(seconds: object) -> str:
 def printable(words: object) -> str:
     """One line that a terminal takes as plain text: line breaks, escapes and broken Unicode are spelled out."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in str(words))
+
+
+def model(spec: ModelSpec) -> str:
+    """A model's family, layers x heads x dim, and dtype: `llama 30x3x64 bfloat16`."""
+    return f"{printable(spec.architecture)} {spec.num_layers}x{spec.kv_heads}x{spec.key_dim} {spec.dtype}"
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:

@@ -50,6 +50,7 @@ class Table(Enum):
     DIRECTORIES = b"directories"
     EXTENTS = b"extents"
     LRU = b"lru"
+    CALIBRATIONS = b"calibrations"
 
 
 class ReadView:

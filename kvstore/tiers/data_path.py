@@ -6,15 +6,17 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
-from kvstore.codec import Codec, Profile
+from kvstore.codec import Profile
 from kvstore.errors import ConfigError, SpecMismatchError
 from kvstore.layout import BlockLayout
 from kvstore.native import IoPool
+from kvstore.tiers.codec_shelf import CodecShelf
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.manifest import StreamHeader, check_spec
 from kvstore.tiers.reading.fetcher import Fetcher
 from kvstore.tiers.writing.appender import Appender
+from kvstore.tiers.writing.calibrator import Calibrator
 from kvstore.tiers.writing.record_writer import RecordWriter
 from kvstore.tiers.writing.writer import Writer
 
@@ -44,20 +46,21 @@ class DataPath:
     def __init__(self, disk: DiskTier, pool: IoPool, layout: BlockLayout, profile: Profile) -> None:
         self.layout = layout
         self.profile = profile
-        codec = Codec(layout, profile)
+        codecs = CodecShelf(disk.calibrations, layout, profile)
         self._cleanup = ExitStack()
         with ExitStack() as building:
             self.host = HostTier(layout, disk.config.host_nbytes)
             building.callback(self.host.close)
             coders = ThreadPoolExecutor(disk.config.decode_threads, thread_name_prefix="kvstore-codec")
             building.callback(coders.shutdown)
-            self.fetcher = Fetcher(disk, self.host, codec, layout, pool, coders)
+            self.fetcher = Fetcher(disk, self.host, codecs, layout, pool, coders)
             building.callback(self.fetcher.close)
             self.write: WritePath | None = None
             if disk.is_writable:
-                records = RecordWriter(disk, codec, layout.block_tokens, pool, coders)
+                records = RecordWriter(disk, codecs, layout.block_tokens, pool, coders)
                 building.callback(records.close)
-                writer = Writer(disk, self.host, records, self.fetcher.damaged)
+                calibrator = Calibrator(disk.calibrations, layout, profile)
+                writer = Writer(disk, self.host, records, calibrator, self.fetcher.damaged)
                 building.callback(writer.close)
                 self.write = WritePath(records, writer, Appender(disk, self.host, writer, layout))
             self._cleanup = building.pop_all()

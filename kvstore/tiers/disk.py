@@ -17,6 +17,7 @@ from kvstore.policy import choose_victims, eviction_target
 from kvstore.spec import BlockKey
 from kvstore.stats import DiskUsage, Meter, TierStats
 from kvstore.tiers.base import Extent
+from kvstore.tiers.calibrations import Calibrations
 from kvstore.tiers.catalogue import Catalogue, WriteView
 from kvstore.tiers.extents import ExtentAllocator, ExtentFiles, sync_folder
 from kvstore.tiers.lock import WriterLock
@@ -79,6 +80,7 @@ class DiskTier:
                 durable=config.durability is Durability.COMMIT,
             )
             cleanup.callback(self.catalogue.close)
+            self.calibrations = Calibrations(self.catalogue)
             self.files = ExtentFiles(folder / "extents", writable=self.is_writable)
             self._touched: dict[BlockKey, None] = {}
             self._touched_lock = threading.Lock()

@@ -55,6 +55,11 @@ def question_prompt(question: str) -> str:
     return TEXT_PROMPTS.question(question)
 
 
+def words_of(start_s: float, text: str) -> str:
+    """What a model reads of one observation."""
+    return f"\n[{stamp(start_s)}] {text}\n"
+
+
 def stamp(seconds: float) -> str:
     """A time as people write it: `1:02:03`."""
     whole = int(seconds)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from kvstore.engines.anatomy import decoder_of
+from kvstore.engines.first_words import FirstWords
 from kvstore.engines.loading import LanguageModel
 from kvstore.engines.pictures import Picture
 from kvstore.engines.tier_cache import TierCache
@@ -22,7 +23,7 @@ from kvstore.tiers.manifest import JSON
 from kvstore.video.decode import VideoInfo
 from kvstore.video.ocr import ScreenReader
 from kvstore.video.perception import Listener, Observation, perceive
-from kvstore.video.prompt import cut_into_blocks, stamp
+from kvstore.video.prompt import cut_into_blocks, stamp, words_of
 from kvstore.video.senses import PictureTaker
 from kvstore.video.settings import IngestConfig, IngestProgress
 
@@ -57,6 +58,7 @@ class Reader:
         self._info = info
         self._config = config
         self._on_progress = on_progress
+        self._first_words = FirstWords(store, language_model, session.view.layout, config.profile)
         self._resumed_s, self._group = _resume_point(session.view.header.name, session.view.cursor)
         self._first_tokens = session.num_tokens
         self._began = time.perf_counter()
@@ -111,7 +113,7 @@ class Reader:
             num_stored = max(num_stored - len(sizes), 0)
             text = text and f"\n{text}\n"
         elif text:
-            text = f"\n[{stamp(start_s)}] {text}\n"
+            text = words_of(start_s, text)
         blocks = cut_into_blocks(text, self._language_model.encode, self._config.block_tokens)
         self._append(cache, blocks[num_stored:], start_s, end_s, self._group)
         self._group += 1
@@ -146,6 +148,7 @@ class Reader:
             self._decoder(input_ids=padded, position_ids=where, past_key_values=cache, use_cache=True)
             if spare:
                 self._session.drop(spare)
+            self._first_words.read(ids)
 
     def _positions(self, num_tokens: int) -> torch.Tensor | None:
         """M-RoPE positions of coming words, which the decoder would count wrong behind a picture; else it counts."""

@@ -21,6 +21,7 @@ from kvstore.native import IoPool
 from kvstore.spec import BlockKey
 from kvstore.stats import Meter, TierStats
 from kvstore.tiers.base import Outcome, Tier
+from kvstore.tiers.codec_shelf import CodecShelf
 from kvstore.tiers.disk import DiskTier, Found
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.reading.extent_reader import ExtentReader
@@ -81,20 +82,20 @@ class Fetcher:
     Args:
         disk: the disk tier.
         host: the host tier: serves what it holds, takes what was read whole.
-        codec: decodes.
+        codecs: decode.
         layout: layout of the destination slots.
         pool: moves the bytes.
         decoders: threads that decode.
     """
 
     def __init__(
-        self, disk: DiskTier, host: HostTier, codec: Codec, layout: BlockLayout, pool: IoPool, decoders: Executor
+        self, disk: DiskTier, host: HostTier, codecs: CodecShelf, layout: BlockLayout, pool: IoPool, decoders: Executor
     ) -> None:
         self._disk = disk
         self._host = host
-        self._codec = codec
+        self._codecs = codecs
         self._layout = layout
-        self._reader = ExtentReader(disk.files, pool, decoders, extent_nbytes(codec.bound(layout.block_tokens)))
+        self._reader = ExtentReader(disk.files, pool, decoders, extent_nbytes(codecs.bound(layout.block_tokens)))
         self.host_meter = Meter()
         self.damaged: set[BlockKey] = set()
         """Blocks seen damaged: the writer replaces them when they are appended again."""
@@ -229,7 +230,8 @@ class Fetcher:
                 info = Codec.probe(item.found.directory)
                 skipped = EXTENT_HEADER_NBYTES - (piece.start - item.found.record.extent.offset)
                 offset = max(0, -skipped)
-                self._codec.decode_planes(info, data[max(0, skipped) :], offset, item.request.slot, layers=item.layers)
+                codec = self._codecs.decoder(info)
+                codec.decode_planes(info, data[max(0, skipped) :], offset, item.request.slot, layers=item.layers)
         except KVStoreError as error:
             item.fault = str(error)
         item.decode_s += time.perf_counter() - began_s
@@ -246,7 +248,10 @@ class Fetcher:
         ):
             raise CorruptRecordError("the extent holds another record than the catalogue says")
         body = data[EXTENT_HEADER_NBYTES : EXTENT_HEADER_NBYTES + record.record_nbytes]
-        self._codec.decode(body, request.slot, num_tokens=record.num_tokens)
+        info = Codec.probe(body)
+        if info.num_tokens != record.num_tokens:
+            raise CorruptRecordError(f"record holds {info.num_tokens} tokens; {record.num_tokens} were expected")
+        self._codecs.decoder(info).decode_planes(info, body, 0, request.slot, layers=range(info.num_layers))
 
     def _admit(self, request: FetchRequest) -> None:
         """Keep a copy in the host tier if a slot can be had without waiting."""

@@ -208,7 +208,7 @@ class Verifier:
     def _codec(self, info: RecordInfo) -> tuple[Codec, Tensor]:
         """A decoder and a slot for records of one geometry; plain `put` blocks have no stream that describes them."""
         dims = (info.num_layers, info.kv_heads, info.key_dim, info.value_dim, info.num_tokens)
-        shape = (*dims, info.dtype, info.profile)
+        shape = (*dims, info.dtype, info.profile, info.calibration_id)
         if shape not in self._codecs:
             spec = ModelSpec(
                 num_layers=info.num_layers,
@@ -223,7 +223,8 @@ class Verifier:
             )
             layout = BlockLayout(spec, info.num_tokens)
             # One scratch slot per geometry: block lengths vary within a stream, so the newest replaces the others.
-            self._codecs = {shape: (Codec(layout, info.profile), torch.empty(layout.slot_nbytes, dtype=torch.uint8))}
+            codec = Codec(layout, info.profile, self._disk.calibrations.find(info.calibration_id))
+            self._codecs = {shape: (codec, torch.empty(layout.slot_nbytes, dtype=torch.uint8))}
         return self._codecs[shape]
 
     def _check_tables(self, view: ReadView, needed: Counter[BlockKey]) -> None:

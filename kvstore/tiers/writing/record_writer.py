@@ -19,6 +19,7 @@ from kvstore.native import Arena, IoPool, Ticket, crc32c
 from kvstore.spec import BlockKey
 from kvstore.stats import TierStats
 from kvstore.tiers.base import Extent
+from kvstore.tiers.codec_shelf import CodecShelf
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.tables.records import (
     EXTENT_HEADER_NBYTES,
@@ -73,18 +74,18 @@ class RecordWriter:
 
     Args:
         disk: where extents come from.
-        codec: makes the records.
+        codecs: make the records.
         block_tokens: most tokens of a block.
         pool: moves the bytes.
         encoders: threads that encode.
     """
 
-    def __init__(self, disk: DiskTier, codec: Codec, block_tokens: int, pool: IoPool, encoders: Executor) -> None:
+    def __init__(self, disk: DiskTier, codecs: CodecShelf, block_tokens: int, pool: IoPool, encoders: Executor) -> None:
         self._disk = disk
-        self._codec = codec
+        self._codecs = codecs
         self._pool = pool
         self._encoders = encoders
-        self._region_nbytes = extent_nbytes(codec.bound(block_tokens))
+        self._region_nbytes = extent_nbytes(codecs.bound(block_tokens))
         self._lanes = max(1, min(_MAX_LANES, _HALF_NBYTES // self._region_nbytes))
         self._arena = Arena(2 * self._lanes * self._region_nbytes, False)
         self._memory = memoryview(self._arena)
@@ -152,7 +153,7 @@ class RecordWriter:
     def _encode_one(self, block: NewRecord, region: int) -> _Encoded:
         start = region * self._region_nbytes
         out = self._memory[start + EXTENT_HEADER_NBYTES : start + self._region_nbytes]
-        nbytes = self._codec.encode(block.slot, block.num_tokens, block.first_token, out)
+        nbytes = self._codecs.encoder().encode(block.slot, block.num_tokens, block.first_token, out)
         record = out[:nbytes]
         header_nbytes = Codec.probe(record).header_nbytes
         return _Encoded(region, nbytes, bytes(record[:header_nbytes]), crc32c(record))

@@ -21,6 +21,7 @@ from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.tables.blocks import find_block, insert_block, touch
 from kvstore.tiers.tables.streams import append_entries
+from kvstore.tiers.writing.calibrator import Calibrator
 from kvstore.tiers.writing.jobs import AppendPiece, GrowingAppend, PutJob
 from kvstore.tiers.writing.record_writer import NewRecord, RecordWriter, WrittenRecord
 
@@ -51,13 +52,22 @@ class Writer:
         disk: where blocks go.
         host: where the queued blocks lie.
         records: encodes and writes.
+        calibrator: measures what was written.
         damaged: blocks on disk that failed a check: written again when they come along.
     """
 
-    def __init__(self, disk: DiskTier, host: HostTier, records: RecordWriter, damaged: set[BlockKey]) -> None:
+    def __init__(
+        self,
+        disk: DiskTier,
+        host: HostTier,
+        records: RecordWriter,
+        calibrator: Calibrator,
+        damaged: set[BlockKey],
+    ) -> None:
         self._disk = disk
         self._host = host
         self._records = records
+        self._calibrator = calibrator
         self._damaged = damaged
         self._queue = _Queue()
         self._open: dict[int, GrowingAppend] = {}
@@ -208,11 +218,13 @@ class Writer:
             if piece.cursor_json is not None:
                 complete.append(self._open.pop(piece.stream_id))
         keep = {entry.key for growing in (*complete, *self._open.values()) for entry in growing.entries}
-        written, full = self._records.write(self._unstored(new), keep)
+        unstored = self._unstored(new)
+        written, full = self._records.write(unstored, keep)
         if full is not None:
             self._records.discard(written)
             raise full
         self._name(written, complete)
+        self._calibrator.measure(unstored)
 
     def _commit_put(self, put: PutJob) -> None:
         try:
@@ -232,6 +244,7 @@ class Writer:
             self._name(written, ())
         except CapacityError:
             written = []
+        self._calibrator.measure(unstored[: len(written)])
         refused = {each.key for each in unstored} - {each.key for each in written}
         return [key not in refused for key in put.keys]
 

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibrates the model at hand from the first words that a lossy stream reads, if nobody has done it before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvstore.codec import Profile
+from kvstore.engines.calibrating import NEEDED_TOKENS, calibrate_model, runs_of_text
+from kvstore.engines.loading import LanguageModel
+from kvstore.layout import BlockLayout
+from kvstore.store import Store
+
+
+class FirstWords:
+    """Collects token ids until they are enough.
+
+    Args:
+        store: open for writing.
+        language_model: what reads. One that sees pictures is left to the statistics of its blocks: words alone say
+            nothing of visual tokens.
+        layout: the stream's.
+        profile: the stream's; exact ones need no calibration.
+    """
+
+    def __init__(self, store: Store, language_model: LanguageModel, layout: BlockLayout, profile: Profile) -> None:
+        self._store = store
+        self._language_model = language_model
+        self._layout = layout
+        self._is_wanted = profile.is_lossy and language_model.image_processor is None
+        self._ids: list[int] = []
+
+    def read(self, ids: Sequence[int]) -> None:
+        """Take in what the model has just read; with the last token needed, calibrate: later blocks are coded so."""
+        if not self._is_wanted:
+            return
+        decision = self._store.calibrations.of_model(self._layout.spec)
+        if decision is not None and decision.divergence:
+            self._is_wanted = False
+            return
+        self._ids += ids
+        if len(self._ids) >= NEEDED_TOKENS:
+            runs = runs_of_text(self._language_model, self._ids)
+            made = calibrate_model(self._language_model, runs, self._layout, "the first words read")
+            self._store.calibrations.keep(self._layout.spec, *made)
+            self._is_wanted = False
+            self._ids = []

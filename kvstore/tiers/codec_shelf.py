@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The codecs of one layout: the one that encodes, and one for every calibration that records name."""
+
+from __future__ import annotations
+
+from kvstore.codec import Codec, Profile, RecordInfo, Steps
+from kvstore.decision import Decision
+from kvstore.layout import BlockLayout
+from kvstore.tiers.calibrations import Calibrations
+
+
+class CodecShelf:
+    """Makes codecs as they are needed, and keeps them. Thread-safe.
+
+    Args:
+        calibrations: where objects and decisions are found.
+        layout: layout of the slots.
+        profile: how new blocks are coded.
+    """
+
+    def __init__(self, calibrations: Calibrations, layout: BlockLayout, profile: Profile) -> None:
+        self._calibrations = calibrations
+        self._layout = layout
+        self._profile = profile
+        self._plain = Codec(layout, profile)
+        self._decoders: dict[bytes, Codec] = {}
+        self._decided: tuple[Decision | None, Codec] = (None, self._plain)
+
+    def bound(self, num_tokens: int) -> int:
+        """Most bytes that a record of `num_tokens` tokens can take."""
+        return self._plain.bound(num_tokens)
+
+    def encoder(self) -> Codec:
+        """The codec for new blocks: with what was decided for the model, as soon as something is.
+
+        Raises:
+            CorruptRecordError: the decision or its calibration is damaged.
+        """
+        if not self._profile.is_lossy:
+            return self._plain
+        decision = self._calibrations.of_model(self._layout.spec)
+        followed, codec = self._decided
+        if decision is not None and decision is not followed:
+            calibration = self._calibrations.find(decision.calibration)
+            steps = Steps(*decision.steps[self._profile]) if self._profile in decision.steps else None
+            exact_keys = self._profile in decision.exact_keys
+            codec = Codec(self._layout, self._profile, calibration, steps, exact_keys=exact_keys)
+            self._decided = (decision, codec)
+        return codec
+
+    def decoder(self, info: RecordInfo) -> Codec:
+        """The codec that reads a record.
+
+        Raises:
+            CorruptRecordError: it needs a calibration that the store does not hold.
+            SpecMismatchError: that calibration is of another geometry.
+        """
+        codec = self._decoders.get(info.calibration_id)
+        if codec is None:
+            codec = Codec(self._layout, self._profile, self._calibrations.find(info.calibration_id))
+            self._decoders[info.calibration_id] = codec
+        return codec

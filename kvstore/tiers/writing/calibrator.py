@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibrates a model from the first blocks that are written of it, for a lossy store that has no calibration yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvstore.calibration import MIN_TOKENS, SINK_TOKENS, calibrate
+from kvstore.codec import Profile
+from kvstore.decision import Decision
+from kvstore.layout import BlockLayout
+from kvstore.moments import Moments
+from kvstore.tiers.calibrations import Calibrations
+from kvstore.tiers.writing.record_writer import NewRecord
+
+
+class Calibrator:
+    """Measures blocks as they are written until they are enough; used by the writer's thread.
+
+    Blocks written before are coded without calibration. A process that ends before has measured in vain; the next one
+    begins anew.
+
+    Args:
+        calibrations: where the calibration is kept.
+        layout: layout of the slots.
+        profile: how new blocks are coded; exact ones need no calibration.
+    """
+
+    def __init__(self, calibrations: Calibrations, layout: BlockLayout, profile: Profile) -> None:
+        self._calibrations = calibrations
+        self._layout = layout
+        spec = layout.spec
+        self._moments: Moments | None = None
+        if profile.is_lossy:
+            self._moments = Moments(spec.num_layers, spec.kv_heads, spec.key_dim, spec.value_dim)
+
+    def measure(self, blocks: Sequence[NewRecord]) -> None:
+        """Take in blocks that were written; what is written after the last one needed is coded with the calibration."""
+        if self._moments is None:
+            return
+        spec = self._layout.spec
+        if self._calibrations.of_model(spec) is not None:
+            self._moments = None
+            return
+        for block in blocks:
+            first = min(max(SINK_TOKENS - block.first_token, 0), block.num_tokens)
+            tokens = slice(first, block.num_tokens)
+            keys, values = self._layout.keys(block.slot), self._layout.values(block.slot)
+            self._moments.add(keys[:, :, tokens], values[:, :, tokens])
+        if self._moments.num_tokens >= MIN_TOKENS:
+            calibration = calibrate(self._moments)
+            decision = Decision(calibration.id, self._moments.num_tokens, "the first blocks written")
+            # Somebody with the model at hand may have decided meanwhile, and knows better.
+            self._calibrations.keep(spec, calibration, decision, replace=False)
+            self._moments = None

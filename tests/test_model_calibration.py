@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibrating a model at hand: runs, sensitivity, and the gate, with tiny random models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvstore.codec import Codec, Profile
+from kvstore.decision import KL_LIMITS
+from kvstore.engines import calibrating
+from kvstore.engines.anatomy import spec_of
+from kvstore.engines.calibrating import NEEDED_TOKENS, RUN_TOKENS, calibrate_model, runs_of_stream, runs_of_text
+from kvstore.engines.judging import Judge
+from kvstore.engines.loading import LanguageModel
+from kvstore.engines.past import continue_run, read_run, sample_continuation, widened
+from kvstore.engines.sensitivity import log_steps
+from kvstore.errors import ConfigError, SpecMismatchError
+from kvstore.layout import BlockLayout
+from kvstore.record import STEPS
+from kvstore.store import Access, Store
+from tests.tiny_models import BLOCK_TOKENS, attached_stream, make_model, policy, settings, token_ids
+
+
+class _Tokenizer:
+    """Every sign is its code point."""
+
+    eos_token_id = None
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> object:
+        return type("Ids", (), {"input_ids": [ord(sign) for sign in text]})
+
+
+def _language_model(family: str = "llama") -> LanguageModel:
+    return LanguageModel(make_model(family), _Tokenizer(), Path("tiny"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_run_continues_as_if_the_model_had_read_it_all_at_once(family: str) -> None:
+    model, ids = make_model(family), token_ids(48)
+    run = read_run(model, ids[:, :40], ids[:, 40:])
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits[0, 40:].log_softmax(-1)
+        found = continue_run(model, run.keys, run.values, run.continuation)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sampled_continuation_begins_as_told_and_is_the_same_every_time() -> None:
+    model, ids = make_model(), token_ids(16)
+    run = read_run(model, ids, ids[:, :1])
+    drawn = [
+        sample_continuation(model, run.keys, run.values, 7, 12, torch.Generator().manual_seed(seed))
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0].shape == (1, 12)
+    assert int(drawn[0][0, 0]) == 7
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_a_widened_model_computes_in_float32_and_is_left_as_it_was() -> None:
+    narrow = make_model(dtype=torch.bfloat16)
+    wide = make_model(dtype=torch.bfloat16).float()
+    ids = token_ids(32)
+    with torch.no_grad(), widened(narrow):
+        torch.testing.assert_close(narrow(input_ids=ids).logits, wide(input_ids=ids).logits)
+        with pytest.raises(TypeError):
+            narrow.model.layers[0].mlp.up_proj("no tensor")
+    assert {parameter.dtype for parameter in narrow.parameters()} == {torch.bfloat16}
+    assert narrow.lm_head.weight is narrow.get_output_embeddings().weight
+
+
+def _deaf(model: torch.nn.Module, layer: int, channels: slice) -> None:
+    """Make a layer's queries ignore channels of the first KV head (its first two query heads)."""
+    weight: Tensor = model.model.layers[layer].self_attn.q_proj.weight  # type: ignore[union-attr, index]
+    with torch.no_grad():
+        for head in (0, 1):
+            weight[16 * head + channels.start : 16 * head + channels.stop] = 0.0
+
+
+def test_channels_that_no_query_looks_at_get_the_largest_steps_and_the_model_is_left_as_it_was() -> None:
+    model = make_model()
+    _deaf(model, 1, slice(4, 6))
+    _deaf(model, 1, slice(12, 14))  # RoPE turns pairs (4, 12) and (5, 13) into each other
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    runs = [read_run(model, token_ids(64, seed), token_ids(16, seed + 9)) for seed in (1, 2)]
+    keys, values = log_steps(model, runs, torch.Generator().manual_seed(0))
+    assert keys.shape == (3, 2, 16)
+    assert values.shape == (3, 2, 16)
+    deaf = keys[1, 0, [4, 5, 12, 13]]
+    others = torch.cat([keys[1, 0, :4], keys[1, 0, 6:12], keys[1, 0, 14:]])
+    assert int(deaf.min()) > int(others.max()) + 8
+    assert torch.equal(values, values[..., :1].expand_as(values))
+    assert int(values.abs().max()) <= 16
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_sensitivity_is_measured_inside_inference_mode_too() -> None:
+    model = make_model()
+    with torch.inference_mode():
+        runs = [read_run(model, token_ids(32), token_ids(8))]
+        inside = log_steps(model, runs, torch.Generator().manual_seed(0))
+    outside = log_steps(model, [read_run(model, token_ids(32), token_ids(8))], torch.Generator().manual_seed(0))
+    assert all(torch.equal(*pair) for pair in zip(inside, outside, strict=True))
+
+
+def test_the_judge_finds_nothing_in_exact_profiles_and_more_in_coarser_ones() -> None:
+    model = make_model()
+    layout = BlockLayout(spec_of(model), 32)
+    judge = Judge(model, read_run(model, token_ids(100), token_ids(20, 5)), layout)
+    assert judge.divergence(Codec(layout, Profile.LOSSLESS)) == 0.0
+    found = [judge.divergence(Codec(layout, profile)) for profile in (Profile.Q8, Profile.Q4, Profile.Q3, Profile.Q2)]
+    assert 0 < found[0] < found[1] < found[2] < found[3]
+
+
+def test_weighing_channels_by_sensitivity_costs_less_than_equal_steps() -> None:
+    language_model = _language_model()
+    model = language_model.model
+    layout = BlockLayout(spec_of(model), 128)
+    runs = runs_of_text(language_model, token_ids(NEEDED_TOKENS)[0].tolist())
+    calibration, decision = calibrate_model(language_model, runs, layout, "a test")
+    assert decision.calibration == calibration.id
+    assert decision.num_tokens == 4096
+    assert set(decision.divergence) == set(KL_LIMITS)
+    judge = Judge(model, runs[-1], layout)
+    plain, weighted = (judge.divergence(Codec(layout, Profile.Q2, each)) for each in (None, calibration))
+    assert weighted < plain
+
+
+def test_profiles_beyond_their_limit_get_exact_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    language_model = _language_model()
+    layout = BlockLayout(spec_of(language_model.model), 128)
+    runs = runs_of_text(language_model, token_ids(NEEDED_TOKENS)[0].tolist())
+    monkeypatch.setattr(calibrating, "KL_LIMITS", {"q8": 1.0, "q2": 0.0})
+    monkeypatch.setattr(calibrating, "KL_AIMS", {"q2": 0.0})
+    _, decision = calibrate_model(language_model, runs, layout, "a test")
+    assert set(decision.exact_keys) == {"q2"}
+    assert 0 < decision.exact_keys["q2"] < decision.divergence["q2"]
+    assert decision.steps == {}
+
+
+def test_steps_are_as_coarse_as_the_aim_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    language_model = _language_model()
+    layout = BlockLayout(spec_of(language_model.model), 128)
+    runs = runs_of_text(language_model, token_ids(NEEDED_TOKENS)[0].tolist())
+    usual = STEPS[Profile.Q2]
+    found = {}
+    for aim in (0.0, 1.0):
+        monkeypatch.setattr(calibrating, "KL_AIMS", {"q2": aim})
+        found[aim] = calibrate_model(language_model, runs, layout, "a test")[1]
+    assert found[0.0].steps == {}
+    assert found[1.0].steps == {"q2": (usual.key_mult - 6, usual.value_mult - 5)}
+    assert found[0.0].divergence["q2"] < found[1.0].divergence["q2"]
+
+
+def test_runs_are_spread_over_a_text_and_short_texts_are_refused() -> None:
+    language_model = _language_model()
+    ids = token_ids(NEEDED_TOKENS + 1000)[0].tolist()
+    runs = runs_of_text(language_model, ids)
+    assert [run.keys.shape[2] for run in runs] == [RUN_TOKENS] * 5
+    assert runs[0].continuation[0].tolist() == ids[RUN_TOKENS : RUN_TOKENS + 128]
+    assert runs[-1].continuation[0].tolist() == ids[-128:]
+    with pytest.raises(ConfigError, match="too few"):
+        runs_of_text(language_model, ids[: NEEDED_TOKENS - 1])
+
+
+def _store_stream(path: Path, model: PreTrainedModel, num_tokens: int, profile: Profile = Profile.LOSSLESS) -> None:
+    """Store a stream that has read random tokens."""
+    with attached_stream(path, model, settings(policy(), window=256, sinks=0), profile=profile) as attached:
+        for ids in token_ids(num_tokens).split(512, dim=1):
+            model(input_ids=ids, past_key_values=attached.cache())
+        attached.session.commit(partial=True)
+
+
+def test_runs_of_a_stream_hold_what_is_stored_at_their_place(tmp_path: Path) -> None:
+    language_model = _language_model()
+    _store_stream(tmp_path, language_model.model, 5 * RUN_TOKENS + 3)
+    spec = spec_of(language_model.model)
+    layout = BlockLayout(spec, BLOCK_TOKENS)
+    with Store.open(tmp_path, access=Access.READ, layout=layout, host_nbytes=4 << 20) as store:
+        runs = runs_of_stream(language_model, store, "s", layout)
+    whole = read_run(language_model.model, token_ids(5 * RUN_TOKENS + 3), token_ids(1))
+    for run in runs:
+        window = slice(run.first_token, run.first_token + RUN_TOKENS)
+        # The window moves with the stream; what the first layer makes of a token does not depend on it.
+        torch.testing.assert_close(run.keys[0], whole.keys[0, :, window], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(run.values[0], whole.values[0, :, window], rtol=1e-3, atol=1e-3)
+        assert int(run.continuation[0, 0]) == ord("\n")
+    assert runs[-1].first_token == 4 * RUN_TOKENS + 3
+
+
+def test_streams_of_another_model_lossy_or_short_ones_are_refused(tmp_path: Path) -> None:
+    language_model = _language_model()
+    layout = BlockLayout(spec_of(language_model.model), BLOCK_TOKENS)
+    _store_stream(tmp_path / "short", language_model.model, 64)
+    _store_stream(tmp_path / "lossy", language_model.model, 64, Profile.Q8)
+    for folder, model, error, words in (
+        ("short", language_model, ConfigError, "too few"),
+        ("short", _language_model("qwen3"), SpecMismatchError, "another model"),
+        ("lossy", language_model, ConfigError, "only exact"),
+    ):
+        with (
+            Store.open(tmp_path / folder, access=Access.READ, layout=layout, host_nbytes=4 << 20) as store,
+            pytest.raises(error, match=words),
+        ):
+            runs_of_stream(model, store, "s", layout)
