@@ -24,7 +24,7 @@ CUDA_UNITS := $(filter csrc/cuda/%.cu csrc/cuda/%.cpp,$(CSRC))
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -o -m1 GPU)
 MARKS := not slow$(if $(HAS_GPU),, and not gpu)
 
-.PHONY: help venv demo test test-slow coverage lint lint-python lint-types lint-cpp fmt bench cuda-check clean
+.PHONY: help venv demo test test-slow coverage lint lint-python lint-types lint-cpp fmt bench cuda-check mutate fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -82,6 +82,15 @@ cuda-check:  ## compile the CUDA sources for sm_80 and sm_90, without linking; n
 	    $(NVCC) -std=c++17 -O2 -Werror all-warnings -Xcompiler -Wall,-Wextra -DKV_WITH_CUDA -Icsrc -c "$$unit" -o "$$objects/$$(basename "$$unit").o" \
 	        -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90; \
 	done
+
+MUTANTS ?= 1000000
+FUZZ_SECONDS ?= 60
+
+mutate: venv  ## a million damaged records under g++'s sanitizers; minutes
+	PYTHONPATH=. $(PY) tools/fuzz.py mutate $(MUTANTS)
+
+fuzz: venv  ## libFuzzer, a minute a target; needs clang
+	PYTHONPATH=. $(PY) tools/fuzz.py fuzz $(FUZZ_SECONDS)
 
 clean:  ## delete build outputs and caches; keeps .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -7,20 +7,20 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from tests.native.building import FUZZ_TARGETS, LIBRARY, compile_objects, link
+
 HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
-SOURCES = [*HERE.glob("*.cpp"), *(path for part in ("core", "codec", "io") for path in CSRC.glob(f"{part}/*.cpp"))]
-FLAGS = ["-std=c++17", "-O1", "-g1", "-pthread", "-ffp-contract=off", f"-I{CSRC}", "-fno-sanitize-recover=all"]
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
 # The second build leaves the variants for newer CPUs out, so both kinds of loops are run here on any machine.
 BUILDS = {"address,undefined": [], "thread": ["-DKV_BASELINE"]}
+NUM_MUTANTS = 4000
 
+Programs = Callable[[str], Path]
 Finished = Callable[[str], subprocess.CompletedProcess[str]]
 
 
@@ -39,22 +39,34 @@ def compiler_with(sanitizers: str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Builds the test program with some checkers and runs it to its end; once per set of checkers."""
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    """Builds the programs `native` and `mutate` with some checkers; once per set of checkers."""
 
     @cache
-    def build_and_run(sanitizers: str) -> subprocess.CompletedProcess[str]:
+    def build(sanitizers: str) -> Path:
         folder = tmp_path_factory.mktemp("native")
         compiler = compiler_with(sanitizers, folder)
-        flags = [*FLAGS, *WARNINGS, *BUILDS[sanitizers], f"-fsanitize={sanitizers}"]
-        objects = [folder / f"{source.parent.name}-{source.stem}.o" for source in SOURCES]
-        commands = [[compiler, *flags, "-c", str(s), "-o", str(t)] for s, t in zip(SOURCES, objects, strict=True)]
-        with ThreadPoolExecutor(max_workers=2) as jobs:
-            assert list(jobs.map(subprocess.call, commands)) == [0] * len(commands)
-        subprocess.run([compiler, *flags, *objects, "-o", folder / "native"], check=True)
-        return subprocess.run([folder / "native"], capture_output=True, text=True, check=False, timeout=120)
+        flags = [*WARNINGS, *BUILDS[sanitizers], f"-fsanitize={sanitizers}"]
+        mains = {"native": sorted(HERE.glob("*.cpp")), "mutate": [*FUZZ_TARGETS, HERE / "fuzz" / "mutate.cpp"]}
+        sources = [*LIBRARY, *(source for parts in mains.values() for source in parts)]
+        objects = dict(zip(sources, compile_objects(compiler, flags, sources, folder), strict=True))
+        for name, parts in mains.items():
+            link(compiler, flags, [objects[source] for source in [*LIBRARY, *parts]], folder / name)
+        return folder
 
-    return build_and_run
+    return build
+
+
+@pytest.fixture(scope="module")
+def finished(programs: Programs) -> Finished:
+    """Runs the native tests to their end; once per set of checkers."""
+
+    @cache
+    def run(sanitizers: str) -> subprocess.CompletedProcess[str]:
+        program = programs(sanitizers) / "native"
+        return subprocess.run([program], capture_output=True, text=True, check=False, timeout=120)
+
+    return run
 
 
 @pytest.mark.parametrize("sanitizers", BUILDS)
@@ -69,3 +81,13 @@ def test_plain_loops_and_those_for_newer_cpus_make_the_same_bytes(finished: Fini
 
     assert len(first) == 9
     assert first == second
+
+
+@pytest.mark.parametrize("sanitizers", BUILDS)
+def test_fuzzing_corpus_and_its_mutants_break_no_promise(programs: Programs, sanitizers: str) -> None:
+    command = [str(programs(sanitizers) / "mutate"), str(HERE / "fuzz" / "corpus"), str(NUM_MUTANTS)]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+    assert done.returncode == 0, done.stderr
+    assert f"{NUM_MUTANTS} mutants" in done.stdout
