@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 from torch import Tensor
 
 from kvstore.codec import Codec, Profile
 from kvstore.layout import TORCH_DTYPE, BlockLayout
+from kvstore.native import crc32c
 from kvstore.spec import ModelSpec
 
 GUARD = 0xA5
@@ -57,3 +60,16 @@ def expected_slot(layout: BlockLayout, slot: Tensor, num_tokens: int) -> Tensor:
     for view in (layout.keys, layout.values):
         view(expected)[:, :, :num_tokens] = view(slot)[:, :, :num_tokens]
     return expected
+
+
+def seal(record: bytearray) -> bytearray:
+    """Make header and plane checksums right again: what a forger would do."""
+    header_nbytes = struct.unpack_from("<I", record, 24)[0]
+    offset = header_nbytes
+    for entry in range(64, header_nbytes, 16):
+        end = offset + -(-struct.unpack_from("<I", record, entry)[0] // 16) * 16
+        struct.pack_into("<I", record, entry + 4, crc32c(record[offset:end]))
+        offset = end
+    struct.pack_into("<I", record, 8, 0)
+    struct.pack_into("<I", record, 8, crc32c(record[:header_nbytes]))
+    return record

@@ -15,6 +15,7 @@ from kvstore.errors import CorruptRecordError, SpecMismatchError, UnsupportedFor
 from kvstore.layout import BlockLayout
 from kvstore.native import crc32c
 from kvstore.spec import ModelSpec
+from tests.codec_slots import seal
 
 TOKENS = 4
 SMALL = BlockLayout(ModelSpec(1, 1, 16, 16, "bfloat16", "pre", "llama", "{}", "0"), TOKENS)
@@ -39,19 +40,6 @@ def decode(layout: BlockLayout, record: bytes | bytearray, profile: Profile) -> 
     slot = torch.zeros(layout.slot_nbytes, dtype=torch.uint8)
     Codec(layout, profile).decode(memoryview(record), slot, num_tokens=layout.block_tokens)
     return slot
-
-
-def seal(record: bytearray) -> bytearray:
-    """Make header and plane checksums right again: what a forger would do."""
-    header_nbytes = struct.unpack_from("<I", record, 24)[0]
-    offset = header_nbytes
-    for entry in range(64, header_nbytes, 16):
-        end = offset + -(-struct.unpack_from("<I", record, entry)[0] // 16) * 16
-        struct.pack_into("<I", record, entry + 4, crc32c(record[offset:end]))
-        offset = end
-    struct.pack_into("<I", record, 8, 0)
-    struct.pack_into("<I", record, 8, crc32c(record[:header_nbytes]))
-    return record
 
 
 @pytest.mark.parametrize("profile", list(Profile))

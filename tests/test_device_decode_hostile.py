@@ -12,9 +12,8 @@ import torch
 
 from kvstore.codec import Profile
 from kvstore.errors import ConfigError, CorruptRecordError, ShapeError, UnsupportedFormatError
-from kvstore.native import crc32c
 from kvstore.tiers.device_decode import Pages, decode_on_device
-from tests.codec_slots import make_layout
+from tests.codec_slots import make_layout, seal
 from tests.device_blocks import GUARD, bits, make_block, run
 
 ENTROPY_CODED = [Profile.LOSSLESS, Profile.Q8, Profile.Q4, Profile.Q3, Profile.Q2]
@@ -40,35 +39,22 @@ def test_a_batch_mixes_records_of_all_kinds_and_a_damaged_one_harms_no_other(dev
             assert torch.equal(bits(rows), bits(wanted))
 
 
-def sealed(record: bytearray) -> bytes:
-    """Makes all checksums right again: what a forger would do."""
-    header_nbytes = struct.unpack_from("<I", record, 24)[0]
-    offset = header_nbytes
-    for entry in range(64, header_nbytes, 16):
-        end = offset + -(-struct.unpack_from("<I", record, entry)[0] // 16) * 16
-        struct.pack_into("<I", record, entry + 4, crc32c(record[offset:end]))
-        offset = end
-    struct.pack_into("<I", record, 8, 0)
-    struct.pack_into("<I", record, 8, crc32c(record[:header_nbytes]))
-    return bytes(record)
-
-
 def forgeries(record: bytes) -> Iterator[bytes]:
     """Flipped bytes, numbers that are one too large, numbers that repeat their neighbour; checksums are right."""
     chance = torch.Generator().manual_seed(2)
     for position in torch.randint(64, len(record), (150,), generator=chance).tolist():
         forged = bytearray(record)
         forged[position] ^= int(torch.randint(1, 256, (1,), generator=chance))
-        yield sealed(forged)
+        yield bytes(seal(forged))
     for position in range(64, len(record) - 4, 4):
         forged = bytearray(record)
         (number,) = struct.unpack_from("<I", forged, position)
         struct.pack_into("<I", forged, position, (number + 1) % (1 << 32))
-        yield sealed(forged)
+        yield bytes(seal(forged))
     for position in range(64, len(record) - 4, 2):
         forged = bytearray(record)
         forged[position : position + 2] = forged[position + 2 : position + 4]
-        yield sealed(forged)
+        yield bytes(seal(forged))
 
 
 @pytest.mark.parametrize("profile", [Profile.LOSSLESS, Profile.Q8, Profile.Q2])
