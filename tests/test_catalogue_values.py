@@ -78,8 +78,8 @@ def test_block_records_survive_packing(
         st.binary(min_size=32, max_size=32).map(BlockKey),
         u32,
         u64,
-        st.floats(allow_nan=False),
-        st.floats(allow_nan=False),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.floats(allow_nan=False, allow_infinity=False),
         st.integers(-(2**63), 2**63 - 1),
     )
 )
@@ -182,3 +182,10 @@ def test_a_name_that_cannot_be_a_key_is_refused(name: str) -> None:
 def test_a_source_that_is_not_json_is_refused() -> None:
     with pytest.raises(ConfigError, match="source"):
         replace(HEADER, source={"fps": float("nan")})
+
+
+@pytest.mark.parametrize("second", [float("nan"), float("inf"), float("-inf")])
+def test_a_span_that_is_no_time_is_refused(second: float) -> None:
+    for changed in (replace(ENTRY, start_s=second), replace(ENTRY, end_s=second)):
+        with pytest.raises(CorruptRecordError, match="is no time"):
+            unpack_entry(0, pack_entry(changed))

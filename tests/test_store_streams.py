@@ -212,6 +212,7 @@ def _with(block: NewBlock, **changes: object) -> list[NewBlock]:
         (make_blocks(1, num_tokens=41), ShapeError),
         (_with(make_blocks(1)[0], entry=replace(make_blocks(1)[0].entry, key=BlockKey(b"short"))), ShapeError),
         (_with(make_blocks(1)[0], entry=replace(make_blocks(1)[0].entry, first_token=-1)), ShapeError),
+        (_with(make_blocks(1)[0], entry=replace(make_blocks(1)[0].entry, end_s=float("nan"))), ShapeError),
     ],
 )
 def test_a_misuse_of_append_is_refused_and_changes_nothing(

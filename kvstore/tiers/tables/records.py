@@ -7,6 +7,7 @@ The layout is documented in docs/file-format.md.
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 
@@ -141,6 +142,8 @@ def unpack_entry(index: int, value: bytes) -> Entry:
     """Inverse of `pack_entry`; raises like `unpack_block`."""
     _check(value, _ENTRY, f"entry {index}")
     _, num_tokens, key, first_token, start_s, end_s, group = _ENTRY.unpack(value)
+    if not (math.isfinite(start_s) and math.isfinite(end_s)):
+        raise CorruptRecordError(f"entry {index}: its span, {start_s} to {end_s} s, is no time")
     return Entry(index, BlockKey(key), num_tokens, first_token, start_s, end_s, group)
 
 

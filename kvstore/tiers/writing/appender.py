@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -129,6 +130,8 @@ class Appender:
                 raise ConfigError(f"stream {name!r}: entry {entry.index} appended, it continues at {index}")
             if entry.first_token < 0 or not -(1 << 63) <= entry.group < 1 << 63:
                 raise ShapeError(f"entry {index}: first_token {entry.first_token}, group {entry.group} out of range")
+            if not (math.isfinite(entry.start_s) and math.isfinite(entry.end_s)):
+                raise ShapeError(f"entry {index}: its span, {entry.start_s} to {entry.end_s} s, must be finite")
         check_blocks(
             [block.entry.key for block in blocks],
             [block.slot for block in blocks],
