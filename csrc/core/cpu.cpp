@@ -34,6 +34,9 @@ const CpuFeatures& cpu_features() noexcept {
 #ifdef KV_X86
     __builtin_cpu_init();
     found.has_crc32c = __builtin_cpu_supports("sse4.2") != 0;
+    found.has_vector_clmul = __builtin_cpu_supports("vpclmulqdq") != 0 &&
+                             __builtin_cpu_supports("avx512f") != 0 &&
+                             __builtin_cpu_supports("avx512dq") != 0;
     found.simd_level = detected_level();
 #endif
     return found;
