@@ -119,9 +119,9 @@ void RansWriter::write_groups(const std::uint8_t* symbols,
                               std::size_t rows,
                               std::size_t groups) noexcept {
 #ifdef KV_X86
-  if (simd_level() == SimdLevel::kAvx512) {
-    next_ = write_groups_avx512(
-        WriteJob{symbols, table, bases, symbol_mask, rows, groups, states_.data(), next_});
+  if (simd_level() >= SimdLevel::kAvx2) {
+    const WriteJob job{symbols, table, bases, symbol_mask, rows, groups, states_.data(), next_};
+    next_ = simd_level() == SimdLevel::kAvx2 ? write_groups_avx2(job) : write_groups_avx512(job);
     return;
   }
 #endif

@@ -69,6 +69,9 @@ void read_groups(const ReadJob* jobs,
 /// One segment that is being written, last group first.
 class RansWriter {
  public:
+  /// Bytes of the room that words may not reach: loops write whole vectors.
+  static constexpr std::size_t kSpareNbytes = 16;
+
   /// Words are written downwards from the end of `room`.
   explicit RansWriter(Bytes room) noexcept;
 
@@ -76,7 +79,7 @@ class RansWriter {
   ///
   /// symbols: as in read_groups. bases: [groups, 2, 32], where in `table` the page of a lane
   /// begins; a symbol's entry is at its base + (symbol & symbol_mask). Room for one word a symbol
-  /// is needed.
+  /// is needed, and kSpareNbytes more.
   void write_groups(const std::uint8_t* symbols,
                     const WriteEntry* table,
                     const std::uint32_t* bases,

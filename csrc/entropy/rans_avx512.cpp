@@ -7,31 +7,50 @@
 // GCC's own header passes vectors without a value where none is needed, and warns of it.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
+#include "entropy/look_up.hpp"
 
 namespace kv {
 namespace {
 
 #define KV_AVX512_INLINE KV_TARGET_AVX512 inline __attribute__((always_inline))
 
+KV_AVX512_INLINE void find_places(__m512i low,
+                                  __m512i high,
+                                  const std::uint32_t* bases,
+                                  Places& places) noexcept {
+  constexpr int kSlotOrBase = 0xEA;  // (state & mask) | base
+  const __m512i slot_mask = _mm512_set1_epi32(kProbabilityTotal - 1);
+  _mm512_store_si512(places.at.data(), _mm512_ternarylogic_epi32(
+                                           low, slot_mask, _mm512_loadu_si512(bases), kSlotOrBase));
+  _mm512_store_si512(
+      places.at.data() + 16,
+      _mm512_ternarylogic_epi32(high, slot_mask, _mm512_loadu_si512(bases + 16), kSlotOrBase));
+  keep_in_memory(places);
+}
+
+KV_AVX512_INLINE __m512i look_up_16(const ReadEntry* table, const std::uint32_t* places) noexcept {
+  const __m256i low = _mm256_set_m128i(look_up_4(table, places + 4), look_up_4(table, places));
+  const __m256i high =
+      _mm256_set_m128i(look_up_4(table, places + 12), look_up_4(table, places + 8));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+KV_AVX512_INLINE __m512i load_words(const std::uint8_t* from) noexcept {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
 // One step of one segment: the entries of its 32 lanes. `next` moves by the words that were taken.
 KV_AVX512_INLINE void read_step(__m512i& low,
                                 __m512i& high,
                                 const ReadEntry* table,
-                                const std::uint32_t* bases,
+                                const Places& places,
                                 const std::uint8_t*& next,
                                 __m512i& low_entries,
                                 __m512i& high_entries) noexcept {
-  constexpr int kSlotOrBase = 0xEA;  // (state & mask) | base
-  const __m512i slot_mask = _mm512_set1_epi32(kProbabilityTotal - 1);
   const __m512i frequency_mask = _mm512_set1_epi32(kFrequencyMask);
   const __m512i floor = _mm512_set1_epi32(kStateFloor);
-  const __m512i low_at =
-      _mm512_ternarylogic_epi32(low, slot_mask, _mm512_loadu_si512(bases), kSlotOrBase);
-  const __m512i high_at =
-      _mm512_ternarylogic_epi32(high, slot_mask, _mm512_loadu_si512(bases + 16), kSlotOrBase);
-  low_entries = _mm512_i32gather_epi32(low_at, table, 4);
-  high_entries = _mm512_i32gather_epi32(high_at, table, 4);
+  low_entries = look_up_16(table, places.at.data());
+  high_entries = look_up_16(table, places.at.data() + 16);
   const __m512i low_moved =
       _mm512_add_epi32(_mm512_mullo_epi32(_mm512_and_si512(low_entries, frequency_mask),
                                           _mm512_srli_epi32(low, kProbabilityBits)),
@@ -42,14 +61,13 @@ KV_AVX512_INLINE void read_step(__m512i& low,
                        _mm512_srli_epi32(high_entries, kBiasShift));
   const __mmask16 low_needs = _mm512_cmplt_epu32_mask(low_moved, floor);
   const __mmask16 high_needs = _mm512_cmplt_epu32_mask(high_moved, floor);
-  const __mmask32 needs = _mm512_kunpackw(high_needs, low_needs);
-  // Each needing lane takes the next word: all are spread in one go.
-  const __m512i words = _mm512_maskz_expand_epi16(needs, _mm512_loadu_si512(next));
-  next += 2 * static_cast<std::size_t>(_mm_popcnt_u32(needs));
+  // Each needing lane takes the next word.
+  const std::uint8_t* high_words = next + 2 * _mm_popcnt_u32(_cvtmask16_u32(low_needs));
   low = _mm512_or_si512(_mm512_mask_slli_epi32(low_moved, low_needs, low_moved, 16),
-                        _mm512_cvtepu16_epi32(_mm512_castsi512_si256(words)));
+                        _mm512_maskz_expand_epi32(low_needs, load_words(next)));
   high = _mm512_or_si512(_mm512_mask_slli_epi32(high_moved, high_needs, high_moved, 16),
-                         _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(words, 1)));
+                         _mm512_maskz_expand_epi32(high_needs, load_words(high_words)));
+  next = high_words + 2 * _mm_popcnt_u32(_cvtmask16_u32(high_needs));
 }
 
 // Symbols of a pair of channels lie side by side: bits 0-7 even, bits 8-15 odd.
@@ -82,6 +100,7 @@ KV_TARGET_AVX512 void read_together(const ReadJob* jobs,
     for (std::size_t group = 0; group < groups; ++group) {
       __m512i even_low[kCount];
       __m512i even_high[kCount];
+      Places places[kCount];
 #pragma GCC unroll 4
       for (std::size_t i = 0; i < kCount; ++i) {
         if (__builtin_expect(next[i] > limit[i], 0)) {
@@ -93,15 +112,18 @@ KV_TARGET_AVX512 void read_together(const ReadJob* jobs,
       }
 #pragma GCC unroll 4
       for (std::size_t i = 0; i < kCount; ++i) {
-        const std::uint32_t* bases = jobs[i].bases + group * kGroup;
-        read_step(low[i], high[i], jobs[i].table, bases, next[i], even_low[i], even_high[i]);
+        find_places(low[i], high[i], jobs[i].bases + group * kGroup, places[i]);
       }
 #pragma GCC unroll 4
       for (std::size_t i = 0; i < kCount; ++i) {
-        const std::uint32_t* bases = jobs[i].bases + group * kGroup + kLanes;
+        read_step(low[i], high[i], jobs[i].table, places[i], next[i], even_low[i], even_high[i]);
+        find_places(low[i], high[i], jobs[i].bases + group * kGroup + kLanes, places[i]);
+      }
+#pragma GCC unroll 4
+      for (std::size_t i = 0; i < kCount; ++i) {
         __m512i odd_low;
         __m512i odd_high;
-        read_step(low[i], high[i], jobs[i].table, bases, next[i], odd_low, odd_high);
+        read_step(low[i], high[i], jobs[i].table, places[i], next[i], odd_low, odd_high);
         store_pairs(even_low[i], odd_low, symbols[i]);
         store_pairs(even_high[i], odd_high, symbols[i] + 32);
         symbols[i] += kGroup;
@@ -159,6 +181,33 @@ KV_AVX512_INLINE void write_step(__m512i& low,
               _mm512_srli_epi32(high_entries, 16));
 }
 
+// Where the entries of a group's symbols are, in the order of its steps: even entries, odd ones.
+struct GroupPlaces {
+  Places even;
+  Places odd;
+};
+
+KV_AVX512_INLINE void find_places(const WriteJob& job,
+                                  const std::uint8_t* symbols,
+                                  const std::uint32_t* bases,
+                                  GroupPlaces& places) noexcept {
+  const __m512i mask = _mm512_set1_epi32(job.symbol_mask);
+  for (std::size_t half = 0; half < 2; ++half) {
+    // Pairs of channels as 16-bit numbers: even in the low byte, odd in the high one.
+    const __m512i pairs = _mm512_cvtepu16_epi32(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(symbols + 32 * half)));
+    const std::uint32_t* even = bases + 16 * half;
+    const std::uint32_t* odd = even + kLanes;
+    _mm512_store_si512(places.even.at.data() + 16 * half,
+                       _mm512_add_epi32(_mm512_and_si512(pairs, mask), _mm512_loadu_si512(even)));
+    _mm512_store_si512(places.odd.at.data() + 16 * half,
+                       _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(pairs, 8), mask),
+                                        _mm512_loadu_si512(odd)));
+  }
+  keep_in_memory(places.even);
+  keep_in_memory(places.odd);
+}
+
 }  // namespace
 
 void read_groups_avx512(const ReadJob* jobs,
@@ -185,27 +234,16 @@ KV_TARGET_AVX512 std::uint8_t* write_groups_avx512(const WriteJob& job) noexcept
   __m512i low = _mm512_load_si512(job.states);
   __m512i high = _mm512_load_si512(job.states + 16);
   std::uint8_t* next = job.next;
-  const __m512i mask = _mm512_set1_epi32(job.symbol_mask);
-  for (std::size_t row = job.rows; row-- > 0;) {
+  const std::uint8_t* symbols = job.symbols + job.rows * job.groups * kGroup;
+  for (std::size_t row = 0; row < job.rows; ++row) {
     for (std::size_t group = job.groups; group-- > 0;) {
-      const std::uint8_t* symbols = job.symbols + (row * job.groups + group) * kGroup;
-      const std::uint32_t* bases = job.bases + group * kGroup;
-      // Pairs of channels as 16-bit numbers: even in the low byte, odd in the high one.
-      const __m512i low_pairs =
-          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(symbols)));
-      const __m512i high_pairs =
-          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(symbols + 32)));
-      const auto entries = [&](__m512i pairs, int base) KV_TARGET_AVX512 {
-        const __m512i indices =
-            _mm512_add_epi32(_mm512_and_si512(pairs, mask), _mm512_loadu_si512(bases + base));
-        return _mm512_i32gather_epi32(indices, job.table, 4);
-      };
-      const __m512i odd_high = entries(_mm512_srli_epi32(high_pairs, 8), 48);
-      const __m512i odd_low = entries(_mm512_srli_epi32(low_pairs, 8), 32);
-      const __m512i even_high = entries(high_pairs, 16);
-      const __m512i even_low = entries(low_pairs, 0);
-      write_step(low, high, odd_low, odd_high, next);
-      write_step(low, high, even_low, even_high, next);
+      symbols -= kGroup;
+      GroupPlaces places;
+      find_places(job, symbols, job.bases + group * kGroup, places);
+      for (const Places* step : {&places.odd, &places.even}) {
+        write_step(low, high, look_up_16(job.table, step->at.data()),
+                   look_up_16(job.table, step->at.data() + 16), next);
+      }
     }
   }
   _mm512_store_si512(job.states, low);

@@ -35,6 +35,7 @@ struct WriteJob {
 };
 
 /// Returns where the last word was written.
+std::uint8_t* write_groups_avx2(const WriteJob& job) noexcept;
 std::uint8_t* write_groups_avx512(const WriteJob& job) noexcept;
 
 }  // namespace kv
