@@ -6,6 +6,7 @@
 #include <array>
 
 #include "core/cpu.hpp"
+#include "planes/bfloat16_rows.hpp"
 #include "planes/elements.hpp"
 
 namespace kv {
@@ -55,79 +56,86 @@ KV_INLINE float energy_any(const std::uint8_t* __restrict source, std::size_t di
   return fold(partials);
 }
 
+// Channels from `first` on.
 template <typename Type, bool kSteps, bool kMean, bool kDpcm>
-KV_INLINE bool quantise_row(const QuantiseRow& row) noexcept {
+KV_INLINE bool quantise_rows(const QuantiseRows& given, std::size_t first) noexcept {
   using Bits = typename Type::Bits;
-  const std::uint8_t* __restrict source = row.source;
-  const float* __restrict steps = row.transform.steps;
-  const float* __restrict inverse_steps = row.transform.inverse_steps;
-  const float* __restrict means = row.transform.mean;
-  const float* __restrict rhos = row.transform.rho;
-  const float* __restrict radii = row.largest;
-  float* __restrict state = row.transform.state;
-  std::int8_t* __restrict symbols = row.symbols;
-  std::uint8_t* __restrict lows = row.lows;
-  std::uint8_t* __restrict flags = row.flags;
-  const float step = row.transform.step;
-  const float inverse_step = row.transform.inverse_step;
-  const int shift = static_cast<int>(row.low_bits);
+  const float* __restrict steps = given.transform.steps;
+  const float* __restrict inverse_steps = given.transform.inverse_steps;
+  const float* __restrict means = given.transform.mean;
+  const float* __restrict rhos = given.transform.rho;
+  const float* __restrict radii = given.largest;
+  float* __restrict state = given.transform.state;
+  const int shift = static_cast<int>(given.low_bits);
   const int low_mask = (1 << shift) - 1;
   const float span = static_cast<float>(1 << shift);
   const float spare = static_cast<float>(low_mask);
-  const std::size_t dim = row.dim;
+  const std::size_t dim = given.dim;
   unsigned any = 0;
-  // More arrays than a compiler would compare for overlaps.
+  for (std::size_t row = 0; row < given.rows; ++row) {
+    const std::uint8_t* __restrict source =
+        given.source + static_cast<std::ptrdiff_t>(row) * given.source_stride;
+    std::int8_t* __restrict symbols = given.symbols + row * given.symbols_stride;
+    std::uint8_t* __restrict lows = given.lows + row * dim;
+    std::uint8_t* __restrict flags = given.flags + row * dim;
+    const bool has_own_step = given.row_steps != nullptr;
+    const float step = has_own_step ? given.row_steps[row] : given.transform.step;
+    const float inverse_step =
+        has_own_step ? given.row_inverse_steps[row] : given.transform.inverse_step;
+    // More arrays than a compiler would compare for overlaps.
 #pragma GCC ivdep
-  for (std::size_t i = 0; i < dim; ++i) {
-    const auto bits = load_le<Bits>(source + i * sizeof(Bits));
-    const bool is_special = static_cast<Bits>(bits & Type::kExponent) == Type::kExponent;
-    const float value = Type::load(bits);
-    const float centred = kMean ? value - means[i] : value;
-    const float predicted = kDpcm ? rhos[i] * state[i] : 0.0F;
-    const float scaled = (centred - predicted) * (kSteps ? inverse_steps[i] : inverse_step);
-    const float lowest = -(radii[i] * span);
-    const float highest = radii[i] * span + spare;
-    const float clamped = std::min(std::max(scaled, lowest - 1.0F), highest + 1.0F);
-    // By mask, not by choice: what might trap on one side keeps compilers from making vectors.
-    const float bounded =
-        float_from(bits_of(clamped) & (static_cast<std::uint32_t>(is_special) - 1U));
-    const float rounded = nearest(bounded);
-    const float kept = std::min(std::max(rounded, lowest), highest);
-    const float rebuilt = kept * (kSteps ? steps[i] : step) + predicted;
-    if (kDpcm) {
-      state[i] = rebuilt;
+    for (std::size_t i = first; i < dim; ++i) {
+      const auto bits = load_le<Bits>(source + i * sizeof(Bits));
+      const bool is_special = static_cast<Bits>(bits & Type::kExponent) == Type::kExponent;
+      const float value = Type::load(bits);
+      const float centred = kMean ? value - means[i] : value;
+      const float predicted = kDpcm ? rhos[i] * state[i] : 0.0F;
+      const float scaled = (centred - predicted) * (kSteps ? inverse_steps[i] : inverse_step);
+      const float lowest = -(radii[i] * span);
+      const float highest = radii[i] * span + spare;
+      const float clamped = std::min(std::max(scaled, lowest - 1.0F), highest + 1.0F);
+      // By mask, not by choice: what might trap on one side keeps compilers from making vectors.
+      const float bounded =
+          float_from(bits_of(clamped) & (static_cast<std::uint32_t>(is_special) - 1U));
+      const float rounded = nearest(bounded);
+      const float kept = std::min(std::max(rounded, lowest), highest);
+      const float rebuilt = kept * (kSteps ? steps[i] : step) + predicted;
+      if (kDpcm) {
+        state[i] = rebuilt;
+      }
+      const Bits made = Type::store(kMean ? rebuilt + means[i] : rebuilt);
+      const bool is_overflow = static_cast<Bits>(made & Type::kExponent) == Type::kExponent;
+      const unsigned flag = static_cast<unsigned>(is_special) |
+                            static_cast<unsigned>(rounded != kept) |
+                            static_cast<unsigned>(is_overflow);
+      const auto quantised = static_cast<std::int32_t>(kept);
+      symbols[i] = static_cast<std::int8_t>(quantised >> shift);
+      lows[i] = static_cast<std::uint8_t>(quantised & low_mask);
+      flags[i] = static_cast<std::uint8_t>(flag);
+      any |= flag;
     }
-    const Bits made = Type::store(kMean ? rebuilt + means[i] : rebuilt);
-    const bool is_overflow = static_cast<Bits>(made & Type::kExponent) == Type::kExponent;
-    const unsigned flag = static_cast<unsigned>(is_special) |
-                          static_cast<unsigned>(rounded != kept) |
-                          static_cast<unsigned>(is_overflow);
-    const auto quantised = static_cast<std::int32_t>(kept);
-    symbols[i] = static_cast<std::int8_t>(quantised >> shift);
-    lows[i] = static_cast<std::uint8_t>(quantised & low_mask);
-    flags[i] = static_cast<std::uint8_t>(flag);
-    any |= flag;
   }
   return any != 0;
 }
 
+// Channels from `first` on.
 template <typename Type>
-KV_INLINE bool quantise_any(const QuantiseRow& row) noexcept {
-  const bool has_mean = row.transform.mean != nullptr;
-  if (row.transform.steps == nullptr) {
-    return has_mean ? quantise_row<Type, false, true, false>(row)
-                    : quantise_row<Type, false, false, false>(row);
+KV_INLINE bool quantise_any(const QuantiseRows& rows, std::size_t first) noexcept {
+  const bool has_mean = rows.transform.mean != nullptr;
+  if (rows.transform.steps == nullptr) {
+    return has_mean ? quantise_rows<Type, false, true, false>(rows, first)
+                    : quantise_rows<Type, false, false, false>(rows, first);
   }
-  if (row.transform.rho != nullptr) {
-    return has_mean ? quantise_row<Type, true, true, true>(row)
-                    : quantise_row<Type, true, false, true>(row);
+  if (rows.transform.rho != nullptr) {
+    return has_mean ? quantise_rows<Type, true, true, true>(rows, first)
+                    : quantise_rows<Type, true, false, true>(rows, first);
   }
-  return has_mean ? quantise_row<Type, true, true, false>(row)
-                  : quantise_row<Type, true, false, false>(row);
+  return has_mean ? quantise_rows<Type, true, true, false>(rows, first)
+                  : quantise_rows<Type, true, false, false>(rows, first);
 }
 
 template <typename Type, typename Quantised, bool kSteps, bool kMean, bool kDpcm>
-KV_INLINE void restore_rows(const RestoreRows<Quantised>& given) noexcept {
+KV_INLINE void restore_rows(const RestoreRows<Quantised>& given, std::size_t first) noexcept {
   using Bits = typename Type::Bits;
   const float* __restrict steps = given.transform.steps;
   const float* __restrict means = given.transform.mean;
@@ -140,7 +148,7 @@ KV_INLINE void restore_rows(const RestoreRows<Quantised>& given) noexcept {
         given.target + static_cast<std::ptrdiff_t>(row) * given.target_stride;
     const float step = given.row_steps == nullptr ? given.transform.step : given.row_steps[row];
 #pragma GCC ivdep
-    for (std::size_t i = 0; i < dim; ++i) {
+    for (std::size_t i = first; i < dim; ++i) {
       const float predicted = kDpcm ? rhos[i] * state[i] : 0.0F;
       const float rebuilt =
           static_cast<float>(quantised[i]) * (kSteps ? steps[i] : step) + predicted;
@@ -153,47 +161,92 @@ KV_INLINE void restore_rows(const RestoreRows<Quantised>& given) noexcept {
   }
 }
 
+// Channels from `first` on.
 template <typename Type, typename Quantised>
-KV_INLINE void restore_any(const RestoreRows<Quantised>& rows) noexcept {
+KV_INLINE void restore_any(const RestoreRows<Quantised>& rows, std::size_t first) noexcept {
   const bool has_mean = rows.transform.mean != nullptr;
   if (rows.transform.steps == nullptr) {
-    return has_mean ? restore_rows<Type, Quantised, false, true, false>(rows)
-                    : restore_rows<Type, Quantised, false, false, false>(rows);
+    return has_mean ? restore_rows<Type, Quantised, false, true, false>(rows, first)
+                    : restore_rows<Type, Quantised, false, false, false>(rows, first);
   }
   if (rows.transform.rho != nullptr) {
-    return has_mean ? restore_rows<Type, Quantised, true, true, true>(rows)
-                    : restore_rows<Type, Quantised, true, false, true>(rows);
+    return has_mean ? restore_rows<Type, Quantised, true, true, true>(rows, first)
+                    : restore_rows<Type, Quantised, true, false, true>(rows, first);
   }
-  return has_mean ? restore_rows<Type, Quantised, true, true, false>(rows)
-                  : restore_rows<Type, Quantised, true, false, false>(rows);
+  return has_mean ? restore_rows<Type, Quantised, true, true, false>(rows, first)
+                  : restore_rows<Type, Quantised, true, false, false>(rows, first);
 }
 
+// What a loop of its own has done: some channels of all rows.
+template <typename Type>
+struct NoVectors {
+  static bool has_energy(std::size_t) noexcept { return false; }
+  static float energy(const std::uint8_t*, std::size_t) noexcept { return 0.0F; }
+  static QuantisedChannels quantise(const QuantiseRows&) noexcept { return {0, false}; }
+  template <typename Quantised>
+  static std::size_t restore(const RestoreRows<Quantised>&) noexcept {
+    return 0;
+  }
+};
+
+#ifdef KV_X86
+template <typename Type>
+struct Avx2Vectors : NoVectors<Type> {};
+template <>
+struct Avx2Vectors<BFloat16> : NoVectors<BFloat16> {
+  template <typename Quantised>
+  static std::size_t restore(const RestoreRows<Quantised>& rows) noexcept {
+    return restore_bfloat16_avx2(rows);
+  }
+};
+
+template <typename Type>
+struct Avx512Vectors : NoVectors<Type> {};
+template <>
+struct Avx512Vectors<BFloat16> {
+  static bool has_energy(std::size_t dim) noexcept { return dim % kPartials == 0; }
+  static float energy(const std::uint8_t* source, std::size_t dim) noexcept {
+    return energy_bfloat16_avx512(source, dim);
+  }
+  static QuantisedChannels quantise(const QuantiseRows& rows) noexcept {
+    return quantise_bfloat16_avx512(rows);
+  }
+  template <typename Quantised>
+  static std::size_t restore(const RestoreRows<Quantised>& rows) noexcept {
+    return restore_bfloat16_avx512(rows);
+  }
+};
+#endif
+
 // One set of functions for a target of the compiler.
-#define KV_ELEMENT_LOOPS(NAME, TARGET)                                                          \
+#define KV_ELEMENT_LOOPS(NAME, TARGET, VECTORS)                                                 \
   template <typename Type>                                                                      \
   struct NAME {                                                                                 \
     TARGET static void load(const std::uint8_t* source, std::size_t dim, float* out) noexcept { \
       load_any<Type>(source, dim, out);                                                         \
     }                                                                                           \
     TARGET static float energy(const std::uint8_t* source, std::size_t dim) noexcept {          \
-      return energy_any<Type>(source, dim);                                                     \
+      return VECTORS<Type>::has_energy(dim) ? VECTORS<Type>::energy(source, dim)                \
+                                            : energy_any<Type>(source, dim);                    \
     }                                                                                           \
-    TARGET static bool quantise(const QuantiseRow& row) noexcept {                              \
-      return quantise_any<Type>(row);                                                           \
+    TARGET static bool quantise(const QuantiseRows& rows) noexcept {                            \
+      const QuantisedChannels done = VECTORS<Type>::quantise(rows);                             \
+      const bool has_more = quantise_any<Type>(rows, done.count);                               \
+      return done.has_exceptions || has_more;                                                   \
     }                                                                                           \
     TARGET static void restore8(const RestoreRows<std::int8_t>& rows) noexcept {                \
-      restore_any<Type, std::int8_t>(rows);                                                     \
+      restore_any<Type, std::int8_t>(rows, VECTORS<Type>::restore(rows));                       \
     }                                                                                           \
     TARGET static void restore16(const RestoreRows<std::int16_t>& rows) noexcept {              \
-      restore_any<Type, std::int16_t>(rows);                                                    \
+      restore_any<Type, std::int16_t>(rows, VECTORS<Type>::restore(rows));                      \
     }                                                                                           \
     static constexpr ElementLoops kLoops{&load, &energy, &quantise, &restore8, &restore16};     \
   };
 
-KV_ELEMENT_LOOPS(BaselineLoops, )
+KV_ELEMENT_LOOPS(BaselineLoops, , NoVectors)
 #ifdef KV_X86
-KV_ELEMENT_LOOPS(Avx2Loops, KV_TARGET_AVX2)
-KV_ELEMENT_LOOPS(Avx512Loops, KV_TARGET_AVX512)
+KV_ELEMENT_LOOPS(Avx2Loops, KV_TARGET_AVX2, Avx2Vectors)
+KV_ELEMENT_LOOPS(Avx512Loops, KV_TARGET_AVX512, Avx512Vectors)
 #endif
 #undef KV_ELEMENT_LOOPS
 

@@ -20,16 +20,21 @@ struct RowTransform {
   float* state;       ///< [dim], r of the token before, zeros at the start; null like `rho`
 };
 
-/// One row to quantise.
-struct QuantiseRow {
-  const std::uint8_t* source;
+/// Rows of one head to quantise, in the order of their tokens.
+struct QuantiseRows {
+  const std::uint8_t* source;    ///< the first row
+  std::ptrdiff_t source_stride;  ///< from row to row, in bytes
+  std::size_t rows;
   std::size_t dim;
   RowTransform transform;
-  const float* largest;  ///< [dim], RADIUS of each channel's class
+  const float* row_steps;          ///< [rows], instead of transform.step; null: one step for all
+  const float* row_inverse_steps;  ///< null like `row_steps`
+  const float* largest;            ///< [dim], RADIUS of each channel's class
   unsigned low_bits;
-  std::int8_t* symbols;  ///< [dim]
-  std::uint8_t* lows;    ///< [dim]
-  std::uint8_t* flags;   ///< [dim], 1 for an exception
+  std::int8_t* symbols;        ///< [dim] of the first row
+  std::size_t symbols_stride;  ///< from row to row
+  std::uint8_t* lows;          ///< [rows, dim]
+  std::uint8_t* flags;         ///< [rows, dim], 1 for an exception
 };
 
 /// Rows of one head to bring back, in the order of their tokens.
@@ -52,7 +57,7 @@ struct ElementLoops {
   /// sum16 of the squares of what `load` gives.
   float (*energy)(const std::uint8_t* source, std::size_t dim) noexcept;
   /// Returns true when a flag was set.
-  bool (*quantise)(const QuantiseRow& row) noexcept;
+  bool (*quantise)(const QuantiseRows& rows) noexcept;
   void (*restore8)(const RestoreRows<std::int8_t>& rows) noexcept;
   void (*restore16)(const RestoreRows<std::int16_t>& rows) noexcept;
 };

@@ -7,6 +7,7 @@
 #include "core/endian.hpp"
 #include "planes/element_loops.hpp"
 #include "planes/elements.hpp"
+#include "planes/plane_quantiser.hpp"
 #include "planes/quantised_plane.hpp"
 #include "planes/scales.hpp"
 
@@ -63,181 +64,6 @@ PlaneParameters measure_parameters(const PlaneShape& shape,
   return parameters;
 }
 
-// Everything that quantising one plane looks up, and what it makes.
-class PlaneQuantiser {
- public:
-  PlaneQuantiser(const PlaneShape& shape,
-                 const QuantisedChoice& choice,
-                 const PlaneParameters* parameters,
-                 const PlaneEntry& entry,
-                 const Scales& scales)
-      : shape_(shape),
-        choice_(choice),
-        parameters_(parameters),
-        entry_(entry),
-        scales_(scales),
-        grid_(shape.grid(choice.raw_rows, entry.segment_heads)),
-        loops_(element_loops(shape.dtype)),
-        offsets_(parameters, shape.heads, shape.dim),
-        low_row_nbytes_((shape.dim + 7) / 8),
-        lows_(std::size_t{entry.low_bits} * shape.heads * grid_.tokens * low_row_nbytes_),
-        flags_(shape.dim),
-        low_row_(round_up(shape.dim, 8)),
-        state_(shape.dim),
-        row_steps_(2 * shape.dim) {
-    const std::size_t channels = shape.heads * shape.dim;
-    first_ = classes_of(true, channels);
-    rest_ = choice.transform.has_dpcm ? classes_of(false, channels) : first_;
-    if (choice.transform.axis != StepAxis::kToken) {
-      for (const int code :
-           channel_codes(*parameters, choice.transform.axis, choice.mult, shape.dim)) {
-        steps_.push_back(step_of(code));
-        inverse_steps_.push_back(step_of(-code));
-      }
-    }
-  }
-
-  [[nodiscard]] const SegmentGrid& grid() const noexcept { return grid_; }
-  [[nodiscard]] const std::vector<std::uint8_t>& lows() const noexcept { return lows_; }
-  [[nodiscard]] const std::uint32_t* bases(const Segment& segment, bool is_first) const noexcept {
-    return (is_first ? first_ : rest_).bases.data() + segment.first_head * grid_.padded_dim();
-  }
-
-  /// Fills symbols [tokens, heads, padded dim] of one segment and lists its exceptions.
-  void quantise(const Segment& segment,
-                const SourceRows& source,
-                std::vector<std::uint8_t>& symbols,
-                std::vector<std::uint8_t>& indices,
-                std::vector<std::uint8_t>& bits) {
-    const std::size_t padded = grid_.padded_dim();
-    symbols.assign(segment.num_tokens * segment.num_heads * padded, 0);
-    flagged_.clear();
-    for (std::size_t at = 0; at < segment.num_heads; ++at) {
-      const std::size_t head = segment.first_head + at;
-      std::fill(state_.begin(), state_.end(), 0.0F);
-      for (std::size_t token = 0; token < segment.num_tokens; ++token) {
-        const std::size_t row = segment.first_token + token;
-        const std::size_t entry = token * segment.num_heads + at;
-        const std::uint8_t* elements = source.row(head, choice_.raw_rows + row);
-        auto* to = reinterpret_cast<std::int8_t*>(symbols.data() + entry * padded);
-        const ChannelClasses& classes = token == 0 ? first_ : rest_;
-        if (loops_.quantise(QuantiseRow{elements, shape_.dim, transform(head, row),
-                                        classes.radii.data() + head * shape_.dim, entry_.low_bits,
-                                        to, low_row_.data(), flags_.data()})) {
-          note_exceptions(entry, elements);
-        }
-        pack_lows(head, row);
-      }
-    }
-    list_exceptions(indices, bits);
-  }
-
- private:
-  struct ChannelClasses {
-    std::vector<float> radii;
-    std::vector<std::uint32_t> bases;
-  };
-  struct Flagged {
-    std::uint32_t index;
-    std::uint32_t bits;
-  };
-
-  ChannelClasses classes_of(bool is_first, std::size_t channels) const {
-    const std::vector<std::uint8_t> classes = channel_classes(
-        parameters_, choice_.transform, choice_.mult, entry_.low_bits, channels, is_first);
-    ChannelClasses found;
-    for (const std::uint8_t each : classes) {
-      found.radii.push_back(class_tables().radius[each]);
-    }
-    found.bases = lane_bases(classes.data(), shape_.heads, shape_.dim, kNullClass, kClassWritePage);
-    return found;
-  }
-
-  RowTransform transform(std::size_t head, std::size_t row) noexcept {
-    const std::size_t at = head * shape_.dim;
-    RowTransform transform{};
-    if (choice_.transform.axis == StepAxis::kToken) {
-      const int scale = scales_.code(head, row, grid_.tokens);
-      if (choice_.transform.has_dpcm || !offsets_.is_uniform(head)) {
-        for (std::size_t i = 0; i < shape_.dim; ++i) {
-          const int code = offsets_.code(scale, head, i);
-          row_steps_[i] = step_of(code);
-          row_steps_[shape_.dim + i] = step_of(-code);
-        }
-        transform.steps = row_steps_.data();
-        transform.inverse_steps = row_steps_.data() + shape_.dim;
-      } else {
-        const int code = offsets_.code(scale, head, 0);
-        transform.step = step_of(code);
-        transform.inverse_step = step_of(-code);
-      }
-    } else {
-      transform.steps = steps_.data() + at;
-      transform.inverse_steps = inverse_steps_.data() + at;
-    }
-    transform.mean = choice_.transform.has_mean ? parameters_->mean.data() + at : nullptr;
-    transform.rho = choice_.transform.has_dpcm ? parameters_->rho.data() + at : nullptr;
-    transform.state = choice_.transform.has_dpcm ? state_.data() : nullptr;
-    return transform;
-  }
-
-  void note_exceptions(std::size_t entry, const std::uint8_t* elements) {
-    for (std::size_t i = 0; i < shape_.dim; ++i) {
-      if (flags_[i] != 0) {
-        const std::uint32_t bits = shape_.itemsize() == 2
-                                       ? load_le<std::uint16_t>(elements + 2 * i)
-                                       : load_le<std::uint32_t>(elements + 4 * i);
-        flagged_.push_back(Flagged{static_cast<std::uint32_t>(entry * shape_.dim + i), bits});
-      }
-    }
-  }
-
-  void list_exceptions(std::vector<std::uint8_t>& indices, std::vector<std::uint8_t>& bits) {
-    std::sort(flagged_.begin(), flagged_.end(),
-              [](const Flagged& a, const Flagged& b) { return a.index < b.index; });
-    indices.resize(2 * flagged_.size());
-    bits.resize(shape_.itemsize() * flagged_.size());
-    for (std::size_t at = 0; at < flagged_.size(); ++at) {
-      store_le<std::uint16_t>(indices.data() + 2 * at,
-                              static_cast<std::uint16_t>(flagged_[at].index));
-      std::memcpy(bits.data() + shape_.itemsize() * at, &flagged_[at].bits, shape_.itemsize());
-    }
-  }
-
-  void pack_lows(std::size_t head, std::size_t row) noexcept {
-    std::uint8_t* to =
-        lows_.data() + (head * grid_.tokens + row) * entry_.low_bits * low_row_nbytes_;
-    for (unsigned bit = 0; bit < entry_.low_bits; ++bit) {
-      for (std::size_t byte = 0; byte < low_row_nbytes_; ++byte) {
-        // Gathers the lowest bits of eight bytes, the first one lowest.
-        const std::uint64_t eight =
-            load_le<std::uint64_t>(low_row_.data() + 8 * byte) >> bit & 0x0101010101010101U;
-        *to++ = static_cast<std::uint8_t>(eight * 0x0102040810204080U >> 56);
-      }
-    }
-  }
-
-  const PlaneShape& shape_;
-  const QuantisedChoice& choice_;
-  const PlaneParameters* parameters_;
-  const PlaneEntry& entry_;
-  const Scales& scales_;
-  SegmentGrid grid_;
-  const ElementLoops& loops_;
-  RowSteps offsets_;
-  std::size_t low_row_nbytes_;
-  std::vector<std::uint8_t> lows_;
-  std::vector<std::uint8_t> flags_;
-  std::vector<std::uint8_t> low_row_;
-  std::vector<float> state_;
-  std::vector<float> row_steps_;
-  ChannelClasses first_;
-  ChannelClasses rest_;
-  std::vector<float> steps_;
-  std::vector<float> inverse_steps_;
-  std::vector<Flagged> flagged_;
-};
-
 // Codes the scale residuals that stand before a segment's rows: last of all, since writing goes
 // backwards.
 void write_scales(const Scales& scales,
@@ -262,9 +88,7 @@ void write_scales(const Scales& scales,
 void write_segments(PlaneQuantiser& quantiser,
                     const Scales& scales,
                     std::size_t itemsize,
-                    const std::vector<std::vector<std::uint8_t>>& symbols,
-                    const std::vector<std::vector<std::uint8_t>>& indices,
-                    const std::vector<std::vector<std::uint8_t>>& bits,
+                    const std::vector<QuantisedSegment>& segments,
                     std::uint8_t* counts,
                     SectionWriter& writer) {
   const SegmentGrid& grid = quantiser.grid();
@@ -272,27 +96,29 @@ void write_segments(PlaneQuantiser& quantiser,
   std::vector<std::uint8_t> scratch;
   for (std::size_t index = 0; index < grid.size() && !writer.is_full(); ++index) {
     const Segment segment = grid.at(index);
+    const QuantisedSegment& made = segments[index];
     const std::size_t groups = segment.num_heads * grid.head_groups();
     const std::size_t scale_room = 2 * round_up(segment.num_heads * segment.num_tokens, kGroup);
-    scratch.resize(std::max(scratch.size(), 2 * symbols[index].size() + scale_room));
+    scratch.resize(
+        std::max(scratch.size(), 2 * made.symbols.size() + scale_room + RansWriter::kSpareNbytes));
     RansWriter coder(Bytes(scratch.data(), scratch.size()));
-    coder.write_groups(symbols[index].data() + groups * kGroup, table,
+    coder.write_groups(made.symbols.data() + groups * kGroup, table,
                        quantiser.bases(segment, false), kClassWritePage - 1, segment.num_tokens - 1,
                        groups);
-    coder.write_groups(symbols[index].data(), table, quantiser.bases(segment, true),
+    coder.write_groups(made.symbols.data(), table, quantiser.bases(segment, true),
                        kClassWritePage - 1, 1, groups);
     if (!scales.bases.empty() && scales.scale_class != kStoredScales) {
       write_scales(scales, segment, grid.tokens, coder);
     }
     writer.append(coder.states().data(), kStatesNbytes);
     writer.append(coder.words().data(), coder.words().size());
-    writer.append(indices[index].data(), indices[index].size());
-    writer.append(bits[index].data(), bits[index].size());
+    writer.append(made.indices.data(), made.indices.size());
+    writer.append(made.bits.data(), made.bits.size());
     writer.pad();
     store_le<std::uint32_t>(counts + 8 * index,
                             static_cast<std::uint32_t>(coder.words().size() / 2));
     store_le<std::uint32_t>(counts + 8 * index + 4,
-                            static_cast<std::uint32_t>(bits[index].size() / itemsize));
+                            static_cast<std::uint32_t>(made.bits.size() / itemsize));
   }
 }
 
@@ -357,16 +183,13 @@ std::size_t write_quantised_plane(const PlaneShape& shape,
   const std::size_t num_segments = quantiser.grid().size();
   std::uint8_t* counts = writer.take(8 * num_segments);
   write_raw_rows(shape, source, choice.raw_rows, writer);
-  std::vector<std::vector<std::uint8_t>> symbols(num_segments);
-  std::vector<std::vector<std::uint8_t>> indices(num_segments);
-  std::vector<std::vector<std::uint8_t>> bits(num_segments);
+  std::vector<QuantisedSegment> segments;
   for (std::size_t index = 0; index < num_segments; ++index) {
-    quantiser.quantise(quantiser.grid().at(index), source, symbols[index], indices[index],
-                       bits[index]);
+    segments.push_back(quantiser.quantise(quantiser.grid().at(index), source));
   }
   writer.append(quantiser.lows().data(), quantiser.lows().size());
   writer.pad();
-  write_segments(quantiser, scales, shape.itemsize(), symbols, indices, bits, counts, writer);
+  write_segments(quantiser, scales, shape.itemsize(), segments, counts, writer);
   return writer.is_full() ? 0 : writer.nbytes();
 }
 
