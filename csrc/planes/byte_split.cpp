@@ -5,6 +5,15 @@
 #include "core/cpu.hpp"
 #include "core/endian.hpp"
 
+#ifdef KV_X86
+// GCC's own header passes vectors without a value where none is needed, and warns of it.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
 namespace kv {
 namespace {
 
@@ -83,35 +92,72 @@ KV_INLINE void merge_any(const ConstStreams& from,
   }
 }
 
+KV_INLINE void merge_rows_any(MergeRows given) noexcept {
+  for (std::size_t row = 0; row < given.rows; ++row) {
+    merge_any(given.streams, given.count, given.itemsize, given.target);
+    for (std::size_t stream = 0; stream < given.itemsize; ++stream) {
+      given.streams[stream] += stream + 1 == given.itemsize ? given.high_stride : given.low_stride;
+    }
+    given.target += given.target_stride;
+  }
+}
+
 #ifdef KV_X86
-KV_TARGET_AVX2 void split_avx2(const std::uint8_t* source,
-                               std::size_t count,
-                               std::size_t itemsize,
-                               const Streams& streams) noexcept {
-  split_any(source, count, itemsize, streams);
+constexpr std::size_t kVector = 64;
+
+// Bytes of two vectors side by side, for the first half of both.
+constexpr std::array<std::uint8_t, kVector> make_pairs() {
+  std::array<std::uint8_t, kVector> pairs{};
+  for (std::size_t at = 0; at < kVector / 2; ++at) {
+    pairs[2 * at] = static_cast<std::uint8_t>(at);
+    pairs[2 * at + 1] = static_cast<std::uint8_t>(kVector + at);
+  }
+  return pairs;
 }
 
-KV_TARGET_AVX2 void merge_avx2(const ConstStreams& streams,
-                               std::size_t count,
-                               std::size_t itemsize,
-                               std::uint8_t* destination) noexcept {
-  merge_any(streams, count, itemsize, destination);
-}
+alignas(kVector) constexpr std::array<std::uint8_t, kVector> kPairs = make_pairs();
 
-KV_TARGET_AVX512 void split_avx512(const std::uint8_t* source,
-                                   std::size_t count,
-                                   std::size_t itemsize,
-                                   const Streams& streams) noexcept {
-  split_any(source, count, itemsize, streams);
-}
-
-KV_TARGET_AVX512 void merge_avx512(const ConstStreams& streams,
-                                   std::size_t count,
-                                   std::size_t itemsize,
-                                   std::uint8_t* destination) noexcept {
-  merge_any(streams, count, itemsize, destination);
+// Elements of two bytes, whole vectors of them in every row.
+KV_TARGET_AVX512 void merge_rows_of_vectors(const MergeRows& given) noexcept {
+  const __m512i pairs = _mm512_load_si512(kPairs.data());
+  const __m512i later = _mm512_add_epi8(pairs, _mm512_set1_epi8(kVector / 2));
+  const std::uint8_t* low = given.streams[0];
+  const std::uint8_t* high = given.streams[1];
+  std::uint8_t* target = given.target;
+  for (std::size_t row = 0; row < given.rows; ++row) {
+    for (std::size_t at = 0; at < given.count; at += kVector) {
+      const __m512i lows = _mm512_loadu_si512(low + at);
+      const __m512i highs = _mm512_loadu_si512(high + at);
+      const __m512i first = _mm512_permutex2var_epi8(lows, pairs, highs);
+      const __m512i second = _mm512_permutex2var_epi8(lows, later, highs);
+      _mm512_storeu_si512(target + 2 * at, _mm512_shrdi_epi16(first, first, 1));
+      _mm512_storeu_si512(target + 2 * at + kVector, _mm512_shrdi_epi16(second, second, 1));
+    }
+    low += given.low_stride;
+    high += given.high_stride;
+    target += given.target_stride;
+  }
 }
 #endif
+
+// The same loops for a target of the compiler.
+#define KV_BYTE_LOOPS(NAME, TARGET)                                                      \
+  struct NAME {                                                                          \
+    TARGET static void split(const std::uint8_t* source,                                 \
+                             std::size_t count,                                          \
+                             std::size_t itemsize,                                       \
+                             const Streams& streams) noexcept {                          \
+      split_any(source, count, itemsize, streams);                                       \
+    }                                                                                    \
+    TARGET static void merge(const MergeRows& given) noexcept { merge_rows_any(given); } \
+  };
+
+KV_BYTE_LOOPS(BaselineLoops, )
+#ifdef KV_X86
+KV_BYTE_LOOPS(Avx2Loops, KV_TARGET_AVX2)
+KV_BYTE_LOOPS(Avx512Loops, KV_TARGET_AVX512)
+#endif
+#undef KV_BYTE_LOOPS
 
 }  // namespace
 
@@ -121,32 +167,40 @@ void split_bytes(const std::uint8_t* source,
                  const Streams& streams) noexcept {
 #ifdef KV_X86
   if (simd_level() == SimdLevel::kAvx512) {
-    split_avx512(source, count, itemsize, streams);
+    Avx512Loops::split(source, count, itemsize, streams);
     return;
   }
   if (simd_level() == SimdLevel::kAvx2) {
-    split_avx2(source, count, itemsize, streams);
+    Avx2Loops::split(source, count, itemsize, streams);
     return;
   }
 #endif
-  split_any(source, count, itemsize, streams);
+  BaselineLoops::split(source, count, itemsize, streams);
+}
+
+void merge_rows(const MergeRows& given) noexcept {
+#ifdef KV_X86
+  if (simd_level() == SimdLevel::kAvx512) {
+    if (given.itemsize == 2 && given.count % kVector == 0) {
+      merge_rows_of_vectors(given);
+    } else {
+      Avx512Loops::merge(given);
+    }
+    return;
+  }
+  if (simd_level() == SimdLevel::kAvx2) {
+    Avx2Loops::merge(given);
+    return;
+  }
+#endif
+  BaselineLoops::merge(given);
 }
 
 void merge_bytes(const ConstStreams& streams,
                  std::size_t count,
                  std::size_t itemsize,
                  std::uint8_t* destination) noexcept {
-#ifdef KV_X86
-  if (simd_level() == SimdLevel::kAvx512) {
-    merge_avx512(streams, count, itemsize, destination);
-    return;
-  }
-  if (simd_level() == SimdLevel::kAvx2) {
-    merge_avx2(streams, count, itemsize, destination);
-    return;
-  }
-#endif
-  merge_any(streams, count, itemsize, destination);
+  merge_rows(MergeRows{streams, 0, 0, count, itemsize, 1, destination, 0});
 }
 
 }  // namespace kv

@@ -27,4 +27,18 @@ void merge_bytes(const ConstStreams& streams,
                  std::size_t itemsize,
                  std::uint8_t* destination) noexcept;
 
+/// Rows of `count` elements to merge; strides are in bytes, from row to row.
+struct MergeRows {
+  ConstStreams streams;
+  std::size_t low_stride;   ///< of all streams but the highest
+  std::size_t high_stride;  ///< of the highest byte's
+  std::size_t count;
+  std::size_t itemsize;
+  std::size_t rows;
+  std::uint8_t* target;
+  std::ptrdiff_t target_stride;
+};
+
+void merge_rows(const MergeRows& given) noexcept;
+
 }  // namespace kv

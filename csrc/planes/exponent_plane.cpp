@@ -174,22 +174,31 @@ class ExponentReader final : public PlaneReader {
                   const std::uint8_t* symbols,
                   SegmentState&,
                   const WindowTarget& target) const override {
-    const std::size_t count = shape().elements();
-    for (std::size_t row = 0; row < rows; ++row) {
-      const std::size_t token = segment.first_token + first_row + row;
-      for (std::size_t at = 0; at < segment.num_heads; ++at, symbols += grid().padded_dim()) {
-        const std::size_t head = segment.first_head + at;
-        if (!target.window.has(head, token)) {
-          continue;
-        }
-        const std::size_t offset = (head * shape().tokens + token) * shape().dim;
-        ConstStreams streams{};
-        for (std::size_t stream = 0; stream + 1 < shape().itemsize(); ++stream) {
-          streams[stream] = lows_ + stream * count + offset;
-        }
-        streams[shape().itemsize() - 1] = symbols;
-        merge_bytes(streams, shape().dim, shape().itemsize(), target.row(head, token));
+    const Window& window = target.window;
+    const std::size_t begin = segment.first_token + first_row;
+    const std::size_t first = std::max(begin, window.first_token);
+    const std::size_t end = std::min(begin + rows, window.first_token + window.num_tokens);
+    const std::size_t itemsize = shape().itemsize();
+    for (std::size_t at = 0; at < segment.num_heads && first < end; ++at) {
+      const std::size_t head = segment.first_head + at;
+      if (head - window.first_head >= window.num_heads) {
+        continue;
       }
+      MergeRows merge{};
+      merge.low_stride = shape().dim;
+      merge.high_stride = segment.num_heads * grid().padded_dim();
+      const std::size_t offset = (head * shape().tokens + first) * shape().dim;
+      for (std::size_t stream = 0; stream + 1 < itemsize; ++stream) {
+        merge.streams[stream] = lows_ + stream * shape().elements() + offset;
+      }
+      merge.streams[itemsize - 1] =
+          symbols + (first - begin) * merge.high_stride + at * grid().padded_dim();
+      merge.count = shape().dim;
+      merge.itemsize = itemsize;
+      merge.rows = end - first;
+      merge.target = target.row(head, first);
+      merge.target_stride = target.rows.token_stride;
+      merge_rows(merge);
     }
   }
 
@@ -233,7 +242,7 @@ std::size_t write_exponent_plane(
     const Segment segment = grid.at(index);
     const std::size_t symbols = segment.num_tokens * segment.num_heads * grid.padded_dim();
     rows.assign(symbols, 0);
-    scratch.resize(std::max(scratch.size(), 2 * symbols));
+    scratch.resize(std::max(scratch.size(), 2 * symbols + RansWriter::kSpareNbytes));
     gather_segment(shape, grid, segment, parts.symbols.data(), rows.data());
     RansWriter coder(Bytes(scratch.data(), scratch.size()));
     coder.write_groups(rows.data(), pages.data(),
