@@ -118,17 +118,19 @@ std::size_t read_tables(ConstBytes bytes,
 std::vector<ReadEntry> read_pages(const std::vector<AdaptiveTable>& tables) {
   std::vector<ReadEntry> pages((tables.size() + 1) * kReadPage);
   ReadEntry* slot = pages.data();
+  const auto add = [&slot](std::uint32_t symbol, std::uint32_t frequency) {
+    const ReadEntry first = read_entry(symbol, frequency, 0);
+    for (std::uint32_t bias = 0; bias < frequency; ++bias) {
+      slot[bias] = first + (bias << kBiasShift);
+    }
+    slot += frequency;
+  };
   for (const AdaptiveTable& table : tables) {
     for (std::uint32_t symbol = table.first; symbol <= table.last; ++symbol) {
-      const std::uint32_t frequency = table.frequencies[symbol];
-      for (std::uint32_t bias = 0; bias < frequency; ++bias) {
-        *slot++ = read_entry(symbol, frequency, bias);
-      }
+      add(symbol, table.frequencies[symbol]);
     }
   }
-  for (std::uint32_t bias = 0; bias < kProbabilityTotal; ++bias) {
-    *slot++ = read_entry(0, kProbabilityTotal, bias);
-  }
+  add(0, kProbabilityTotal);
   return pages;
 }
 

@@ -38,24 +38,30 @@ ClassTables make_tables() noexcept {
   return tables;
 }
 
+// How many thresholds a fraction that begins with these four bits has passed at least.
+constexpr std::array<std::uint8_t, 16> make_passed() {
+  std::array<std::uint8_t, 16> passed{};
+  for (std::uint32_t bucket = 0; bucket < 16; ++bucket) {
+    for (const std::uint32_t threshold : kLog16) {
+      passed[bucket] = static_cast<std::uint8_t>(passed[bucket] + (bucket << 19 >= threshold));
+    }
+  }
+  return passed;
+}
+
+constexpr std::array<std::uint8_t, 16> kPassed = make_passed();
+
 // Below 2^-120 a value counts as zero: denormals, and with them the flush-to-zero mode, play no
 // part.
 constexpr std::uint32_t kSmallestBits = (127U - 120U) << 23;
 
 }  // namespace
 
+const std::uint32_t* const exp2_bits = kExp2Bits;
+
 const ClassTables& class_tables() noexcept {
   static const ClassTables tables = make_tables();
   return tables;
-}
-
-float step_of(int code) noexcept {
-  const int clamped = std::min(std::max(code, -kMaxStepCode), kMaxStepCode);
-  const std::uint32_t bits =
-      kExp2Bits[clamped & 7] + (static_cast<std::uint32_t>(clamped >> 3) << 23);
-  float step;
-  std::memcpy(&step, &bits, sizeof(step));
-  return step;
 }
 
 int log16(float value) noexcept {
@@ -65,8 +71,10 @@ int log16(float value) noexcept {
     return kLogOfZero;
   }
   const std::uint32_t fraction = bits & 0x7FFFFFU;
-  const auto passed = std::count_if(std::begin(kLog16), std::end(kLog16),
-                                    [fraction](std::uint32_t each) { return fraction >= each; });
+  // Thresholds are further apart than half of a sixteenth: at most two lie within one.
+  std::size_t passed = kPassed[fraction >> 19];
+  passed += passed < 16 && fraction >= kLog16[passed] ? 1 : 0;
+  passed += passed < 16 && fraction >= kLog16[passed] ? 1 : 0;
   return 16 * (static_cast<int>(bits >> 23) - 127) + static_cast<int>(passed);
 }
 

@@ -2,9 +2,11 @@
 // The frozen tables of FORMAT.md sections 4.4 and 7, and the tables that the coder looks up.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace kv {
 
@@ -51,8 +53,18 @@ struct ClassTables {
 /// Steps and their exponents lie in [-kMaxStepCode, kMaxStepCode].
 constexpr int kMaxStepCode = 800;
 
+/// EXP2 of section 7.
+extern const std::uint32_t* const exp2_bits;
+
 /// 2^(code / 8), as section 7 rounds it. `code` is clamped to the range above.
-[[nodiscard]] float step_of(int code) noexcept;
+[[nodiscard]] inline float step_of(int code) noexcept {
+  const int clamped = std::min(std::max(code, -kMaxStepCode), kMaxStepCode);
+  const std::uint32_t bits =
+      exp2_bits[clamped & 7] + (static_cast<std::uint32_t>(clamped >> 3) << 23);
+  float step;
+  std::memcpy(&step, &bits, sizeof(step));
+  return step;
+}
 
 /// What log16 answers for a value that counts as zero.
 constexpr int kLogOfZero = -(1 << 20);

@@ -3,6 +3,8 @@
 #include "entropy/segments.hpp"
 
 #include <algorithm>
+#include <array>
+#include <cstring>
 
 namespace kv {
 namespace {
@@ -58,15 +60,17 @@ std::vector<std::uint32_t> lane_bases(const std::uint8_t* pages,
                                       std::size_t null_page,
                                       std::size_t page_size) {
   const std::size_t padded = divide_up(dim, kGroup) * kGroup;
-  std::vector<std::uint32_t> bases(heads * padded,
-                                   static_cast<std::uint32_t>(null_page * page_size));
-  for (std::size_t head = 0; head < heads; ++head) {
-    std::uint32_t* row = bases.data() + head * padded;
-    for (std::size_t channel = 0; channel < dim; ++channel) {
-      const std::size_t group = channel / kGroup * kGroup;
-      const std::size_t entry = channel % kGroup;
-      row[group + entry % 2 * kLanes + entry / 2] =
-          static_cast<std::uint32_t>(pages[head * dim + channel] * page_size);
+  std::vector<std::uint32_t> bases(heads * padded);
+  std::uint32_t* group = bases.data();
+  for (std::size_t head = 0; head < heads; ++head, pages += dim) {
+    for (std::size_t first = 0; first < padded; first += kGroup, group += kGroup) {
+      std::array<std::uint8_t, kGroup> of_group;
+      of_group.fill(static_cast<std::uint8_t>(null_page));
+      std::memcpy(of_group.data(), pages + first, std::min(kGroup, dim - first));
+      for (std::size_t lane = 0; lane < kLanes; ++lane) {
+        group[lane] = static_cast<std::uint32_t>(of_group[2 * lane] * page_size);
+        group[kLanes + lane] = static_cast<std::uint32_t>(of_group[2 * lane + 1] * page_size);
+      }
     }
   }
   return bases;

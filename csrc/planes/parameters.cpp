@@ -16,6 +16,7 @@ namespace {
 constexpr std::uint8_t kMeanBit = 1U << 2;
 constexpr std::uint8_t kDpcmBit = 1U << 3;
 constexpr std::uint8_t kMaxRho = 250;
+constexpr std::int16_t kLastClass = kNumClasses - 1;
 
 // What a channel's own step takes of its standard deviation, in eighths of an octave.
 int channel_share(int log_sigma) noexcept { return (log_sigma + 2) >> 2; }
@@ -108,31 +109,43 @@ std::vector<std::uint8_t> channel_classes(const PlaneParameters* parameters,
                                           std::size_t channels,
                                           bool is_first) {
   const int scale = 4 * (mult - 8 * static_cast<int>(low_bits)) + 8;
-  const bool is_residual = transform.has_dpcm && !is_first;
   std::vector<std::uint8_t> classes(channels);
+  if (parameters == nullptr) {
+    const int wanted = std::min(std::max((scale >> 4) + 6, 0), int{kLastClass});
+    std::fill(classes.begin(), classes.end(), static_cast<std::uint8_t>(wanted));
+    return classes;
+  }
+  const bool is_residual = transform.has_dpcm && !is_first;
+  const std::int8_t* levels =
+      is_residual ? parameters->log_residual_sigma.data() : parameters->log_sigma.data();
+  const std::vector<std::int8_t> zeros(parameters->log_step.empty() ? channels : 0);
+  const std::int8_t* steps = zeros.empty() ? parameters->log_step.data() : zeros.data();
+  // In 16 bits, which all sums fit: the compiler makes vectors of them on any CPU.
+  std::vector<std::int16_t> level(channels);
   for (std::size_t channel = 0; channel < channels; ++channel) {
-    int level = 0;
-    if (parameters != nullptr) {
-      level =
-          is_residual ? parameters->log_residual_sigma[channel] : parameters->log_sigma[channel];
-      if (transform.axis == StepAxis::kChannel) {
-        level -= 4 * channel_share(parameters->log_sigma[channel]);
-      }
-      level -= 4 * parameters->step_offset(channel);
+    level[channel] = static_cast<std::int16_t>(levels[channel] - 4 * steps[channel] + scale);
+  }
+  if (transform.axis == StepAxis::kChannel) {
+    for (std::size_t channel = 0; channel < channels; ++channel) {
+      level[channel] = static_cast<std::int16_t>(level[channel] -
+                                                 4 * channel_share(parameters->log_sigma[channel]));
     }
-    const int wanted = ((level + scale) >> 4) + 6;
-    classes[channel] =
-        static_cast<std::uint8_t>(std::min(std::max(wanted, 0), static_cast<int>(kNumClasses) - 1));
+  }
+  for (std::size_t channel = 0; channel < channels; ++channel) {
+    const auto wanted = static_cast<std::int16_t>((level[channel] >> 4) + 6);
+    const auto lowest = std::max(wanted, std::int16_t{0});
+    classes[channel] = static_cast<std::uint8_t>(std::min(lowest, kLastClass));
   }
   return classes;
 }
 
 RowSteps::RowSteps(const PlaneParameters* parameters, std::size_t heads, std::size_t dim)
     : parameters_(parameters), dim_(dim), is_uniform_(heads, true) {
-  for (std::size_t channel = 0; parameters != nullptr && channel < heads * dim; ++channel) {
-    const std::size_t head = channel / dim;
-    if (parameters->step_offset(channel) != parameters->step_offset(head * dim)) {
-      is_uniform_[head] = false;
+  if (parameters != nullptr && !parameters->log_step.empty()) {
+    for (std::size_t head = 0; head < heads; ++head) {
+      const std::int8_t* steps = parameters->log_step.data() + head * dim;
+      // Each equals the one after it.
+      is_uniform_[head] = std::memcmp(steps, steps + 1, dim - 1) == 0;
     }
   }
 }

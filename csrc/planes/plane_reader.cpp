@@ -10,7 +10,7 @@
 namespace kv {
 namespace {
 
-constexpr std::size_t kTileSymbols = 2048;
+constexpr std::size_t kTileSymbols = 4096;
 
 struct SegmentJob {
   const PlaneJob* plane;

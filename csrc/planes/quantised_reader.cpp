@@ -81,9 +81,12 @@ class QuantisedReader final : public PlaneReader {
     if (transform_.axis == StepAxis::kToken) {
       read_scales(segment, reader, state.scales);
       state.steps.resize(state.scales.size());
-      for (std::size_t at = 0; at < state.scales.size(); ++at) {
-        const std::size_t head = segment.first_head + at / segment.num_tokens;
-        state.steps[at] = step_of(offsets_.code(state.scales[at], head, 0));
+      const int* scale = state.scales.data();
+      float* step = state.steps.data();
+      for (std::size_t at = 0; at < segment.num_heads; ++at) {
+        for (std::size_t row = 0; row < segment.num_tokens; ++row) {
+          *step++ = step_of(offsets_.code(*scale++, segment.first_head + at, 0));
+        }
       }
       state.row_steps.resize(shape().dim);
     }
@@ -155,7 +158,8 @@ class QuantisedReader final : public PlaneReader {
       const std::vector<int> codes =
           channel_codes(*parameters_, transform_.axis, entry_.mult, grid().dim);
       steps_.resize(codes.size());
-      std::transform(codes.begin(), codes.end(), steps_.begin(), &step_of);
+      std::transform(codes.begin(), codes.end(), steps_.begin(),
+                     [](int code) { return step_of(code); });
     }
   }
 
@@ -187,9 +191,13 @@ class QuantisedReader final : public PlaneReader {
     std::vector<std::uint8_t> residuals(groups * kGroup);
     const ReadJob job{&reader, table(), bases.data(), residuals.data()};
     read_groups(&job, 1, 1, groups);
-    for (std::size_t at = 0; at < count; ++at) {
-      const std::size_t head = segment.first_head + at / segment.num_tokens;
-      scales[at] = scale_base(head) + static_cast<std::int8_t>(residuals[at]);
+    const std::uint8_t* residual = residuals.data();
+    int* scale = scales.data();
+    for (std::size_t at = 0; at < segment.num_heads; ++at) {
+      const int base = scale_base(segment.first_head + at);
+      for (std::size_t row = 0; row < segment.num_tokens; ++row) {
+        *scale++ = base + static_cast<std::int8_t>(*residual++);
+      }
     }
   }
 
