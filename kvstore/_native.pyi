@@ -53,7 +53,13 @@ class Calibration:
 @final
 class RecordPart:
     def __init__(
-        self, first_plane: int, entries: Sequence[_Entry], segment_tokens: int, data: Buffer, data_offset: int
+        self,
+        first_plane: int,
+        entries: Sequence[_Entry],
+        segment_tokens: int,
+        data: Buffer,
+        data_offset: int,
+        num_leading: int,
     ) -> None: ...
 
 _Target = tuple[int, int, int, int, int]

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from kvstore.bases import BasisSums
 from kvstore.errors import ConfigError, ShapeError, SpecMismatchError
 from kvstore.moments import Moments, PlaneParameters
 from kvstore.native import Calibration as NativeCalibration
@@ -27,6 +28,7 @@ SINK_TOKENS = 4
 _HEADER = struct.Struct("<4sBBHIIQHHHH")  # magic, major, minor, -, crc32c, flags, total, layers, heads, key, value dim
 _FIELDS = ("log_rms", "mean", "log_sigma", "log_residual", "rho", "log_step")
 _ALIGNMENT = 4
+_HAS_BASES = 1
 
 
 class Calibration:
@@ -45,6 +47,11 @@ class Calibration:
         self.id = hashlib.blake2b(self.data, digest_size=CALIBRATION_ID_NBYTES).digest()
         self.native = NativeCalibration(self.data, self.id)
 
+    @property
+    def has_bases(self) -> bool:
+        """True when it holds what profile `pca` needs."""
+        return bool(_HEADER.unpack_from(self.data)[5] & _HAS_BASES)
+
     def check_spec(self, spec: ModelSpec) -> None:
         """Refuse models of another geometry.
 
@@ -58,13 +65,18 @@ class Calibration:
 
 
 def calibrate(
-    moments: Moments, log_steps: tuple[Tensor, Tensor] | None = None, *, min_tokens: int = MIN_TOKENS
+    moments: Moments,
+    log_steps: tuple[Tensor, Tensor] | None = None,
+    *,
+    bases: BasisSums | None = None,
+    min_tokens: int = MIN_TOKENS,
 ) -> Calibration:
     """Make the calibration of what was measured.
 
     Args:
         moments: of K and V as they are stored, the first `SINK_TOKENS` of every stream left out.
         log_steps: see `Moments.planes`.
+        bases: of the same tokens, for profile `pca`.
         min_tokens: refuse to judge by fewer.
 
     Raises:
@@ -73,41 +85,50 @@ def calibrate(
     """
     if moments.num_tokens < min_tokens:
         raise ConfigError(f"{moments.num_tokens} tokens are too few for a calibration; {min_tokens} are needed")
-    return Calibration(_pack(moments.planes(log_steps)))
+    planes = moments.planes(log_steps)
+    return Calibration(_pack(planes, b"" if bases is None else bases.pack(planes)))
 
 
-def fit_calibration(samples: Iterable[tuple[Tensor, Tensor]]) -> Calibration:
+def fit_calibration(samples: Iterable[tuple[Tensor, Tensor]], *, with_bases: bool = False) -> Calibration:
     """Measure texts that stand for what will be stored; `MIN_TOKENS` are enough.
 
     Args:
         samples: keys [layers, heads, tokens, key_dim] and values [layers, heads, tokens, value_dim] of consecutive
             tokens, as they will be stored; at least two tokens each.
+        with_bases: whether to make what profile `pca` needs, whose size is that of some ten thousand tokens' keys and
+            values; left out where the tokens are too few.
 
     Raises:
         ShapeError: no sample, or shapes that do not fit each other.
     """
     moments: Moments | None = None
-    for keys, values in samples:
+    bases: BasisSums | None = None
+    given = list(samples) if with_bases else samples
+    for keys, values in given:
         if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] < 2:
             raise ShapeError(
                 f"samples are [layers, heads, tokens, dim], two tokens or more; got {list(keys.shape)} and "
                 f"{list(values.shape)}"
             )
         num_layers, kv_heads, _, key_dim = keys.shape
-        moments = moments or Moments(num_layers, kv_heads, key_dim, values.shape[3])
+        sizes = (num_layers, kv_heads, key_dim, values.shape[3])
+        moments = moments or Moments(*sizes)
         moments.add(keys, values)
+        if with_bases:
+            bases = bases or BasisSums(*sizes, sum(part.shape[2] for part, _ in given))
+            bases.add(keys, values)
     if moments is None:
         raise ShapeError("there is no sample to calibrate with")
-    return calibrate(moments, min_tokens=1)
+    return calibrate(moments, bases=bases, min_tokens=1)
 
 
-def _pack(planes: Sequence[PlaneParameters]) -> bytes:
-    body = b"".join(_pack_plane(plane) for plane in planes)
+def _pack(planes: Sequence[PlaneParameters], bases: bytes) -> bytes:
+    body = b"".join(_pack_plane(plane) for plane in planes) + bases
     kv_heads, key_dim = planes[0].mean.shape
     sizes = (_HEADER.size + len(body), len(planes) // 2, kv_heads, key_dim, planes[1].mean.shape[1])
 
     def head(crc: int) -> bytes:
-        return _HEADER.pack(b"KVCL", 1, 0, 0, crc, 0, *sizes)
+        return _HEADER.pack(b"KVCL", 1, 0, 0, crc, _HAS_BASES if bases else 0, *sizes)
 
     return head(crc32c(head(0) + body)) + body
 

@@ -36,6 +36,7 @@ from kvstore.record import (
     plane_span,
     planes_of,
     probe,
+    with_holders,
 )
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Codec:
         self._layout = layout
         self._profile = profile
         self._calibration = calibration
-        chosen = steps or (STEPS if calibration else UNCALIBRATED_STEPS).get(profile, Steps(0, 0))
+        chosen = steps or _usual_steps(profile, calibration)
         self._steps = (chosen.key_mult, chosen.value_mult, chosen.has_channel_values, exact_keys)
         self._dtype = DTYPES.index(spec.dtype)
         self._geometry = Geometry(
@@ -225,9 +226,10 @@ class Codec:
             ShapeError: an argument does not fit.
         """
         self._check(info)
-        planes = planes_of(info, layers)
-        self._check_calibration(info, planes)
-        part = RecordPart(2 * layers.start, planes, info.segment_tokens, memoryview(data), data_offset)
+        self._check_calibration(info, planes_of(info, layers))
+        held = with_holders(info, layers)
+        first, num_leading = 2 * held.start, 2 * (layers.start - held.start)
+        part = RecordPart(first, planes_of(info, held), info.segment_tokens, memoryview(data), data_offset, num_leading)
         return self._geometry, self._dtype, self._checked(info.num_tokens), part, self._native_calibration
 
     def _open(
@@ -283,3 +285,12 @@ class Codec:
         if rows.dtype != TORCH_DTYPE[self._layout.spec.dtype] or not rows.is_cpu:
             raise ShapeError(f"rows are {self._layout.spec.dtype} on cpu; got {rows.dtype} on {rows.device}")
         return rows.view(torch.int32 if self._layout.spec.itemsize == 4 else torch.int16).numpy().data
+
+
+def _usual_steps(profile: Profile, calibration: Calibration | None) -> Steps:
+    """Those of a profile where nobody says others; without bases `pca` is `q2`."""
+    if calibration is None:
+        return UNCALIBRATED_STEPS.get(profile, Steps(0, 0))
+    if profile is Profile.PCA and not calibration.has_bases:
+        profile = Profile.Q2
+    return STEPS.get(profile, Steps(0, 0))

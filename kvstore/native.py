@@ -7,7 +7,8 @@ CapacityError from the system, CorruptRecordError and UnsupportedFormatError fro
 
 Records (kvstore.codec is their face):
     Calibration(data, id_bytes): a parsed calibration object, shared by all threads.
-    RecordPart(first_plane, entries, segment_tokens, data, data_offset): consecutive planes, and the bytes they are in.
+    RecordPart(first_plane, entries, segment_tokens, data, data_offset, num_leading): consecutive planes, and the bytes
+        they are in; the leading ones are not wanted, but hold bytes of others.
     decode_rows(..., wanted, keys, values): wanted is (first_head, num_heads, first_token, num_tokens); keys and values
         are [layers, heads, tokens, dim] of any strides, rows contiguous.
     DecodePlan(requests): records that warps decode, on a device or in lock step on the host; a request is (geometry,

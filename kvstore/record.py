@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvstore.bases import USUAL_MULTS
 from kvstore.errors import ConfigError, ShapeError
 from kvstore.native import probe_record
 
@@ -22,7 +23,11 @@ _PLANE_ALIGNMENT = 16
 
 
 class Profile(StrEnum):
-    """What a record promises: `raw`, `zstd` and `lossless` are bit-exact; `q8` to `q2` are ever coarser."""
+    """What a record promises: `raw`, `zstd` and `lossless` are bit-exact; `q8` to `q2` are ever coarser.
+
+    `pca` codes several layers together, in a basis that a calibration holds (KVTC, arXiv 2511.01815); with one that
+    holds none it stores what `q2` does.
+    """
 
     RAW = "raw"
     ZSTD = "zstd"
@@ -31,11 +36,12 @@ class Profile(StrEnum):
     Q4 = "q4"
     Q3 = "q3"
     Q2 = "q2"
+    PCA = "pca"
 
     @property
     def is_lossy(self) -> bool:
         """True when decoding gives back other bits than were encoded."""
-        return self in (Profile.Q8, Profile.Q4, Profile.Q3, Profile.Q2)
+        return self not in (Profile.RAW, Profile.ZSTD, Profile.LOSSLESS)
 
 
 PROFILES = tuple(Profile)
@@ -62,7 +68,13 @@ class Steps:
             raise ConfigError(f"mult is {self.key_mult} for K and {self.value_mult} for V; it must be -128 to 127")
 
 
-STEPS = {Profile.Q8: Steps(24, 24), Profile.Q4: Steps(14, 11), Profile.Q3: Steps(6, 3), Profile.Q2: Steps(1, -1)}
+STEPS = {
+    Profile.Q8: Steps(24, 24),
+    Profile.Q4: Steps(14, 11),
+    Profile.Q3: Steps(6, 3),
+    Profile.Q2: Steps(1, -1),
+    Profile.PCA: Steps(*USUAL_MULTS),
+}
 """Steps of the lossy profiles with a calibration, chosen so that a KL divergence of 0.0002, 0.002, 0.008 and 0.021 is
 kept without knowing how the model minds errors; where that is known, coarser ones are decided (kvstore/decision.py)."""
 
@@ -71,6 +83,7 @@ UNCALIBRATED_STEPS = {
     Profile.Q4: Steps(17, 13),
     Profile.Q3: Steps(10, 5),
     Profile.Q2: Steps(5, 1),
+    Profile.PCA: Steps(5, 1),
 }
 """Finer ones for the same divergence: without a calibration all channels of a key have equal steps."""
 
@@ -82,6 +95,7 @@ class Coding(IntEnum):
     SPLIT = 1
     EXPONENT = 2
     QUANTISED = 3
+    BASIS = 4
 
 
 class PlaneInfo(NamedTuple):
@@ -102,7 +116,12 @@ class PlaneInfo(NamedTuple):
     @property
     def is_calibrated(self) -> bool:
         """True when the plane cannot be read without the calibration that the header names."""
-        return self.coding is Coding.QUANTISED and self.transform >> 4 & 3 == 1
+        return self.coding is Coding.BASIS or (self.coding is Coding.QUANTISED and self.transform >> 4 & 3 == 1)
+
+    @property
+    def is_follower(self) -> bool:
+        """True when an earlier layer's plane of the same side holds this one's bytes too."""
+        return self.coding is Coding.BASIS and self.nbytes == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +157,13 @@ def plane_span(info: RecordInfo, layers: range) -> tuple[int, int]:
         layers: consecutive layers, at least one.
 
     Returns:
-        offset and nbytes; they cover the checksummed padding too, as `Codec.decode_planes` needs it.
+        offset and nbytes; they cover the checksummed padding too, as `Codec.decode_planes` needs it, and the earlier
+        layers that hold bytes of these.
 
     Raises:
         ShapeError: `layers` is empty, has gaps, or goes beyond the record's layers.
     """
-    planes = planes_of(info, layers)
+    planes = planes_of(info, with_holders(info, layers))
     end = planes[-1].offset + -(-planes[-1].nbytes // _PLANE_ALIGNMENT) * _PLANE_ALIGNMENT
     return planes[0].offset, end - planes[0].offset
 
@@ -177,6 +197,20 @@ def probe(record: Buffer) -> RecordInfo:
         total_nbytes=total,
         planes=tuple(PlaneInfo(*entry[:3], Coding(entry[3]), *entry[4:]) for entry in entries),
     )
+
+
+def with_holders(info: RecordInfo, layers: range) -> range:
+    """Widen a run of layers to begin with those whose planes hold bytes of its own.
+
+    Raises:
+        ShapeError: see `planes_of`.
+    """
+    first = planes_of(info, layers)[:2]
+    start = layers.start
+    while start > 0 and any(plane.is_follower for plane in first):
+        start -= 1
+        first = info.planes[2 * start : 2 * start + 2]
+    return range(start, layers.stop)
 
 
 def planes_of(info: RecordInfo, layers: range) -> tuple[PlaneInfo, ...]:

@@ -18,7 +18,7 @@ DTYPES = sorted(TORCH_DTYPE)
 EXACT = [profile for profile in Profile if not profile.is_lossy]
 LOSSY = [profile for profile in Profile if profile.is_lossy]
 LARGEST = {name: torch.finfo(dtype).max for name, dtype in TORCH_DTYPE.items()}
-MULTS = {Profile.Q8: 32, Profile.Q4: 16, Profile.Q3: 8, Profile.Q2: 3}
+MULTS = {Profile.Q8: 32, Profile.Q4: 16, Profile.Q3: 8, Profile.Q2: 3, Profile.PCA: 3}
 LATER = 128  # a first token that is not the stream's
 
 

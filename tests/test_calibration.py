@@ -136,7 +136,8 @@ def test_every_cut_and_every_flipped_byte_is_reported() -> None:
     [
         (0, "B", 0, CorruptRecordError),
         (4, "B", 2, UnsupportedFormatError),
-        (12, "I", 1, UnsupportedFormatError),
+        (12, "I", 1, CorruptRecordError),
+        (12, "I", 2, UnsupportedFormatError),
         (16, "Q", 2**64 - 1, CorruptRecordError),
         (24, "H", 0, CorruptRecordError),
         (24, "H", 65535, CorruptRecordError),

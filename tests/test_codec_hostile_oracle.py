@@ -14,6 +14,7 @@ from tests.oracle.blocks import Geometry, random_block, random_calibration
 from tests.oracle.calibration import Calibration, calibration_id, parse_calibration
 from tests.oracle.elements import Bits, Dtype
 from tests.oracle.native_side import geometry_of, native_decode, native_decode_as
+from tests.oracle.random_bases import with_random_bases
 from tests.oracle.record import Coding, Profile, decode_record, parse_record
 from tests.oracle.sealing import flipped, sealed_calibration, sealed_record
 from tests.oracle.writer import Settings, encode_record
@@ -31,6 +32,7 @@ SAMPLES = {
     "q4-calibrated": (Settings(Profile.Q4, 16, 12), "spiked", True, 24),
     "q3-by-channel": (Settings(Profile.Q3, 8, 3, channel_values=True), "kv", False, 24),
     "q2-rows-apart": (Settings(Profile.Q2, 3, -2), "rows", True, 24),
+    "pca": (Settings(Profile.PCA, 4, 4), "kv", True, 24),
 }
 
 Sample = tuple[bytes, Calibration | None, list[Bits]]
@@ -40,12 +42,17 @@ Sample = tuple[bytes, Calibration | None, list[Bits]]
 def sample(request: pytest.FixtureRequest) -> Sample:
     """A small record, its calibration, and its elements."""
     settings, flavour, is_calibrated, num_tokens = SAMPLES[request.param]
-    rng = np.random.default_rng(5)
-    planes = random_block(rng, Geometry(1, 1, 10, 7, num_tokens), DTYPE, flavour)
+    is_group = settings.profile is Profile.PCA
+    rng = np.random.default_rng(6 if is_group else 5)
+    planes = random_block(rng, Geometry(1 + is_group, 1, 10, 7, num_tokens), DTYPE, flavour)
     calibration = random_calibration(rng, planes, DTYPE) if is_calibrated else None
+    if is_group and calibration:
+        calibration = with_random_bases(np.random.default_rng(0), planes, calibration, DTYPE)
     record = encode_record(planes, DTYPE, settings, 0, calibration)
     if settings.profile is not Profile.RAW:
         assert any(plane.coding is not Coding.RAW for plane in parse_record(record)[1])
+    if is_group:
+        assert [plane.is_follower for plane in parse_record(record)[1]] == [False, False, True, True]
     return record, calibration, native_decode(record, calibration)
 
 
@@ -101,10 +108,16 @@ def calibration_outcome(parse: Callable[[bytes], object], packed: bytes) -> str:
     return "accepted"
 
 
-@pytest.fixture(scope="module")
-def packed_calibration() -> bytes:
+@pytest.fixture(scope="module", params=["planes", "bases"])
+def packed_calibration(request: pytest.FixtureRequest) -> bytes:
     rng = np.random.default_rng(6)
-    return random_calibration(rng, random_block(rng, Geometry(1, 1, 10, 7, 24), DTYPE, "kv"), DTYPE).pack()
+    if request.param == "planes":
+        return random_calibration(rng, random_block(rng, Geometry(1, 1, 10, 7, 24), DTYPE, "kv"), DTYPE).pack()
+    planes = random_block(rng, Geometry(3, 1, 3, 2, 4), DTYPE, "kv")
+    calibration = with_random_bases(np.random.default_rng(0), planes, random_calibration(rng, planes, DTYPE), DTYPE)
+    assert calibration.bases is not None
+    assert any(basis.rank for basis in calibration.bases.groups)
+    return calibration.pack()
 
 
 def test_damaged_calibrations_are_refused(packed_calibration: bytes) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from tests.oracle.calibration import Calibration, calibration_id
-from tests.oracle.cases import Case, cases
+from tests.oracle.cases import Case, cases, group_cases
 from tests.oracle.elements import Bits, Dtype
 from tests.oracle.free_records import free_record
 from tests.oracle.native_side import LEVELS, limited_to, native_decode, native_encode
@@ -16,7 +16,8 @@ from tests.oracle.parameters import Parameters
 from tests.oracle.record import NO_CALIBRATION, Profile, decode_record, parse_record
 from tests.oracle.writer import Settings, encode_record
 
-SAME_BYTES = tuple(profile for profile in Profile if profile is not Profile.ZSTD)
+NOT_GROUPED = tuple(profile for profile in Profile if profile is not Profile.PCA)
+SAME_BYTES = tuple(profile for profile in Profile if profile not in (Profile.ZSTD, Profile.PCA))
 QUICK = settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 LONG = settings(max_examples=1200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -67,6 +68,12 @@ def test_writers_make_the_same_bytes(case: Case) -> None:
     check_writers(case)
 
 
+@QUICK
+@given(group_cases())
+def test_writers_make_the_same_bytes_of_groups_of_layers(case: Case) -> None:
+    check_writers(case)
+
+
 def test_a_record_names_no_calibration_that_it_does_not_need() -> None:
     planes = [np.ones((1, 1, 1), dtype="<u2")] * 2
     calibration = Calibration((Parameters.zeros(1, 1),) * 2)
@@ -77,7 +84,13 @@ def test_a_record_names_no_calibration_that_it_does_not_need() -> None:
 
 
 @QUICK
-@given(cases())
+@given(group_cases())
+def test_readers_agree_on_groups_that_no_writer_makes(case: Case) -> None:
+    check_readers(case)
+
+
+@QUICK
+@given(cases(NOT_GROUPED))
 def test_readers_agree_on_records_that_no_writer_makes(case: Case) -> None:
     check_readers(case)
 
@@ -97,7 +110,15 @@ def test_many_writers_make_the_same_bytes(case: Case) -> None:
 
 @pytest.mark.slow
 @LONG
-@given(cases(most_layers=3))
+@given(group_cases())
+def test_many_groups_are_written_and_read_alike(case: Case) -> None:
+    check_writers(case)
+    check_readers(case)
+
+
+@pytest.mark.slow
+@LONG
+@given(cases(NOT_GROUPED, most_layers=3))
 def test_many_readers_agree_on_records_that_no_writer_makes(case: Case) -> None:
     check_readers(case)
 

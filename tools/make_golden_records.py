@@ -18,6 +18,7 @@ from tests.oracle.calibration import Calibration, calibration_id
 from tests.oracle.elements import Bits, Dtype
 from tests.oracle.free_records import free_record
 from tests.oracle.native_side import native_decode, native_encode
+from tests.oracle.random_bases import with_random_bases
 from tests.oracle.record import NO_CALIBRATION, Profile, decode_record, parse_record
 from tests.oracle.writer import Settings, encode_record
 
@@ -31,6 +32,7 @@ _LOSSY = {
     Profile.Q2: Settings(Profile.Q2, 3, -2),
 }
 _NUM_FREE = 24
+_NUM_FREE_GROUPS = 6
 
 
 def _digest(planes: list[Bits]) -> str:
@@ -70,6 +72,8 @@ class _Folder:
         rng = np.random.default_rng(len(self.digests))
         planes = random_block(rng, geometry, dtype, flavour)
         calibration = random_calibration(rng, planes, dtype) if is_calibrated else None
+        if calibration and settings.profile is Profile.PCA:
+            calibration = with_random_bases(np.random.default_rng(0), planes, calibration, dtype)
         record = native_encode(planes, dtype, settings, first_token, calibration)
         if settings.profile is not Profile.ZSTD and record != encode_record(
             planes, dtype, settings, first_token, calibration
@@ -104,6 +108,12 @@ def _collect() -> _Folder:
         geometry = Geometry(1, 1 + seed % 3, 24 + seed, 40 - seed, 22)
         record, calibration = free_record(rng, geometry, Dtype(seed % 3), Profile(2 + seed % 5), "kv")
         folder.add(f"free-{seed:02}", record, calibration)
+    for dtype in Dtype:
+        folder.add_block("groups", dtype, Settings(Profile.PCA, 2, 2), Geometry(2, 2, 20, 12, 40), is_calibrated=True)
+    for seed in range(_NUM_FREE_GROUPS):
+        rng = np.random.default_rng(500 + seed)
+        record, calibration = free_record(rng, Geometry(3, 2, 13, 14, 30), Dtype(seed % 3), Profile.PCA, "kv")
+        folder.add(f"free-group-{seed:02}", record, calibration)
     return folder
 
 

@@ -124,7 +124,7 @@ void decode(const Geometry& geometry,
   const Bytes bytes = to.writable();
   check_slot(block, bytes.size());
   std::vector<TargetRows> targets;
-  for (std::size_t index = 0; index < part.planes.size(); ++index) {
+  for (std::size_t index = part.num_leading; index < part.planes.size(); ++index) {
     KV_EXPECT(fits(part.first_plane, index + 1, geometry.num_planes()), ShapeError,
               "planes beyond the layout's " + std::to_string(geometry.num_planes()));
     targets.push_back(block.rows(bytes.data(), part.first_plane + index));
@@ -167,17 +167,18 @@ void decode_rows(const Geometry& geometry,
   const HeldBuffer from(arguments.data, false);
   const HeldBuffers plain(streams);
   const RecordPart part = arguments.part(from.readable());
-  KV_EXPECT(part.first_plane % 2 == 0 && part.planes.size() % 2 == 0, ShapeError,
-            "rows are decoded for whole layers");
+  KV_EXPECT(part.first_plane % 2 == 0 && part.planes.size() % 2 == 0 && part.num_leading % 2 == 0 &&
+                part.num_leading <= part.planes.size(),
+            ShapeError, "rows are decoded for whole layers");
   const auto [first_head, num_heads, first_token, tokens] = wanted;
   const Window window{first_head, num_heads, first_token, tokens};
-  const std::size_t layers = part.planes.size() / 2;
+  const std::size_t layers = part.num_wanted() / 2;
   const std::size_t itemsize = geometry.itemsize();
   const py::buffer_info infos[] = {
       checked_rows(keys, layers, window, geometry.key_dim(), itemsize),
       checked_rows(values, layers, window, geometry.value_dim(), itemsize)};
   std::vector<TargetRows> targets;
-  for (std::size_t index = 0; index < part.planes.size(); ++index) {
+  for (std::size_t index = 0; index < part.num_wanted(); ++index) {
     const py::buffer_info& info = infos[index % 2];
     targets.push_back(TargetRows{static_cast<std::uint8_t*>(info.ptr) +
                                      static_cast<py::ssize_t>(index / 2) * info.strides[0],
@@ -193,8 +194,10 @@ void bind_codec(py::module_& module) {
   py::class_<Calibration>(module, "Calibration")
       .def(py::init(&make_calibration), "data"_a, "id_bytes"_a);
   py::class_<PartArguments>(module, "RecordPart")
-      .def(py::init<std::size_t, std::vector<EntryTuple>, std::size_t, py::buffer, std::uint64_t>(),
-           "first_plane"_a, "entries"_a, "segment_tokens"_a, "data"_a, "data_offset"_a);
+      .def(py::init<std::size_t, std::vector<EntryTuple>, std::size_t, py::buffer, std::uint64_t,
+                    std::size_t>(),
+           "first_plane"_a, "entries"_a, "segment_tokens"_a, "data"_a, "data_offset"_a,
+           "num_leading"_a);
   module.def("probe_record", &probe_record, "record"_a);
   module.def(
       "record_bound",

@@ -33,10 +33,11 @@ struct PartArguments {
   std::size_t segment_tokens;
   pybind11::buffer data;
   std::uint64_t data_offset;
+  std::size_t num_leading;
 
   /// @param bytes  those of `data`.
   [[nodiscard]] RecordPart part(ConstBytes bytes) const {
-    RecordPart made{first_plane, {}, segment_tokens, bytes, data_offset};
+    RecordPart made{first_plane, {}, segment_tokens, bytes, data_offset, num_leading};
     made.planes.reserve(entries.size());
     for (const EntryTuple& tuple : entries) {
       PlaneEntry entry;

@@ -17,7 +17,10 @@ constexpr char kMagic[] = {'K', 'V', 'C', 'L'};
 constexpr std::size_t kHeaderBytes = 32;
 constexpr std::uint8_t kMajor = 1;
 constexpr std::size_t kCrcAt = 8;
+constexpr std::size_t kFlagsAt = 12;
 constexpr std::size_t kAlignment = 4;
+/// Bases follow the planes.
+constexpr std::uint32_t kHasBases = 1;
 
 void check_header(ConstBytes bytes) {
   KV_EXPECT(
@@ -34,8 +37,8 @@ void check_header(ConstBytes bytes) {
                 " bytes and has " + std::to_string(bytes.size()));
   KV_EXPECT(crc_without(bytes, kCrcAt) == load_le<std::uint32_t>(data + kCrcAt), CorruptRecord,
             "calibration is damaged: its checksum does not match");
-  KV_EXPECT((load_le<std::uint32_t>(data + 12) & kRequiredFlags) == 0, UnsupportedFormat,
-            "calibration needs features that this kvstore does not know");
+  KV_EXPECT((load_le<std::uint32_t>(data + kFlagsAt) & kRequiredFlags & ~kHasBases) == 0,
+            UnsupportedFormat, "calibration needs features that this kvstore does not know");
 }
 
 }  // namespace
@@ -56,8 +59,10 @@ Calibration::Calibration(ConstBytes bytes, const CalibrationId& id) : id_(id) {
       round_up(calibrated_parameters_nbytes(kv_heads_, key_dim_), kAlignment);
   const std::uint64_t value_nbytes =
       round_up(calibrated_parameters_nbytes(kv_heads_, value_dim_), kAlignment);
+  const std::uint64_t planes_nbytes = kHeaderBytes + layers * (key_nbytes + value_nbytes);
+  const bool has_bases = (load_le<std::uint32_t>(bytes.data() + kFlagsAt) & kHasBases) != 0;
   KV_EXPECT(
-      kHeaderBytes + layers * (key_nbytes + value_nbytes) == bytes.size(), CorruptRecord,
+      has_bases ? planes_nbytes < bytes.size() : planes_nbytes == bytes.size(), CorruptRecord,
       "calibration has " + std::to_string(bytes.size()) + " bytes, which its sizes do not give");
   planes_.resize(2 * layers);
   std::uint64_t at = kHeaderBytes;
@@ -67,6 +72,10 @@ Calibration::Calibration(ConstBytes bytes, const CalibrationId& id) : id_(id) {
     KV_EXPECT(read_parameters(part, kv_heads_, dim, false, planes_[plane]), CorruptRecord,
               "calibration of " + plane_name(plane) + " has a value out of range");
     at += plane % 2 == 0 ? key_nbytes : value_nbytes;
+  }
+  if (has_bases) {
+    bases_ = read_bases(bytes.sub(at, bytes.size() - at),
+                        ModelSizes{layers, kv_heads_, key_dim_, value_dim_});
   }
 }
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "basis/basis.hpp"
 #include "core/span.hpp"
 #include "planes/parameters.hpp"
 
@@ -28,6 +29,8 @@ class Calibration {
   [[nodiscard]] std::size_t key_dim() const noexcept { return key_dim_; }
   [[nodiscard]] std::size_t value_dim() const noexcept { return value_dim_; }
   [[nodiscard]] const PlaneParameters& plane(std::size_t plane) const { return planes_.at(plane); }
+  /// Empty for an object without bases.
+  [[nodiscard]] const Bases& bases() const noexcept { return bases_; }
 
  private:
   CalibrationId id_;
@@ -35,6 +38,7 @@ class Calibration {
   std::size_t key_dim_ = 0;
   std::size_t value_dim_ = 0;
   std::vector<PlaneParameters> planes_;
+  Bases bases_;
 };
 
 }  // namespace kv

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <string>
 
+#include "codec/groups.hpp"
 #include "core/crc32c.hpp"
 #include "core/endian.hpp"
 #include "core/geometry.hpp"
@@ -75,7 +76,7 @@ void parse_fields(const std::uint8_t* data, RecordInfo& info) {
                 ": read it with a newer kvstore");
   KV_EXPECT(data[kDTypeAt] <= static_cast<std::uint8_t>(DType::kFloat32), UnsupportedFormat,
             "record has unknown dtype " + std::to_string(data[kDTypeAt]));
-  KV_EXPECT(data[kProfileAt] <= static_cast<std::uint8_t>(Profile::kQ2), UnsupportedFormat,
+  KV_EXPECT(data[kProfileAt] <= static_cast<std::uint8_t>(Profile::kPca), UnsupportedFormat,
             "record has unknown profile " + std::to_string(data[kProfileAt]));
   info.major = data[kMajorAt];
   info.minor = data[kMinorAt];
@@ -97,7 +98,7 @@ void parse_fields(const std::uint8_t* data, RecordInfo& info) {
 
 PlaneEntry parse_entry(const std::uint8_t* data, std::size_t plane) {
   const unsigned coding = data[kEntryCodingAt];
-  KV_EXPECT(coding <= static_cast<unsigned>(Coding::kQuantised), UnsupportedFormat,
+  KV_EXPECT(coding <= static_cast<unsigned>(Coding::kBasis), UnsupportedFormat,
             plane_name(plane) + " has unknown coding " + std::to_string(coding) +
                 ": read it with a newer kvstore");
   PlaneEntry entry;
@@ -135,10 +136,30 @@ bool is_quantised_entry(const PlaneEntry& entry, const PlaneShape& shape) {
          (has_scales ? is_scale_class : entry.scale_class == 0);
 }
 
+bool has_no_fields(const PlaneEntry& entry) {
+  return entry.transform == 0 && entry.low_bits == 0 && entry.raw_rows == 0 &&
+         entry.scale_class == 0;
+}
+
+// A group's first plane holds its symbols; how many runs of 64 they are, the calibration says. The
+// others hold nothing.
+bool is_basis_entry(const PlaneEntry& entry, const PlaneShape& shape) {
+  if (!has_no_fields(entry)) {
+    return false;
+  }
+  if (entry.nbytes == 0) {
+    return entry.mult == 0 && entry.segment_heads == 0;
+  }
+  const SegmentGrid most{kMaxSegmentSymbols, kGroup, shape.tokens, entry.segment_heads,
+                         shape.segment_tokens};
+  return most.is_valid();
+}
+
 }  // namespace
 
 bool is_calibrated(const PlaneEntry& entry) noexcept {
-  return Transform::from(entry.transform).source == ParameterSource::kCalibration;
+  return entry.coding == Coding::kBasis ||
+         Transform::from(entry.transform).source == ParameterSource::kCalibration;
 }
 
 std::uint32_t crc_without(ConstBytes bytes, std::size_t crc_at) {
@@ -159,12 +180,14 @@ bool is_allowed(Profile profile, Coding coding) noexcept {
       return profile >= Profile::kLossless;
     case Coding::kQuantised:
       return profile >= Profile::kQ8;
+    case Coding::kBasis:
+      return profile == Profile::kPca;
   }
   return false;
 }
 
 Profile profile_from(unsigned number) {
-  KV_EXPECT(number <= static_cast<unsigned>(Profile::kQ2), ShapeError,
+  KV_EXPECT(number <= static_cast<unsigned>(Profile::kPca), ShapeError,
             "unknown profile number " + std::to_string(number));
   return static_cast<Profile>(number);
 }
@@ -174,24 +197,27 @@ void check_entry(const PlaneEntry& entry, std::size_t plane, const PlaneShape& s
   KV_EXPECT(entry.raw_nbytes == raw_nbytes && raw_nbytes <= kMaxPlaneNbytes, CorruptRecord,
             plane_name(plane) + " has " + std::to_string(raw_nbytes) +
                 " raw bytes by its sizes, which is not possible");
-  KV_EXPECT(entry.coding == Coding::kRaw ? entry.nbytes == raw_nbytes : entry.nbytes < raw_nbytes,
-            CorruptRecord,
-            plane_name(plane) + " states " + std::to_string(entry.nbytes) +
-                " bytes, which its coding does not allow");
   bool is_valid = true;
-  if (entry.coding == Coding::kQuantised) {
-    KV_EXPECT(Transform::is_known(entry.transform), UnsupportedFormat,
-              plane_name(plane) + " has unknown transform " + std::to_string(entry.transform) +
-                  ": read it with a newer kvstore");
-    is_valid = is_quantised_entry(entry, shape);
+  if (entry.coding == Coding::kBasis) {
+    is_valid = is_basis_entry(entry, shape);
   } else {
-    is_valid = entry.transform == 0 && entry.mult == 0 && entry.low_bits == 0 &&
-               entry.raw_rows == 0 && entry.scale_class == 0;
-  }
-  if (entry.coding >= Coding::kExponent) {
-    is_valid = is_valid && shape.grid(entry.raw_rows, entry.segment_heads).is_valid();
-  } else {
-    is_valid = is_valid && entry.segment_heads == 0;
+    KV_EXPECT(entry.coding == Coding::kRaw ? entry.nbytes == raw_nbytes : entry.nbytes < raw_nbytes,
+              CorruptRecord,
+              plane_name(plane) + " states " + std::to_string(entry.nbytes) +
+                  " bytes, which its coding does not allow");
+    if (entry.coding == Coding::kQuantised) {
+      KV_EXPECT(Transform::is_known(entry.transform), UnsupportedFormat,
+                plane_name(plane) + " has unknown transform " + std::to_string(entry.transform) +
+                    ": read it with a newer kvstore");
+      is_valid = is_quantised_entry(entry, shape);
+    } else {
+      is_valid = has_no_fields(entry) && entry.mult == 0;
+    }
+    if (entry.coding >= Coding::kExponent) {
+      is_valid = is_valid && shape.grid(entry.raw_rows, entry.segment_heads).is_valid();
+    } else {
+      is_valid = is_valid && entry.segment_heads == 0;
+    }
   }
   KV_EXPECT(is_valid, CorruptRecord,
             plane_name(plane) + " has a directory entry that its coding does not allow");
@@ -215,6 +241,7 @@ RecordInfo parse_header(ConstBytes record) {
               plane_name(plane) + " needs a calibration, and the header names none");
     offset += entry.padded_nbytes();
   }
+  check_groups(info.planes, 0);
   KV_EXPECT(info.total_nbytes == offset, CorruptRecord,
             "header states " + std::to_string(info.total_nbytes) +
                 " bytes in all; the planes end at " + std::to_string(offset));

@@ -26,7 +26,8 @@ enum class Profile : std::uint8_t {
   kQ8 = 3,
   kQ4 = 4,
   kQ3 = 5,
-  kQ2 = 6
+  kQ2 = 6,
+  kPca = 7
 };
 [[nodiscard]] bool is_allowed(Profile profile, Coding coding) noexcept;
 

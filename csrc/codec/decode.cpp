@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The reader of records: checks first, then every plane by its coding.
 #include <cstring>
+#include <map>
 #include <memory>
 #include <string>
+#include <utility>
 
+#include "codec/groups.hpp"
 #include "codec/record.hpp"
 #include "core/crc32c.hpp"
 #include "core/endian.hpp"
@@ -59,6 +62,10 @@ void check_part(const BlockView& block, const RecordPart& part) {
               "record is cut off: " + plane_name(plane) + " ends beyond the " +
                   std::to_string(part.data.size()) + " bytes at hand");
   }
+  KV_EXPECT(part.num_leading <= part.planes.size(), ShapeError,
+            std::to_string(part.num_leading) + " leading planes of " +
+                std::to_string(part.planes.size()));
+  check_groups(part.planes, part.first_plane);
 }
 
 void check_window(const BlockView& block, const Window& window) {
@@ -122,6 +129,79 @@ const ConstBytes* take_streams(const std::vector<ConstBytes>& streams,
   return taken;
 }
 
+// Entropy-coded planes that wait for enough others to be read with.
+class PendingPlanes {
+ public:
+  void add(std::unique_ptr<PlaneReader> reader, const WindowTarget& target) {
+    readers_.push_back(std::move(reader));
+    jobs_.push_back(PlaneJob{readers_.back().get(), target});
+    if (jobs_.size() == kPlanesTogether) {
+      read();
+    }
+  }
+  void read() {
+    read_planes(jobs_);
+    jobs_.clear();
+    readers_.clear();
+  }
+
+ private:
+  std::vector<std::unique_ptr<PlaneReader>> readers_;
+  std::vector<PlaneJob> jobs_;
+};
+
+// A group that is being read, and the places of its planes in the part.
+struct OpenGroup {
+  std::unique_ptr<BasisReader> reader;
+  std::size_t holder;
+  std::size_t layers;
+};
+
+OpenGroup open_group(const BlockView& block,
+                     const RecordPart& part,
+                     const Calibration* calibration,
+                     const Window& window,
+                     std::size_t holder) {
+  const std::size_t plane = part.first_plane + holder;
+  KV_EXPECT(calibration != nullptr, ShapeError,
+            plane_name(plane) + " needs the calibration it was written with");
+  const PlaneEntry& entry = part.planes[holder];
+  const GroupShape shape =
+      group_shape(*calibration, plane, block.shape(plane, part.segment_tokens));
+  return OpenGroup{open_basis_group(shape, entry, stored_bytes(part, entry), window), holder,
+                   shape.basis->layers};
+}
+
+void decode_groups(const BlockView& block,
+                   const RecordPart& part,
+                   const Calibration* calibration,
+                   const Window& window,
+                   const std::vector<TargetRows>& targets) {
+  // The wanted planes of a group, by the place of the one with its bytes.
+  std::map<std::size_t, std::vector<std::size_t>> wanted;
+  for (std::size_t index = part.num_leading; index < part.planes.size(); ++index) {
+    if (part.planes[index].coding == Coding::kBasis) {
+      wanted[holder_of(part.planes, part.first_plane, index)].push_back(index);
+    }
+  }
+  std::vector<OpenGroup> open;
+  std::vector<PlaneJob> jobs;
+  for (const auto& [holder, planes] : wanted) {
+    open.push_back(open_group(block, part, calibration, window, holder));
+    KV_EXPECT((planes.back() - holder) / 2 < open.back().layers, CorruptRecord,
+              plane_name(part.first_plane + planes.back()) +
+                  " has no bytes, and its calibration does not count it to the group before");
+    jobs.push_back(open.back().reader->job());
+  }
+  read_planes(jobs);
+  for (const OpenGroup& group : open) {
+    group.reader->gather();
+    for (const std::size_t index : wanted[group.holder]) {
+      group.reader->restore((index - group.holder) / 2, targets[index - part.num_leading]);
+    }
+  }
+}
+
 }  // namespace
 
 BlockView::BlockView(const Geometry& geometry_in, DType dtype_in, std::uint64_t num_tokens_in)
@@ -151,8 +231,16 @@ void check_calibration(const BlockView& block, const Calibration* calibration) {
 
 std::vector<StoredStream> open_planes(const BlockView& block, const RecordPart& part) {
   check_part(block, part);
+  std::vector<bool> is_needed(part.planes.size(), false);
+  for (std::size_t index = part.num_leading; index < part.planes.size(); ++index) {
+    is_needed[index] = true;
+    is_needed[holder_of(part.planes, part.first_plane, index)] = true;
+  }
   std::vector<StoredStream> streams;
   for (std::size_t index = 0; index < part.planes.size(); ++index) {
+    if (!is_needed[index]) {
+      continue;
+    }
     const std::size_t plane = part.first_plane + index;
     const PlaneEntry& entry = part.planes[index];
     const std::uint64_t offset = entry.offset - part.data_offset;
@@ -175,23 +263,17 @@ void decode_planes(const BlockView& block,
   check_part(block, part);
   check_window(block, window);
   check_calibration(block, calibration);
-  KV_EXPECT(targets.size() == part.planes.size(), ShapeError,
-            std::to_string(targets.size()) + " targets for " + std::to_string(part.planes.size()) +
+  KV_EXPECT(targets.size() == part.num_wanted(), ShapeError,
+            std::to_string(targets.size()) + " targets for " + std::to_string(part.num_wanted()) +
                 " planes");
-  std::vector<std::unique_ptr<PlaneReader>> readers;
-  std::vector<PlaneJob> jobs;
-  const auto read_opened = [&] {
-    read_planes(jobs);
-    jobs.clear();
-    readers.clear();
-  };
+  PendingPlanes pending;
   std::size_t next_stream = 0;
-  for (std::size_t index = 0; index < part.planes.size(); ++index) {
+  for (std::size_t index = part.num_leading; index < part.planes.size(); ++index) {
     const std::size_t plane = part.first_plane + index;
     const PlaneEntry& entry = part.planes[index];
     const PlaneShape shape = block.shape(plane, part.segment_tokens);
     const ConstBytes stored = stored_bytes(part, entry);
-    const WindowTarget target{window, targets[index]};
+    const WindowTarget target{window, targets[index - part.num_leading]};
     switch (entry.coding) {
       case Coding::kRaw:
         read_raw(shape, stored, target);
@@ -200,24 +282,23 @@ void decode_planes(const BlockView& block,
         read_split(shape, take_streams(streams, shape, plane, next_stream), target);
         break;
       case Coding::kExponent:
-        readers.push_back(open_exponent_plane(plane, shape, entry, stored));
-        jobs.push_back(PlaneJob{readers.back().get(), target});
+        pending.add(open_exponent_plane(plane, shape, entry, stored), target);
         break;
       case Coding::kQuantised:
-        readers.push_back(open_quantised_plane(
-            plane, shape, entry, calibration == nullptr ? nullptr : &calibration->plane(plane),
-            stored));
-        jobs.push_back(PlaneJob{readers.back().get(), target});
+        pending.add(open_quantised_plane(
+                        plane, shape, entry,
+                        calibration == nullptr ? nullptr : &calibration->plane(plane), stored),
+                    target);
         break;
-    }
-    if (jobs.size() == kPlanesTogether) {
-      read_opened();
+      case Coding::kBasis:
+        break;
     }
   }
   KV_EXPECT(next_stream == streams.size(), ShapeError,
             std::to_string(streams.size()) + " streams; the planes of coding split take " +
                 std::to_string(next_stream));
-  read_opened();
+  pending.read();
+  decode_groups(block, part, calibration, window, targets);
 }
 
 }  // namespace kv

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <string>
 
+#include "codec/groups.hpp"
 #include "codec/record.hpp"
 #include "core/crc32c.hpp"
 #include "core/endian.hpp"
@@ -122,10 +123,45 @@ class RecordWriter {
  private:
   [[nodiscard]] bool is_lossy() const noexcept { return settings_.profile >= Profile::kQ8; }
 
+  // Writes the group that begins with a plane, if there is one and it shrinks.
+  bool write_group(std::size_t plane, std::uint64_t offset, PlaneEntry& entry) {
+    if (settings_.profile != Profile::kPca || settings_.calibration == nullptr ||
+        (settings_.has_exact_keys && plane % 2 == 0)) {
+      return false;
+    }
+    const Bases& bases = settings_.calibration->bases();
+    if (bases.group_layers == 0 || plane / 2 % bases.group_layers != 0 ||
+        bases.of_plane(plane).rank == 0) {
+      return false;
+    }
+    const GroupShape shape = group_shape(*settings_.calibration, plane, info_.shape(plane));
+    std::vector<SourceRows> sources;
+    for (std::size_t layer = 0; layer < shape.basis->layers; ++layer) {
+      sources.push_back(block_.rows(slot_.data(), plane + 2 * layer));
+    }
+    const std::uint64_t raw_nbytes = sources.size() * info_.shape(plane).raw_nbytes();
+    const Bytes room =
+        out_.sub(offset, std::min<std::uint64_t>(raw_nbytes - 1, out_.size() - offset));
+    const int mult = plane % 2 == 0 ? settings_.key_mult : settings_.value_mult;
+    entry.nbytes = write_basis_group(shape, mult, raw_rows_, sources, entry, room);
+    if (entry.nbytes == 0) {
+      entry = PlaneEntry{};
+      return false;
+    }
+    for (std::size_t layer = 1; layer < sources.size(); ++layer) {
+      info_.planes[plane + 2 * layer].coding = Coding::kBasis;
+    }
+    return true;
+  }
+
   void write_plane(std::size_t plane, std::uint64_t offset, PlaneEntry& entry) {
     const PlaneShape shape = info_.shape(plane);
     const SourceRows source = block_.rows(slot_.data(), plane);
     const std::uint64_t raw_nbytes = shape.raw_nbytes();
+    if (entry.coding == Coding::kBasis || write_group(plane, offset, entry)) {
+      entry.raw_nbytes = raw_nbytes;
+      return;
+    }
     // A coding other than raw has to save a byte at least.
     const Bytes room =
         out_.sub(offset, std::min<std::uint64_t>(raw_nbytes - 1, out_.size() - offset));

@@ -78,6 +78,11 @@ struct RecordPart {
   std::size_t segment_tokens;
   ConstBytes data;
   std::uint64_t data_offset;
+  /// Planes at the front that are there only because later ones are of their group.
+  std::size_t num_leading = 0;
+
+  [[nodiscard]] std::size_t num_wanted() const noexcept { return planes.size() - num_leading; }
+  [[nodiscard]] std::size_t first_wanted() const noexcept { return first_plane + num_leading; }
 };
 
 /// One stored stream: a range of RecordPart::data; compressed unless it is as long as its plane has
@@ -87,19 +92,20 @@ struct StoredStream {
   std::uint64_t nbytes;
 };
 
-/// Verifies lengths and checksums of all planes of `part`, and lists the streams of those of coding
-/// split.
+/// Verifies lengths and checksums of the wanted planes of `part`, and lists the streams of those of
+/// coding split.
 ///
 /// `part` is untrusted, entries included. Nothing is decoded yet.
 /// @throws CorruptRecord that names the plane, ShapeError when planes lie outside the geometry or
 /// before the data.
 [[nodiscard]] std::vector<StoredStream> open_planes(const BlockView& block, const RecordPart& part);
 
-/// Decodes planes of `part`, which open_planes has accepted; touches the wanted rows only.
+/// Decodes the wanted planes of `part`, which open_planes has accepted; touches the wanted rows
+/// only.
 /// @param streams      the streams of open_planes, decompressed.
 /// @param calibration  what the record was written with; null when it needs none.
 /// @param window       the wanted heads and tokens.
-/// @param targets      one per plane; where its wanted rows go.
+/// @param targets      one per wanted plane; where its wanted rows go.
 /// @throws ShapeError, CorruptRecord; contents of those rows are unspecified then.
 void decode_planes(const BlockView& block,
                    const RecordPart& part,

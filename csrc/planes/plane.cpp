@@ -15,7 +15,7 @@ DType dtype_from(unsigned number) {
 }
 
 Coding coding_from(unsigned number) {
-  KV_EXPECT(number <= static_cast<unsigned>(Coding::kQuantised), ShapeError,
+  KV_EXPECT(number <= static_cast<unsigned>(Coding::kBasis), ShapeError,
             "unknown coding number " + std::to_string(number));
   return static_cast<Coding>(number);
 }

@@ -12,7 +12,13 @@
 namespace kv {
 
 enum class DType : std::uint8_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
-enum class Coding : std::uint8_t { kRaw = 0, kSplit = 1, kExponent = 2, kQuantised = 3 };
+enum class Coding : std::uint8_t {
+  kRaw = 0,
+  kSplit = 1,
+  kExponent = 2,
+  kQuantised = 3,
+  kBasis = 4
+};
 
 [[nodiscard]] std::size_t itemsize_of(DType dtype) noexcept;
 

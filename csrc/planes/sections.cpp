@@ -5,33 +5,6 @@
 #include "core/endian.hpp"
 
 namespace kv {
-namespace {
-
-class SectionWalk {
- public:
-  SectionWalk(std::size_t plane, ConstBytes stored) : plane_(plane), stored_(stored) {}
-
-  [[nodiscard]] ConstBytes take(std::uint64_t nbytes) {
-    const std::uint64_t padded = round_up(nbytes, kSectionAlignment);
-    KV_EXPECT(fits(at_, padded, stored_.size()), CorruptRecord,
-              plane_name(plane_) + " has sections that do not fit it");
-    const ConstBytes taken = stored_.sub(at_, nbytes);
-    at_ += padded;
-    return taken;
-  }
-  [[nodiscard]] ConstBytes rest() const { return stored_.sub(at_, stored_.size() - at_); }
-  void expect_end() const {
-    KV_EXPECT(at_ == stored_.size(), CorruptRecord,
-              plane_name(plane_) + " has bytes that belong to no section");
-  }
-
- private:
-  std::size_t plane_;
-  ConstBytes stored_;
-  std::uint64_t at_ = 0;
-};
-
-}  // namespace
 
 ExponentSections find_exponent_sections(std::size_t plane,
                                         const PlaneShape& shape,

@@ -13,6 +13,31 @@
 
 namespace kv {
 
+/// Takes sections from the front of a plane whose lengths are not trusted.
+class SectionWalk {
+ public:
+  SectionWalk(std::size_t plane, ConstBytes stored) : plane_(plane), stored_(stored) {}
+
+  [[nodiscard]] ConstBytes take(std::uint64_t nbytes) {
+    const std::uint64_t padded = round_up(nbytes, kSectionAlignment);
+    KV_EXPECT(fits(at_, padded, stored_.size()), CorruptRecord,
+              plane_name(plane_) + " has sections that do not fit it");
+    const ConstBytes taken = stored_.sub(at_, nbytes);
+    at_ += padded;
+    return taken;
+  }
+  [[nodiscard]] ConstBytes rest() const { return stored_.sub(at_, stored_.size() - at_); }
+  void expect_end() const {
+    KV_EXPECT(at_ == stored_.size(), CorruptRecord,
+              plane_name(plane_) + " has bytes that belong to no section");
+  }
+
+ private:
+  std::size_t plane_;
+  ConstBytes stored_;
+  std::uint64_t at_ = 0;
+};
+
 /// A plane of coding exponent; views and pointers are into the stored bytes.
 struct ExponentSections {
   std::vector<std::uint8_t> chosen;  ///< [heads, dim]: the table of a channel

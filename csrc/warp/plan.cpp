@@ -42,6 +42,15 @@ OpenPlane open_plane(const DecodeRequest& request, std::size_t index) {
   return open;
 }
 
+void check_codings(const RecordPart& part) {
+  for (std::size_t index = part.num_leading; index < part.planes.size(); ++index) {
+    KV_EXPECT(part.planes[index].coding != Coding::kBasis, ConfigError,
+              plane_name(part.first_plane + index) +
+                  " is coded in a calibrated basis: decode this record on the host");
+  }
+  KV_EXPECT(part.num_leading == 0, ShapeError, "a record for warps has no leading planes");
+}
+
 void check_targets(const DecodeRequest& request) {
   KV_EXPECT(!request.targets.empty() && request.targets.size() == request.part.planes.size(),
             ShapeError,
@@ -116,6 +125,7 @@ std::uint64_t append(std::vector<std::uint8_t>& tables, const std::vector<Item>&
 }  // namespace
 
 void DecodePlan::add(const DecodeRequest& request) {
+  check_codings(request.part);
   check_targets(request);
   check_calibration(request.block, request.calibration);
   static_cast<void>(open_planes(request.block, request.part));

@@ -57,7 +57,7 @@ class DecodePlan {
   /// The record's bytes must outlive the run, the calibration the plan. When this throws, the plan
   /// is as it was before.
   /// @throws CorruptRecord that names the plane, ShapeError for a target that does not fit,
-  /// ConfigError for planes of coding split, which only the host can decode.
+  /// ConfigError for planes of codings split and basis, which only the host can decode.
   void add(const DecodeRequest& request);
 
   /// Lays the workspace out; to be called once, after the last record.

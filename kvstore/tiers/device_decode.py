@@ -110,7 +110,8 @@ def decode_on_device(
     Raises:
         ShapeError: an argument does not fit.
         SpecMismatchError: see `Codec.decode`.
-        ConfigError: a plane is compressed with zstd, which only the host can undo; or this build has no CUDA.
+        ConfigError: a plane is compressed with zstd or coded in a basis, which only the host can undo; or this build
+            has no CUDA.
         StoreIOError: the device refused.
     """
     if not records:

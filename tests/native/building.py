@@ -10,7 +10,11 @@ from pathlib import Path
 
 NATIVE = Path(__file__).parent
 CSRC = NATIVE.parents[1] / "csrc"
-LIBRARY = [path for part in ("core", "entropy", "planes", "codec", "io") for path in sorted(CSRC.glob(f"{part}/*.cpp"))]
+LIBRARY = [
+    path
+    for part in ("core", "entropy", "planes", "basis", "codec", "io")
+    for path in sorted(CSRC.glob(f"{part}/*.cpp"))
+]
 FUZZ_TARGETS = [NATIVE / "fuzz" / f"{name}.cpp" for name in ("sample", "decoding", "encoding")]
 FLAGS = ["-std=c++17", "-O1", "-g1", "-pthread", "-ffp-contract=off", "-fno-trapping-math", f"-I{CSRC}", f"-I{NATIVE}"]
 FLAGS += ["-fno-sanitize-recover=all"]

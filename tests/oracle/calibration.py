@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from kvstore.errors import CorruptRecordError, UnsupportedFormatError
+from tests.oracle.basis import Bases, parse_bases
 from tests.oracle.checksum import crc32c
 from tests.oracle.parameters import Parameters
 from tests.oracle.segments import padded
 
 _HEADER = struct.Struct("<4sBBHIIQHHHH")
 _CRC_AT = 8
+_HAS_BASES = 1
 # Of a plane, after lrms: attribute, type as stored.
 _CHANNEL_ARRAYS = (("mu", "<u2"), ("lsig", "i1"), ("lres", "i1"), ("rho", "u1"), ("lstep", "i1"))
 
@@ -26,6 +28,7 @@ class Calibration:
     """Parameters of all planes K0, V0, K1, V1, ...; their shapes are the geometry."""
 
     planes: tuple[Parameters, ...]
+    bases: Bases | None = None
 
     @property
     def geometry(self) -> tuple[int, int, int, int]:
@@ -35,8 +38,11 @@ class Calibration:
 
     def pack(self) -> bytes:
         body = b"".join(_pack_plane(plane) for plane in self.planes)
+        body += self.bases.pack() if self.bases else b""
         total = _HEADER.size + len(body)
-        unsigned = bytearray(_HEADER.pack(b"KVCL", 1, 0, 0, 0, 0, total, *self.geometry) + body)
+        unsigned = bytearray(
+            _HEADER.pack(b"KVCL", 1, 0, 0, 0, _HAS_BASES if self.bases else 0, total, *self.geometry) + body
+        )
         struct.pack_into("<I", unsigned, _CRC_AT, crc32c(unsigned))
         return bytes(unsigned)
 
@@ -84,15 +90,17 @@ def parse_calibration(packed: bytes) -> Calibration:
         raise CorruptRecordError(f"calibration of {total} bytes in {len(packed)}")
     if crc32c(packed[:_CRC_AT] + bytes(4) + packed[_CRC_AT + 4 :]) != checksum:
         raise CorruptRecordError("calibration: wrong checksum")
-    if flags & 0xFFFF:
+    if flags & 0xFFFF & ~_HAS_BASES:
         raise UnsupportedFormatError(f"calibration: flags {flags:#x}")
     if reserved or 0 in (layers, heads, *dims):
         raise CorruptRecordError("calibration: a size of 0, or a reserved field")
     nbytes = [_plane_nbytes(heads, dim) for dim in dims]
-    if total != _HEADER.size + layers * sum(nbytes):
+    end = _HEADER.size + layers * sum(nbytes)
+    if total <= end if flags & _HAS_BASES else total != end:
         raise CorruptRecordError(f"calibration of {total} bytes does not hold its planes")
     planes, at = [], _HEADER.size
     for index in range(2 * layers):
         planes.append(_parse_plane(packed[at : at + nbytes[index % 2]], heads, dims[index % 2]))
         at += nbytes[index % 2]
-    return Calibration(tuple(planes))
+    bases = parse_bases(packed[end:], layers, heads, dims) if flags & _HAS_BASES else None
+    return Calibration(tuple(planes), bases)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.oracle.blocks import FLAVOURS, Geometry, random_block, random_calibration
 from tests.oracle.calibration import Calibration
 from tests.oracle.elements import Bits, Dtype
+from tests.oracle.random_bases import with_random_bases
 from tests.oracle.record import Profile
 from tests.oracle.writer import Settings
 
@@ -36,7 +37,12 @@ class Case:
     def block(self) -> tuple[list[Bits], Calibration | None]:
         rng = self.rng
         planes = random_block(rng, self.geometry, self.dtype, self.flavour)
-        return planes, random_calibration(rng, planes, self.dtype) if self.is_calibrated else None
+        if not self.is_calibrated:
+            return planes, None
+        calibration = random_calibration(rng, planes, self.dtype)
+        if self.settings.profile is Profile.PCA:
+            calibration = with_random_bases(rng, planes, calibration, self.dtype)
+        return planes, calibration
 
 
 def _geometries(most_layers: int) -> st.SearchStrategy[Geometry]:
@@ -45,7 +51,24 @@ def _geometries(most_layers: int) -> st.SearchStrategy[Geometry]:
     return st.builds(Geometry, st.integers(1, most_layers), st.integers(1, 5), dims, dims, tokens)
 
 
+_GROUP_MULTS = st.one_of(st.integers(-16, 24), st.integers(-128, 127))
 _MULTS = st.one_of(st.integers(-8, 44), st.integers(-128, 127))
+
+
+def _small_geometries() -> st.SearchStrategy[Geometry]:
+    dims = st.one_of(st.sampled_from((1, 31, 32, 33, 65)), st.integers(1, 40))
+    tokens = st.one_of(st.sampled_from((1, 2, 5, 31, 32, 33)), st.integers(1, 40))
+    return st.builds(Geometry, st.integers(1, 4), st.integers(1, 3), dims, dims, tokens)
+
+
+def group_cases() -> st.SearchStrategy[Case]:
+    """Blocks of a few small layers, calibrated with bases over some of them."""
+    settings = st.builds(Settings, st.just(Profile.PCA), _GROUP_MULTS, _GROUP_MULTS, st.just(False), st.booleans())
+    return st.builds(
+        Case,
+        *(_small_geometries(), st.sampled_from(Dtype), st.sampled_from(("kv", "kv", "kv", *FLAVOURS)), settings),
+        *(st.sampled_from((0, 1)), st.just(True), st.integers(0, (1 << 32) - 1)),
+    )
 
 
 def cases(profiles: tuple[Profile, ...] = tuple(Profile), most_layers: int = 1) -> st.SearchStrategy[Case]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from tests.oracle.basis import encode_group, group_fits, quantised_group
 from tests.oracle.blocks import Geometry, random_parameters, random_plane
 from tests.oracle.calibration import Calibration, calibration_id
 from tests.oracle.constants import MAX_CODE, RADIUS
@@ -15,6 +16,7 @@ from tests.oracle.exponent import ExponentTables, encode_exponent, frequencies, 
 from tests.oracle.measuring import measured_scales
 from tests.oracle.parameters import CALIBRATION, IN_LINE, NONE, PER_ROW, Parameters, Transform
 from tests.oracle.quantised import Scales, encode_quantised
+from tests.oracle.random_bases import with_random_bases
 from tests.oracle.record import NO_CALIBRATION, Coding, Header, Plane, Profile, allowed, pack_record
 from tests.oracle.segments import Cut, fits
 from tests.oracle.split import encode_split
@@ -90,6 +92,43 @@ def _free_quantised(
     return Plane(Coding.QUANTISED, stored, transform, cut.heads)
 
 
+def _free_groups(
+    rng: np.random.Generator,
+    planes: list[Bits],
+    dtype: Dtype,
+    segment_tokens: int,
+    calibration: Calibration,
+) -> dict[int, Plane]:
+    """Some groups of coding 4, their last layers left out at times, with exact tokens and symbols as they come."""
+    found: dict[int, Plane] = {}
+    assert calibration.bases is not None
+    tokens = planes[0].shape[1]
+    for index in range(len(planes)):
+        basis = calibration.bases.of_plane(index)
+        most = calibration.bases.layers_of(index, len(planes) // 2)
+        possible = [
+            runs for runs in range(1, basis.runs + 1 if basis else 1) if group_fits(runs, tokens, segment_tokens)
+        ]
+        if basis is None or not possible or rng.integers(3) == 0:
+            continue
+        members = range(index, index + 2 * most, 2)
+        group = np.concatenate([planes[member] for member in members]).astype(dtype.bits)
+        mult = int(rng.choice([rng.integers(-16, 17), rng.integers(-128, 128)], p=[0.9, 0.1]))
+        known = [calibration.planes[member] for member in members]
+        symbols, exact = quantised_group(group, dtype, basis, known, mult, 0)
+        is_entry = (np.arange(basis.runs * 64) < basis.rank + len(basis.base)).reshape(-1, 1, 64)
+        far = rng.random(symbols.shape) < rng.choice([0, 0.001, 0.05])
+        symbols = np.where(far & is_entry, rng.integers(-32768, 32768, symbols.shape), symbols)
+        exact = np.where(rng.random(tokens) < 0.1, rng.random(tokens) < 0.5, exact & (rng.random(tokens) < 0.2))
+        cut = Cut(segment_tokens, int(rng.choice(possible)))
+        stored = encode_group(group, basis, mult, symbols, exact, cut)
+        kept = members[: int(rng.integers(1, most + 1))]
+        if len(stored) < len(kept) * planes[index].nbytes:
+            found |= dict.fromkeys(kept, Plane(Coding.BASIS, b""))
+            found[index] = Plane(Coding.BASIS, stored, None, cut.heads, mult)
+    return found
+
+
 def free_record(
     rng: np.random.Generator, geometry: Geometry, dtype: Dtype, profile: Profile, flavour: str
 ) -> tuple[bytes, Calibration]:
@@ -110,8 +149,15 @@ def free_record(
         segment_tokens = 1 + segment_tokens // 2
     if rng.integers(2):
         segment_tokens = int(rng.integers(1, min(segment_tokens, geometry.num_tokens) + 1))
+    groups: dict[int, Plane] = {}
+    if profile is Profile.PCA:
+        calibration = with_random_bases(rng, planes, calibration, dtype)
+        groups = _free_groups(rng, planes, dtype, segment_tokens, calibration)
     stored = []
     for index, bits in enumerate(planes):
+        if index in groups:
+            stored.append(groups[index])
+            continue
         match Coding(int(rng.choice(allowed(profile)))):
             case Coding.SPLIT:
                 plane = Plane(Coding.SPLIT, encode_split(bits))
@@ -122,7 +168,7 @@ def free_record(
             case _:
                 plane = Plane(Coding.RAW, bits.tobytes())
         stored.append(plane if len(plane.stored) < bits.nbytes else Plane(Coding.RAW, bits.tobytes()))
-    is_calibrated = any(plane.transform and plane.transform.source == CALIBRATION for plane in stored)
+    is_calibrated = any(plane.is_calibrated for plane in stored)
     header = Header(
         *(segment_tokens, dtype, profile, geometry.num_layers, geometry.kv_heads, geometry.key_dim),
         *(geometry.value_dim, geometry.num_tokens, int(rng.integers(1 << 63))),

@@ -11,6 +11,7 @@ from enum import IntEnum
 import numpy as np
 
 from kvstore.errors import CorruptRecordError, SpecMismatchError, UnsupportedFormatError
+from tests.oracle.basis import decode_group, group_fits
 from tests.oracle.calibration import Calibration
 from tests.oracle.checksum import crc32c
 from tests.oracle.elements import Bits, Dtype
@@ -28,7 +29,7 @@ NO_CALIBRATION = bytes(16)
 
 
 class Profile(IntEnum):
-    RAW, ZSTD, LOSSLESS, Q8, Q4, Q3, Q2 = range(7)
+    RAW, ZSTD, LOSSLESS, Q8, Q4, Q3, Q2, PCA = range(8)
 
     @property
     def is_lossy(self) -> bool:
@@ -36,7 +37,7 @@ class Profile(IntEnum):
 
 
 class Coding(IntEnum):
-    RAW, SPLIT, EXPONENT, QUANTISED = range(4)
+    RAW, SPLIT, EXPONENT, QUANTISED, BASIS = range(5)
 
 
 def allowed(profile: Profile) -> tuple[Coding, ...]:
@@ -47,6 +48,8 @@ def allowed(profile: Profile) -> tuple[Coding, ...]:
             return Coding.RAW, Coding.SPLIT
         case Profile.LOSSLESS:
             return Coding.RAW, Coding.EXPONENT
+        case Profile.PCA:
+            return Coding.RAW, Coding.EXPONENT, Coding.QUANTISED, Coding.BASIS
         case _:
             return Coding.RAW, Coding.EXPONENT, Coding.QUANTISED
 
@@ -84,6 +87,15 @@ class Plane:
     stored: bytes
     transform: Transform | None = None
     segment_heads: int = 0
+    mult: int = 0  # coding 4
+
+    @property
+    def is_follower(self) -> bool:
+        return self.coding is Coding.BASIS and not self.stored
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.coding is Coding.BASIS or (self.transform is not None and self.transform.source == CALIBRATION)
 
 
 def pack_record(header: Header, planes: list[Plane]) -> bytes:
@@ -92,7 +104,7 @@ def pack_record(header: Header, planes: list[Plane]) -> bytes:
     for plane in planes:
         stored = plane.stored + bytes(-len(plane.stored) % 16)
         how = plane.transform
-        fields = (how.byte, how.mult, how.low_bits, how.raw_rows, how.scale_class) if how else (0, 0, 0, 0, 0)
+        fields = (how.byte, how.mult, how.low_bits, how.raw_rows, how.scale_class) if how else (0, plane.mult, 0, 0, 0)
         directory += _ENTRY.pack(len(plane.stored), crc32c(stored), plane.coding, *fields, plane.segment_heads)
         body += stored
     header_nbytes = _HEADER.size + len(directory)
@@ -126,8 +138,8 @@ def parse_record(record: bytes) -> tuple[Header, list[Plane]]:
     if crc32c(record[:_CRC_AT] + bytes(4) + record[_CRC_AT + 4 : header_nbytes]) != checksum:
         raise CorruptRecordError("wrong checksum of the header")
     entries = [_ENTRY.unpack_from(record, at) for at in range(_HEADER.size, header_nbytes, _ENTRY.size)]
-    unknown_coding = any(entry[2] > Coding.QUANTISED for entry in entries)
-    if flags & 0xFFFF or dtype > Dtype.FLOAT32 or profile > Profile.Q2 or unknown_coding:
+    unknown_coding = any(entry[2] > Coding.BASIS for entry in entries)
+    if flags & 0xFFFF or dtype > Dtype.FLOAT32 or profile > Profile.PCA or unknown_coding:
         raise UnsupportedFormatError("a flag, dtype, profile or coding of a newer version")
     if 0 in (segment_tokens, layers, heads, key_dim, value_dim, tokens):
         raise CorruptRecordError("a size of 0")
@@ -141,11 +153,15 @@ def parse_record(record: bytes) -> tuple[Header, list[Plane]]:
     planes, at = [], header_nbytes
     for index, (nbytes, crc, coding, *fields, segment_heads) in enumerate(entries):
         end = at + padded(nbytes, 16)
-        plane = Plane(Coding(coding), record[at : at + nbytes], *_how(header, index, coding, fields, segment_heads))
+        stored = record[at : at + nbytes]
+        if coding == Coding.BASIS:
+            plane = _basis_plane(header, index, nbytes, stored, fields, segment_heads)
+        else:
+            plane = Plane(Coding(coding), stored, *_how(header, index, coding, fields, segment_heads))
         raw_nbytes = header.raw_nbytes(index)
         if plane.coding not in allowed(header.profile):
             raise CorruptRecordError(f"plane {index}: the profile does not allow its coding")
-        if not (nbytes == raw_nbytes if plane.coding is Coding.RAW else nbytes < raw_nbytes):
+        if coding != Coding.BASIS and not (nbytes == raw_nbytes if coding == Coding.RAW else nbytes < raw_nbytes):
             raise CorruptRecordError(f"plane {index}: {nbytes} bytes for {raw_nbytes}")
         if end > len(record) or crc32c(record[at:end]) != crc:
             raise CorruptRecordError(f"plane {index}: cut off, or a wrong checksum")
@@ -153,7 +169,34 @@ def parse_record(record: bytes) -> tuple[Header, list[Plane]]:
         at = end
     if total != at:
         raise CorruptRecordError(f"the record has {total} bytes, its planes end at {at}")
+    for holder, plane in enumerate(planes):
+        if plane.is_follower and (holder < 2 or planes[holder - 2].coding is not Coding.BASIS):
+            raise CorruptRecordError(f"plane {holder} follows none")
+        raw_nbytes = header.raw_nbytes(holder) * (1 + num_followers(planes, holder))
+        if plane.coding is Coding.BASIS and len(plane.stored) >= raw_nbytes:
+            raise CorruptRecordError(f"plane {holder}: {len(plane.stored)} bytes for {raw_nbytes}")
     return header, planes
+
+
+def num_followers(planes: list[Plane], holder: int) -> int:
+    """Planes whose bytes plane `holder` holds, beside its own."""
+    count = 0
+    while holder + 2 * (count + 1) < len(planes) and planes[holder + 2 * (count + 1)].is_follower:
+        count += 1
+    return count
+
+
+def _basis_plane(
+    header: Header, index: int, nbytes: int, stored: bytes, fields: list[int], segment_heads: int
+) -> Plane:
+    transform, mult, *rest = fields
+    tokens = header.num_tokens
+    is_valid = group_fits(segment_heads, tokens, header.segment_tokens) if nbytes else not (mult or segment_heads)
+    if transform or any(rest) or not is_valid:
+        raise CorruptRecordError(f"plane {index}: an entry that coding 4 does not allow")
+    if header.calibration == NO_CALIBRATION:
+        raise CorruptRecordError("a plane refers to a calibration object, the header to none")
+    return Plane(Coding.BASIS, stored, None, segment_heads, mult)
 
 
 def _how(
@@ -192,12 +235,36 @@ def decode_record(record: bytes, calibrations: Mapping[bytes, Calibration] | Non
     """
     header, planes = parse_record(record)
     calibration = None
-    if any(plane.transform and plane.transform.source == CALIBRATION for plane in planes):
+    if any(plane.is_calibrated for plane in planes):
         calibration = (calibrations or {}).get(header.calibration)
         geometry = (header.num_layers, header.kv_heads, header.key_dim, header.value_dim)
         if calibration is None or calibration.geometry != geometry:
             raise SpecMismatchError("the calibration object that planes refer to is not there, or of another geometry")
-    return header, [_decode_plane(header, index, plane, calibration) for index, plane in enumerate(planes)]
+    decoded: list[Bits] = [np.zeros(0)] * len(planes)
+    for index, plane in enumerate(planes):
+        if plane.coding is not Coding.BASIS:
+            decoded[index] = _decode_plane(header, index, plane, calibration)
+        elif not plane.is_follower:
+            assert calibration is not None
+            count = 1 + num_followers(planes, index)
+            for layer, bits in enumerate(_decode_group(header, index, plane, calibration, count)):
+                decoded[index + 2 * layer] = bits
+    return header, decoded
+
+
+def _decode_group(header: Header, index: int, plane: Plane, calibration: Calibration, count: int) -> list[Bits]:
+    """Planes of the first `count` layers of a group."""
+    basis = calibration.bases.of_plane(index) if calibration.bases else None
+    if basis is None or calibration.bases is None:
+        raise CorruptRecordError(f"plane {index}: no group of the calibration begins there")
+    layers = calibration.bases.layers_of(index, header.num_layers)
+    if count > layers or plane.segment_heads > basis.runs:
+        raise CorruptRecordError(f"plane {index}: its calibration counts other layers or fewer symbols to its group")
+    heads, tokens, dim = header.shape(index)
+    known = list(calibration.planes[index : index + 2 * layers : 2])
+    shape, cut = (layers * heads, tokens, dim), Cut(header.segment_tokens, plane.segment_heads)
+    bits = decode_group(plane.stored, header.dtype, shape, basis, known, plane.mult, cut)
+    return list(bits.reshape(layers, heads, tokens, dim)[:count])
 
 
 def _decode_plane(header: Header, index: int, plane: Plane, calibration: Calibration | None) -> Bits:

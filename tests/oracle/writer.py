@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from tests.oracle.basis import encode_group, quantised_group, writers_group_cut
 from tests.oracle.calibration import Calibration, calibration_id
 from tests.oracle.elements import Bits, Dtype, to_binary32
 from tests.oracle.exponent import encode_exponent, writers_tables
@@ -53,14 +56,16 @@ def encode_record(
     (heads, tokens, key_dim), value_dim = planes[0].shape, planes[1].shape[2]
     segment_tokens = writers_segment_tokens(tokens, key_dim, value_dim)
     raw_rows = min(4, tokens - 1) if first_token == 0 else 0
+    groups = _encode_groups(planes, dtype, settings, raw_rows, segment_tokens, calibration)
     encoded = [
-        _encode_plane(
+        groups.get(index)
+        or _encode_plane(
             *(bits, dtype, settings, index % 2 == 0, raw_rows, segment_tokens),
             calibration.planes[index] if calibration else None,
         )
         for index, bits in enumerate(planes)
     ]
-    is_calibrated = any(plane.transform and plane.transform.source == CALIBRATION for plane in encoded)
+    is_calibrated = any(plane.is_calibrated for plane in encoded)
     identity = calibration_id(calibration.pack()) if calibration and is_calibrated else NO_CALIBRATION
     return pack_record(
         Header(
@@ -69,6 +74,35 @@ def encode_record(
         ),
         encoded,
     )
+
+
+def _encode_groups(
+    planes: list[Bits],
+    dtype: Dtype,
+    settings: Settings,
+    raw_rows: int,
+    segment_tokens: int,
+    calibration: Calibration | None,
+) -> dict[int, Plane]:
+    """Planes of coding 4 by their place: those that hold bytes, and those that follow."""
+    found: dict[int, Plane] = {}
+    if settings.profile is not Profile.PCA or calibration is None or calibration.bases is None:
+        return found
+    for index, bits in enumerate(planes):
+        basis, is_key = calibration.bases.of_plane(index), index % 2 == 0
+        if basis is None or (is_key and settings.exact_keys):
+            continue
+        members = range(index, index + 2 * calibration.bases.layers_of(index, len(planes) // 2), 2)
+        mult = settings.key_mult if is_key else settings.value_mult
+        group = np.concatenate([planes[member] for member in members]).astype(dtype.bits)
+        known = [calibration.planes[member] for member in members]
+        symbols, exact = quantised_group(group, dtype, basis, known, mult, raw_rows)
+        cut = writers_group_cut(basis.runs, bits.shape[1], segment_tokens)
+        stored = encode_group(group, basis, mult, symbols, exact, cut)
+        if len(stored) < group.nbytes:
+            found |= dict.fromkeys(members, Plane(Coding.BASIS, b""))
+            found[index] = Plane(Coding.BASIS, stored, None, cut.heads, mult)
+    return found
 
 
 def _encode_plane(

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// Planes of coding basis belong together: those of one side of consecutive layers, the first of
+// which holds the bytes of all (FORMAT.md section 11.1).
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "basis/basis_plane.hpp"
+#include "codec/calibration.hpp"
+#include "core/span.hpp"
+#include "planes/plane.hpp"
+
+namespace kv {
+
+/// Where in `planes` the plane lies that holds the bytes of `planes[index]`: its own place, except
+/// in a group.
+/// @throws CorruptRecord when it is not among them.
+[[nodiscard]] std::size_t holder_of(const std::vector<PlaneEntry>& planes,
+                                    std::size_t first_plane,
+                                    std::size_t index);
+
+/// Checks that every plane without bytes follows one of its group, and that groups shrink.
+/// @throws CorruptRecord.
+void check_groups(const std::vector<PlaneEntry>& planes, std::size_t first_plane);
+
+/// The group that `plane` holds the bytes of, by the calibration.
+/// @throws CorruptRecord when the calibration has none that begins there.
+[[nodiscard]] GroupShape group_shape(const Calibration& calibration,
+                                     std::size_t plane,
+                                     const PlaneShape& shape);
+
+}  // namespace kv
