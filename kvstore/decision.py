@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from kvstore.calibration import CALIBRATION_ID_NBYTES
 from kvstore.errors import CorruptRecordError
 
-KL_LIMITS = {"q8": 0.002, "q4": 0.002, "q3": 0.015, "q2": 0.05}
+KL_LIMITS = {"q8": 0.002, "q4": 0.002, "q3": 0.015, "q2": 0.05, "pca": 0.05}
 """Most that each lossy profile may change a model's next-token distribution: mean KL divergence, nats a token.
 
 `q8` and `q4` promise a change that nobody can tell: 0.002 is what 8-bit KV caches are known for, and moves the
 likeliest token in about 1 of 50 places, where two were all but equal. `q3` may be as far off as 4-bit KV caches
-commonly are (0.010 to 0.015), `q2` three times as far. Above its limit a profile stores keys exactly: models that mind
-lossy keys are known, models that mind lossy values at these rates are not.
+commonly are (0.010 to 0.015), `q2` and `pca` three times as far. Above its limit a profile stores keys exactly: models
+that mind lossy keys are known, models that mind lossy values at these rates are not.
 """
 
-KL_AIMS = {"q4": 0.002, "q3": 0.008, "q2": 0.021}
+KL_AIMS = {"q4": 0.002, "q3": 0.008, "q2": 0.021, "pca": 0.018}
 """What a profile may change where it is known how the model minds errors: its steps are then made coarser up to here.
 Up to these, perplexity stayed within 1 % (`q3`) and 3 % (`q2`) of what it is with exact keys and values."""
 

@@ -100,12 +100,13 @@ def test_every_profile_goes_all_the_way(command: Command, folder: Path, tmp_path
 
 def test_calibrates_from_a_text_before_anything_is_stored(command: Command, folder: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    done = command("calibrate", "--store", store, "--text", folder / "words.txt", "--model", folder / "model", "--json")
+    source = ("--text", folder / "words.txt", "--bases")
+    done = command("calibrate", "--store", store, *source, "--model", folder / "model", "--json")
     assert done.code == 0, done.err
     shown = json.loads(done.out)
     assert shown["source"] == "words.txt"
     assert shown["tokens"] == MIN_TOKENS
-    assert set(shown["divergence"]) == {"q8", "q4", "q3", "q2"}
+    assert set(shown["divergence"]) == {"q8", "q4", "q3", "q2", "pca"}
     with Store.open(store, access=Access.READ) as opened:
         ((fingerprint, decision),) = opened.calibrations.all()
     assert (fingerprint, decision.calibration.hex()) == (shown["model"], shown["calibration"])

@@ -124,8 +124,9 @@ def test_weighing_channels_by_sensitivity_costs_less_than_equal_steps() -> None:
     model = language_model.model
     layout = BlockLayout(spec_of(model), 128)
     runs = runs_of_text(language_model, token_ids(NEEDED_TOKENS)[0].tolist())
-    calibration, decision = calibrate_model(language_model, runs, layout, "a test")
+    calibration, decision = calibrate_model(language_model, runs, layout, "a test", with_bases=True)
     assert decision.calibration == calibration.id
+    assert calibration.has_bases
     assert decision.num_tokens == 4096
     assert set(decision.divergence) == set(KL_LIMITS)
     judge = Judge(model, runs[-1], layout)
@@ -157,6 +158,15 @@ def test_steps_are_as_coarse_as_the_aim_allows(monkeypatch: pytest.MonkeyPatch) 
     assert found[0.0].steps == {}
     assert found[1.0].steps == {"q2": (usual.key_mult - 6, usual.value_mult - 5)}
     assert found[0.0].divergence["q2"] < found[1.0].divergence["q2"]
+
+
+def test_bases_are_made_and_judged_only_when_asked_for() -> None:
+    language_model = _language_model()
+    layout = BlockLayout(spec_of(language_model.model), 128)
+    runs = runs_of_text(language_model, token_ids(NEEDED_TOKENS)[0].tolist())
+    calibration, decision = calibrate_model(language_model, runs, layout, "a test")
+    assert not calibration.has_bases
+    assert set(decision.divergence) == set(KL_LIMITS) - {"pca"}
 
 
 def test_runs_are_spread_over_a_text_and_short_texts_are_refused() -> None:

@@ -16,7 +16,6 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(BENCHMARKS))
     from quality import rivals
-    from quality.basis import basis_coded
     from quality.judge import Verdict, divergence, summed_up
     from quality.key_transforms import coded_bits, quantised, shape_of
     from quality.plot import Point, drawing
@@ -113,17 +112,6 @@ def test_what_no_table_holds_costs_an_exception() -> None:
     spread = torch.tensor([1.0])
     added = coded_bits(loud, spread) - coded_bits(quiet, spread)
     assert 32 < added < 32 + 12
-
-
-def test_a_basis_finds_what_layers_share() -> None:
-    shared = torch.randn(1, 1, 512, 8, generator=torch.Generator().manual_seed(2))
-    rows = shared.expand(10, 2, 512, 8).clone()
-    restored, bits = basis_coded(rows, [rows], 0.1)
-    assert (restored - rows).abs().max() < 0.1
-    assert bits / rows.numel() < 1.5
-    apart = torch.randn(rows.shape, generator=torch.Generator().manual_seed(3))
-    _, alone = basis_coded(apart, [apart], 0.1)
-    assert alone > 3 * bits
 
 
 def test_divergence_is_zero_for_equals_and_right_for_coins() -> None:

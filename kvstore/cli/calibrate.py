@@ -38,6 +38,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     source.add_argument("--text", type=arguments.path, metavar="FILE", help="let the model read a text file")
     source.add_argument("--video", type=arguments.path, metavar="FILE", help="let the model read a video's words")
     arguments.add_model(parser)
+    parser.add_argument("--bases", action="store_true", help="also make what profile pca needs; takes many megabytes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -83,7 +84,7 @@ def _calibrate(
         else:
             source = options.text.name
             runs = runs_of_text(language_model, language_model.encode(words))
-        calibration, decision = calibrate_model(language_model, runs, layout, source)
+        calibration, decision = calibrate_model(language_model, runs, layout, source, with_bases=options.bases)
         store.calibrations.keep(layout.spec, calibration, decision)
     return calibration, decision
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from kvstore.bases import BasisSums
 from kvstore.calibration import MIN_TOKENS, SINK_TOKENS, Calibration, calibrate
 from kvstore.codec import Codec, Profile, Steps
 from kvstore.decision import KL_AIMS, KL_LIMITS, Decision
@@ -81,7 +82,7 @@ def runs_of_stream(language_model: LanguageModel, store: Store, name: str, layou
 
 
 def calibrate_model(
-    language_model: LanguageModel, runs: Sequence[Run], layout: BlockLayout, source: str
+    language_model: LanguageModel, runs: Sequence[Run], layout: BlockLayout, source: str, *, with_bases: bool = False
 ) -> tuple[Calibration, Decision]:
     """Make a model's calibration and decide which profiles may have lossy keys.
 
@@ -90,19 +91,26 @@ def calibrate_model(
         runs: from `runs_of_text` or `runs_of_stream`; the last one is judged by.
         layout: how streams will be cut.
         source: where the runs came from, in words.
+        with_bases: whether to make what profile `pca` needs; left out for models of too many channels.
     """
     spec = layout.spec
     fitted = runs[:NUM_FITTED]
-    moments = Moments(spec.num_layers, spec.kv_heads, spec.key_dim, spec.value_dim)
+    sizes = (spec.num_layers, spec.kv_heads, spec.key_dim, spec.value_dim)
+    moments = Moments(*sizes)
+    bases = BasisSums(*sizes, MIN_TOKENS) if with_bases else None
     for run in fitted:
         first = max(SINK_TOKENS - run.first_token, 0)
-        moments.add(run.keys[:, :, first:], run.values[:, :, first:])
+        for sums in (moments, bases):
+            if sums is not None:
+                sums.add(run.keys[:, :, first:], run.values[:, :, first:])
     weights = log_steps(language_model.model, fitted, torch.Generator().manual_seed(_SEED))
-    calibration = calibrate(moments, weights)
+    calibration = calibrate(moments, weights, bases=bases)
     judge = Judge(language_model.model, runs[-1], layout)
     divergence, chosen, exact_keys = {}, {}, {}
     for name, limit in KL_LIMITS.items():
         profile = Profile(name)
+        if profile is Profile.PCA and not calibration.has_bases:
+            continue
         steps, divergence[name] = _coarsest(judge, layout, profile, calibration)
         if steps != STEPS[profile]:
             chosen[name] = (steps.key_mult, steps.value_mult)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvstore.bases import group_layers
+from kvstore.calibration import MIN_TOKENS
 from kvstore.codec import Profile
 from kvstore.engines.calibrating import NEEDED_TOKENS, calibrate_model, runs_of_text
 from kvstore.engines.loading import LanguageModel
@@ -28,6 +30,10 @@ class FirstWords:
         self._language_model = language_model
         self._layout = layout
         self._is_wanted = profile.is_lossy and language_model.image_processor is None
+        spec = layout.spec
+        layer_channels = spec.kv_heads * max(spec.key_dim, spec.value_dim)
+        has_room = group_layers(spec.num_layers, layer_channels, MIN_TOKENS) > 0
+        self._with_bases = profile is Profile.PCA and has_room
         self._ids: list[int] = []
 
     def read(self, ids: Sequence[int]) -> None:
@@ -35,13 +41,15 @@ class FirstWords:
         if not self._is_wanted:
             return
         decision = self._store.calibrations.of_model(self._layout.spec)
-        if decision is not None and decision.divergence:
+        if decision is not None and (Profile.PCA if self._with_bases else Profile.Q2) in decision.divergence:
             self._is_wanted = False
             return
         self._ids += ids
         if len(self._ids) >= NEEDED_TOKENS:
             runs = runs_of_text(self._language_model, self._ids)
-            made = calibrate_model(self._language_model, runs, self._layout, "the first words read")
+            made = calibrate_model(
+                self._language_model, runs, self._layout, "the first words read", with_bases=self._with_bases
+            )
             self._store.calibrations.keep(self._layout.spec, *made)
             self._is_wanted = False
             self._ids = []

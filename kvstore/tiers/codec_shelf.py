@@ -42,8 +42,12 @@ class CodecShelf:
         followed, codec = self._decided
         if decision is not None and decision is not followed:
             calibration = self._calibrations.find(decision.calibration)
-            steps = Steps(*decision.steps[self._profile]) if self._profile in decision.steps else None
-            exact_keys = self._profile in decision.exact_keys
+            assert calibration is not None, "a decision names an object"
+            judged = self._profile
+            if judged is Profile.PCA and not calibration.has_bases:
+                judged = Profile.Q2
+            steps = Steps(*decision.steps[judged]) if judged in decision.steps else None
+            exact_keys = judged in decision.exact_keys
             codec = Codec(self._layout, self._profile, calibration, steps, exact_keys=exact_keys)
             self._decided = (decision, codec)
         return codec

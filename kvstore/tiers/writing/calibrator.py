@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvstore.bases import BasisSums
 from kvstore.calibration import MIN_TOKENS, SINK_TOKENS, calibrate
 from kvstore.codec import Profile
 from kvstore.decision import Decision
@@ -30,9 +31,9 @@ class Calibrator:
         self._calibrations = calibrations
         self._layout = layout
         spec = layout.spec
-        self._moments: Moments | None = None
-        if profile.is_lossy:
-            self._moments = Moments(spec.num_layers, spec.kv_heads, spec.key_dim, spec.value_dim)
+        sizes = (spec.num_layers, spec.kv_heads, spec.key_dim, spec.value_dim)
+        self._moments = Moments(*sizes) if profile.is_lossy else None
+        self._bases = BasisSums(*sizes, MIN_TOKENS) if profile is Profile.PCA else None
 
     def measure(self, blocks: Sequence[NewRecord]) -> None:
         """Take in blocks that were written; what is written after the last one needed is coded with the calibration."""
@@ -40,16 +41,18 @@ class Calibrator:
             return
         spec = self._layout.spec
         if self._calibrations.of_model(spec) is not None:
-            self._moments = None
+            self._moments = self._bases = None
             return
         for block in blocks:
             first = min(max(SINK_TOKENS - block.first_token, 0), block.num_tokens)
             tokens = slice(first, block.num_tokens)
             keys, values = self._layout.keys(block.slot), self._layout.values(block.slot)
-            self._moments.add(keys[:, :, tokens], values[:, :, tokens])
+            for sums in (self._moments, self._bases):
+                if sums is not None:
+                    sums.add(keys[:, :, tokens], values[:, :, tokens])
         if self._moments.num_tokens >= MIN_TOKENS:
-            calibration = calibrate(self._moments)
+            calibration = calibrate(self._moments, bases=self._bases)
             decision = Decision(calibration.id, self._moments.num_tokens, "the first blocks written")
             # Somebody with the model at hand may have decided meanwhile, and knows better.
             self._calibrations.keep(spec, calibration, decision, replace=False)
-            self._moments = None
+            self._moments = self._bases = None

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stores of profile `pca`: how they come to bases, layers read alone, and what holds before there are any."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvstore.calibration import MIN_TOKENS, fit_calibration
+from kvstore.codec import Codec, Coding, Profile
+from kvstore.decision import Decision
+from kvstore.layout import BlockLayout
+from kvstore.spec import BlockKey, ModelSpec, chain_key
+from kvstore.store import Access, FetchRequest, Outcome, Store
+from kvstore.tiers.codec_shelf import CodecShelf
+
+SPEC = ModelSpec(3, 1, 16, 16, "bfloat16", "pre", "test", "{}", "0")
+TOKENS = 512
+LAYOUT = BlockLayout(SPEC, TOKENS)
+ENOUGH = MIN_TOKENS // TOKENS
+
+
+def _slot(number: int) -> Tensor:
+    """All layers follow from a few numbers a token."""
+    fixed, chance = torch.Generator().manual_seed(0), torch.Generator().manual_seed(number + 1)
+    slot = torch.zeros(LAYOUT.slot_nbytes, dtype=torch.uint8)
+    hidden = torch.randn(TOKENS, 4, generator=chance)
+    for view in (LAYOUT.keys(slot), LAYOUT.values(slot)):
+        mixed = hidden @ torch.randn(4, 48, generator=fixed) + 0.1 * torch.randn(TOKENS, 48, generator=chance)
+        view.copy_(mixed.view(TOKENS, 3, 1, 16).permute(1, 2, 0, 3))
+    return slot
+
+
+def _key(number: int) -> BlockKey:
+    return chain_key(None, number.to_bytes(4, "little"), "blocks")
+
+
+def _open(path: Path, access: Access) -> Store:
+    return Store.open(path, access=access, layout=LAYOUT, profile=Profile.PCA, host_nbytes=4 * LAYOUT.slot_nbytes)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose last two blocks were written with bases; not to be changed."""
+    path = tmp_path_factory.mktemp("store")
+    with _open(path, Access.WRITE) as store:
+        for number in range(ENOUGH + 3):
+            assert store.put([_key(number)], [_slot(number)], [TOKENS]) == [True]
+            store.flush()
+    return path
+
+
+def _fetched(path: Path, number: int, layers: range | None = None) -> Tensor:
+    slot = torch.zeros(LAYOUT.slot_nbytes, dtype=torch.uint8)
+    with _open(path, Access.READ) as store:
+        report = store.fetch([FetchRequest(_key(number), slot, layers)])
+    assert report.outcomes == [Outcome.DISK]
+    return slot
+
+
+def test_the_first_blocks_give_the_later_ones_their_bases(filled: Path) -> None:
+    with _open(filled, Access.READ) as store:
+        found = store._disk.look_up([_key(0), _key(ENOUGH + 2)], [True, True])
+        decision = store.calibrations.of_model(SPEC)
+        assert decision is not None
+        calibration = store.calibrations.find(decision.calibration)
+        assert store.verify().is_clean
+    assert calibration is not None
+    assert calibration.has_bases
+    codings = []
+    for each in found:
+        assert each is not None
+        assert not isinstance(each, Exception)
+        assert each.directory is not None
+        codings.append({plane.coding for plane in Codec.probe(each.directory).planes})
+    assert codings == [{Coding.QUANTISED}, {Coding.BASIS}]
+
+
+@pytest.mark.parametrize("number", [0, ENOUGH + 2])
+@pytest.mark.parametrize("layers", [range(1), range(1, 2), range(2, 3), range(1, 3)], ids=str)
+def test_layers_read_alone_are_those_of_the_whole(filled: Path, number: int, layers: range) -> None:
+    whole, part = _fetched(filled, number), _fetched(filled, number, layers)
+    for view in (LAYOUT.keys, LAYOUT.values):
+        wanted = torch.zeros_like(view(whole))
+        wanted[layers.start : layers.stop] = view(whole)[layers.start : layers.stop]
+        assert torch.equal(view(part), wanted)
+    error = (LAYOUT.keys(whole).float() - LAYOUT.keys(_slot(number)).float()).square().mean()
+    assert 0 < error < 0.1 * LAYOUT.keys(_slot(number)).float().var()
+
+
+def test_decisions_without_bases_hold_as_those_of_q2(tmp_path: Path) -> None:
+    samples = [(LAYOUT.keys(_slot(0)), LAYOUT.values(_slot(0)))]
+    decisions = {"q2": (-3, -2), "pca": (-9, -9)}
+    with _open(tmp_path, Access.WRITE) as store:
+        for with_bases, mults in ((False, (-3, -2)), (True, (-9, -9))):
+            calibration = fit_calibration(samples, with_bases=with_bases)
+            store.calibrations.keep(SPEC, calibration, Decision(calibration.id, TOKENS, "a test", steps=decisions))
+            codec = CodecShelf(store.calibrations, LAYOUT, Profile.PCA).encoder()
+            out = bytearray(codec.bound(TOKENS))
+            codec.encode(_slot(1), TOKENS, TOKENS, out)
+            planes = Codec.probe(out).planes
+            assert tuple(plane.mult for plane in planes[:2]) == mults
