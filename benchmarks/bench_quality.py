@@ -43,7 +43,7 @@ def report_scheme(scheme: Scheme, kv: Corpus, judge: Judge, num_documents: int, 
             verdicts.append(judge.judge(document, coded.keys, coded.values))
         bits[0] += coded.key_bits / coded.keys.numel() / num_documents
         bits[1] += coded.value_bits / coded.values.numel() / num_documents
-    case = {"scheme": scheme.name, "documents": num_documents, "simulated": scheme.is_simulated}
+    case = {"scheme": scheme.name, "documents": num_documents}
     report.value("key_bits", bits[0], "bits/element", **case)
     report.value("value_bits", bits[1], "bits/element", **case)
     report.value("ratio", 32 / sum(bits), "raw/stored", **case)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvstore.codec import Profile
 from kvstore.engines.anatomy import rotation_of
-from quality import basis, rivals
+from quality import rivals
 from quality.corpus import Corpus
 from quality.ours import profile_scheme
 from quality.scheme import Coded, Scheme
@@ -44,7 +44,7 @@ def line_up(*, is_quick: bool) -> list[Scheme]:
     if is_quick:
         return [scheme for scheme in schemes if not scheme.name.startswith("zstd")]
     without_model = [profile_scheme(profile, with_model=False) for profile in Profile if profile.is_lossy]
-    return [*schemes, *without_model, Scheme("PCA over 5 layers", basis.code, is_simulated=True)]
+    return [*schemes, *without_model]
 
 
 def _apart(name: str, code: Code, *, is_exact: bool = False) -> Scheme:

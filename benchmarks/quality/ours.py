@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kvstore.calibration import SINK_TOKENS, Calibration, calibrate
+from kvstore import bases
+from kvstore.bases import BasisSums
+from kvstore.calibration import MIN_TOKENS, SINK_TOKENS, Calibration, calibrate
 from kvstore.codec import Codec, Profile, Steps, probe
 from kvstore.decision import Decision
 from kvstore.engines import calibrating, judging, past, sensitivity
@@ -77,19 +79,22 @@ def codec_without(corpus: Corpus, document: int, profile: Profile, *, with_model
 def _measured_without(corpus: Corpus, document: int) -> Calibration:
     """The moments of the other documents."""
     _, layers, heads, _, dim = corpus.keys.shape
-    sums = Moments(layers, heads, dim, dim)
+    sums, products = Moments(layers, heads, dim, dim), BasisSums(layers, heads, dim, dim, MIN_TOKENS)
     for other in corpus.without(document):
-        sums.add(corpus.keys[other][:, :, SINK_TOKENS:], corpus.values[other][:, :, SINK_TOKENS:])
-    return calibrate(sums)
+        for each in (sums, products):
+            each.add(corpus.keys[other][:, :, SINK_TOKENS:], corpus.values[other][:, :, SINK_TOKENS:])
+    return calibrate(sums, bases=products)
 
 
 def _calibrated_without(corpus: Corpus, document: int) -> tuple[Calibration, Decision]:
     """What calibrating with the other documents gives; kept in the user's cache."""
-    path = _derived(corpus, document, (calibrating, judging, past, sensitivity), "kvcl")
+    path = _derived(corpus, document, (bases, calibrating, judging, past, sensitivity), "kvcl")
     if not path.with_suffix(".json").is_file():
         ids = [token for other in corpus.without(document) for token in corpus.documents[other].ids]
         runs = runs_of_text(corpus.language_model, ids)
-        calibration, decision = calibrate_model(corpus.language_model, runs, layout_of(corpus), "the other documents")
+        calibration, decision = calibrate_model(
+            corpus.language_model, runs, layout_of(corpus), "the other documents", with_bases=True
+        )
         path.write_bytes(calibration.data)
         path.with_suffix(".json").write_bytes(decision.to_json())
     return Calibration(path.read_bytes()), Decision.from_json(path.with_suffix(".json").read_bytes())

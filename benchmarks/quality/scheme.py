@@ -36,10 +36,8 @@ class Scheme:
         name: for the report.
         code: corpus and number of a document -> what comes back.
         is_exact: whether that must be what was given.
-        is_simulated: whether the size is an estimate of an entropy coder, not the length of a record.
     """
 
     name: str
     code: Callable[[Corpus, int], Coded]
     is_exact: bool = False
-    is_simulated: bool = False
