@@ -3,113 +3,162 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import cycle
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import zstandard
-from torch import Tensor
 
-from harness import Report, Timing, alternate, check, options
-from kvstore.codec import Codec, Profile
-from kvstore.layout import BlockLayout
+from coders import Coder, Verb, calibrated, codec_coder, copier, rearranged, zstd_coder
+from harness import MIN_S, Report, Timing, alternate, check, cpu, options, wall
+from kvstore.codec import Codec, Profile, plane_span
+from kvstore.native import build_info, limit_simd
 from real_kv import Corpus, add_options, corpus
 
-
-def tokens_of(layout: BlockLayout, slot: Tensor, num_tokens: int) -> list[Tensor]:
-    """The stored part of a slot, keys and values, as contiguous tensors."""
-    return [part(slot)[:, :, :num_tokens].contiguous() for part in (layout.keys, layout.values)]
-
-
-class Coder(NamedTuple):
-    """Calls that encode and decode the next block, and the bytes that all blocks take when encoded."""
-
-    encode: Callable[[], object]
-    decode: Callable[[], object]
-    nbytes: int
+LEVELS = {"plain": "baseline", "avx2": "avx2", "avx512": "avx512"}
+BASELINES = ("memcpy", "zstd-1", "zstd-3")
+QUICK_MIN_S = 0.1
+BLOCKS_IN_TURN = 4
+PARTIAL_LAYERS, PARTIAL_HEADS = 32, 16
+PARTIAL_LIMIT = 1 / 20
+"""Most that one layer of `PARTIAL_LAYERS` may cost of a whole block, in time and in bytes."""
 
 
-def copier(kv: Corpus) -> Callable[[], None]:
-    """A call that copies the next slot, in one thread."""
-    target = memoryview(bytearray(kv.layout.slot_nbytes))
-    sources = cycle([slot.numpy().data for slot in kv.slots])
-
-    def copy() -> None:
-        target[:] = next(sources)
-
-    return copy
+def one_after_another(verb: Verb, num_blocks: int) -> Callable[[], object]:
+    """A call that codes the next block."""
+    blocks = cycle(range(num_blocks))
+    return lambda: verb(next(blocks))
 
 
-def codec_calls(kv: Corpus, profile: Profile) -> Coder:
-    """A profile; the round trip is checked first."""
-    codec = Codec(kv.layout, profile)
-    records: list[memoryview] = []
-    decoded = torch.zeros_like(kv.slots[0])
-    for slot, num_tokens in zip(kv.slots, kv.num_tokens, strict=True):
-        out = memoryview(bytearray(codec.bound(num_tokens)))
-        records.append(out[: codec.encode(slot, num_tokens, 0, out)])
-        codec.decode(records[-1], decoded, num_tokens=num_tokens)
-        pairs = zip(tokens_of(kv.layout, slot, num_tokens), tokens_of(kv.layout, decoded, num_tokens), strict=True)
-        for before, after in pairs:
-            if profile.is_lossy:
-                error = float((before.float() - after.float()).abs().max() / before.float().abs().max())
-                limit = 0.02 if profile is Profile.Q8 else 0.3
-                check(error < limit, f"{profile} is off by {error:.3f} of the largest element")
-            else:
-                check(torch.equal(before, after), f"{profile} does not give back what it was given")
-    out = memoryview(bytearray(codec.bound(max(kv.num_tokens))))
-    blocks = cycle(list(zip(kv.slots, kv.num_tokens, records, strict=True)))
-
-    def encode() -> None:
-        slot, num_tokens, _ = next(blocks)
-        codec.encode(slot, num_tokens, 0, out)
-
-    def decode() -> None:
-        _, num_tokens, record = next(blocks)
-        codec.decode(record, decoded, num_tokens=num_tokens)
-
-    return Coder(encode, decode, sum(len(record) for record in records))
+def run_all(verb: Verb, blocks: Sequence[int]) -> None:
+    """Code some blocks."""
+    for block in blocks:
+        verb(block)
 
 
-def zstd_calls(kv: Corpus, level: int) -> Coder:
-    """The same for zstd over a block's bytes as they lie."""
-    compressor, decompressor = zstandard.ZstdCompressor(level=level), zstandard.ZstdDecompressor()
-    plain = [
-        torch.cat([part.flatten().view(torch.uint8) for part in tokens_of(kv.layout, slot, num_tokens)]).numpy().data
-        for slot, num_tokens in zip(kv.slots, kv.num_tokens, strict=True)
+def pairs(names: Collection[str]) -> list[tuple[str, str]]:
+    """(coder, baseline) of those; baselines themselves are compared with the first one."""
+    return [
+        (name, baseline)
+        for name in names
+        for baseline in (BASELINES[:1] if name in BASELINES else BASELINES)
+        if baseline in names
     ]
-    frames = [compressor.compress(block) for block in plain]
-    check(decompressor.decompress(frames[0]) == bytes(plain[0]), "zstd round trip")
-    sources, records = cycle(plain), cycle(frames)
-    return Coder(
-        lambda: compressor.compress(next(sources)),
-        lambda: decompressor.decompress(next(records)),
-        sum(len(frame) for frame in frames),
-    )
+
+
+def report_rates(report: Report, verb: str, amount: float, timings: dict[str, Timing], **case: Any) -> None:
+    """Every coder against every baseline that was measured with it."""
+    for name, baseline in pairs(timings):
+        report.rate(verb, amount, "GB/s", (name, timings[name]), (baseline, timings[baseline]), **case)
+
+
+def bench_one_thread(report: Report, kv: Corpus, coders: dict[str, Coder], simd: str, min_s: float) -> None:
+    """Both verbs, and decoding into rows, one block a call; processor time."""
+    limit_simd(LEVELS[simd])
+    amount = kv.raw_nbytes / len(kv.slots) / 1e9
+    verbs: dict[tuple[str, str], dict[str, Verb]] = {
+        ("encode", "slot"): {name: coder.encode for name, coder in coders.items()},
+        ("decode", "slot"): {name: coder.decode for name, coder in coders.items()},
+        ("decode", "rows"): {name: coder.decode_rows for name, coder in coders.items() if coder.decode_rows},
+    }
+    for (verb, out), named in verbs.items():
+        calls = {name: one_after_another(call, len(kv.slots)) for name, call in named.items()}
+        timings = alternate(calls, clock=cpu, min_s=min_s)
+        report_rates(report, verb, amount, timings, out=out, simd=simd, threads=1, clock="cpu")
+    limit_simd(LEVELS["avx512"])
+
+
+def bench_two_threads(report: Report, kv: Corpus, coders: dict[str, Coder], simd: str, min_s: float) -> None:
+    """Decode some blocks, in one thread and in two; wall time.
+
+    Threads keep to a core each, as what takes milliseconds is over before the system spreads it. Each coder scales by
+    its best decile: two threads never have two cores while neighbours take one.
+    """
+    blocks = range(min(BLOCKS_IN_TURN, len(kv.slots) // 2 * 2))
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        print("# one core: two threads are not measured")
+        return
+    with ExitStack() as stack:
+        pools = [
+            stack.enter_context(ThreadPoolExecutor(1, initializer=os.sched_setaffinity, initargs=(0, {core})))
+            for core in cores[:2]
+        ]
+
+        def in_one(verb: Verb) -> Callable[[], object]:
+            return lambda: pools[0].submit(run_all, verb, blocks).result()
+
+        def in_two(verb: Verb) -> Callable[[], object]:
+            def call() -> None:
+                for future in [pool.submit(run_all, verb, blocks[n::2]) for n, pool in enumerate(pools)]:
+                    future.result()
+
+            return call
+
+        one = {name: in_one(coder.decode) for name, coder in coders.items()}
+        two = {f"{name} in two": in_two(coder.decode) for name, coder in coders.items()}
+        timings = alternate(one | two, clock=wall, min_s=min_s)
+    amount = sum(kv.num_tokens[block] for block in blocks) * kv.layout.spec.token_nbytes / 1e9
+    case: dict[str, Any] = {"out": "slot", "simd": simd, "threads": 2, "clock": "wall"}
+    report_rates(report, "decode", amount, {name: timings[f"{name} in two"] for name in coders}, **case)
+    for name in coders:
+        gain = timings[name].p10_s / timings[f"{name} in two"].p10_s
+        report.value("decode, scaling", "x", (name, gain), ("one thread", 1.0), **case)
+
+
+def bench_partial(report: Report, deep: Corpus, profile: Profile, simd: str, min_s: float) -> None:
+    """Decode one layer of many, and all of them, from the bytes of the record that each needs; processor time."""
+    codec = Codec(deep.layout, profile, calibrated(deep) if profile.is_lossy else None)
+    everything = range(PARTIAL_LAYERS)
+    block = len(deep.slots) - 1
+    slot = torch.zeros_like(deep.slots[block])
+    out = memoryview(bytearray(codec.bound(deep.layout.block_tokens)))
+    record = out[: codec.encode(deep.slots[block], deep.num_tokens[block], deep.first_tokens[block], out)]
+    info = codec.probe(record)
+    singles = [range(layer, layer + 1) for layer in everything]
+    spans = {layers: plane_span(info, layers) for layers in (everything, *singles)}
+
+    def decode(layers: range) -> None:
+        offset, nbytes = spans[layers]
+        codec.decode_planes(info, record[offset : offset + nbytes], offset, slot, layers=layers)
+
+    turns = cycle(singles)
+    calls = {"one layer": lambda: decode(next(turns)), "all layers": lambda: decode(everything)}
+    timings = alternate(calls, clock=cpu, min_s=min_s)
+    one, whole = timings["one layer"], timings["all layers"]
+    share = max(spans[single][1] for single in singles) / spans[everything][1]
+    case: dict[str, Any] = {"coder": str(profile), "layers": PARTIAL_LAYERS, "simd": simd, "threads": 1, "clock": "cpu"}
+    report.latency("partial decode", ("one layer", one), ("all layers", whole), **case)
+    report.value("partial read, largest layer", "of all", ("one layer", share), ("all layers", 1.0), **case)
+    for what, cost in {"time": one.median_s / whole.median_s, "bytes": share}.items():
+        check(cost <= PARTIAL_LIMIT, f"{profile}: one layer of {PARTIAL_LAYERS} costs {cost:.3f} of the {what}")
 
 
 def main() -> None:
-    """Measure one block per call, one thread."""
-    settings = options(__doc__ or "", add_options)
+    """Measure all profiles over the corpus that calibrated them."""
+    settings = options("codec", __doc__, add_options)
+    min_s = QUICK_MIN_S if settings.quick else MIN_S
     kv = corpus(settings, 8 if settings.quick else 32)
-    report = Report("codec", settings)
-    block_nbytes = kv.raw_nbytes / len(kv.slots)
-    case: dict[str, Any] = {"origin": kv.origin, "blocks": len(kv.slots), "mean_block_nbytes": round(block_nbytes)}
-    coders = {str(profile): codec_calls(kv, profile) for profile in Profile}
-    coders |= {f"zstd-{level}": zstd_calls(kv, level) for level in (1, 3)}
-    for verb in ("encode", "decode"):
-        calls = {name: coder.encode if verb == "encode" else coder.decode for name, coder in coders.items()}
-        timings = alternate({"memcpy": copier(kv)} | calls)
-        # A slot is copied whole; the blocks in it may be shorter.
-        copied = timings["memcpy"]
-        share = block_nbytes / kv.layout.slot_nbytes
-        copied = Timing(copied.median_s * share, copied.p10_s * share, copied.p90_s * share, copied.iterations)
-        report.rate(verb, block_nbytes / 1e9, "GB/s", copied, coder="memcpy", **case)
-        for name in calls:
-            report.rate(verb, block_nbytes / 1e9, "GB/s", timings[name], ("memcpy", copied), coder=name, **case)
-    for name, coder in coders.items():
-        report.value("ratio", kv.raw_nbytes / coder.nbytes, "raw/stored", coder=name, **case)
+    case = {"origin": kv.origin, "blocks": len(kv.slots), "block_tokens": kv.layout.block_tokens}
+    report = Report(settings, {**case, "dtype": kv.layout.spec.dtype, "calibrated": "by moments of these blocks"})
+    calibration = calibrated(kv)
+    coders = {"memcpy": copier(kv)}
+    coders |= {str(profile): codec_coder(kv, profile, calibration) for profile in Profile}
+    coders |= {f"zstd-{level}": zstd_coder(kv, level) for level in (1, 3)}
+    smaller = {name: kv.raw_nbytes / coder.nbytes for name, coder in coders.items()}
+    for name, baseline in pairs(coders):
+        report.value("size", "raw/stored", (name, smaller[name]), (baseline, smaller[baseline]))
+    found = build_info()["simd"].split(",")
+    levels = ["plain", *(level for level in LEVELS if level in found)]
+    deep = rearranged(kv, PARTIAL_LAYERS, PARTIAL_HEADS)
+    for profile in Profile:
+        bench_partial(report, deep, profile, levels[-1], min_s)
+    for simd in reversed(levels):
+        bench_one_thread(report, kv, coders, simd, min_s)
+    bench_two_threads(report, kv, coders, levels[-1], min_s)
     report.write()
 
 

@@ -98,18 +98,21 @@ def measure_batch(report: Report, profile: Profile, num_records: int, stream: to
         whole = event_timing(upload_and_decode, stream)
     amount = num_records * BLOCK_NBYTES / 1e9
     case = {"profile": str(profile), "mib": num_records * 2, "data": "made"}
-    report.rate("decode", amount, "GB/s", kernels, ("copy on the device", copied), **case)
-    report.rate("upload and decode", amount, "GB/s", whole, ("upload plain", sent), **case)
-    report.value("plan and verify on the host", amount / planned_s, "GB/s", **case)
+    report.rate("decode", amount, "GB/s", ("kvstore", kernels), ("copy on the device", copied), **case)
+    report.rate("upload and decode", amount, "GB/s", ("kvstore", whole), ("upload plain", sent), **case)
+    upload_rate = amount / sent.median_s
+    report.value(
+        "plan and verify on the host", "GB/s", ("kvstore", amount / planned_s), ("upload plain", upload_rate), **case
+    )
 
 
 def main() -> None:
     """Measure batches of 2 to 512 MiB of KV."""
-    settings = options(__doc__ or "")
+    settings = options("device-decode", __doc__)
     if not torch.cuda.is_available() or build_info()["cuda_devices"] == 0:
         print("# no CUDA device, or built without: nothing to measure")
         return
-    report = Report("device_decode", settings)
+    report = Report(settings)
     stream = torch.cuda.Stream()
     for profile in PROFILES:
         for num_records in (1, 32) if settings.quick else (1, 4, 32, 256):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from harness import Report, alternate, check, file_system, measure, options
+from harness import Report, alternate, check, options
 from kvstore.codec import Profile
 from kvstore.layout import ALIGNMENT, round_up
 from kvstore.native import Arena, DirectFile, IoPool
@@ -30,6 +30,7 @@ from kvstore.store import (
     StreamHeader,
     Tier,
 )
+from machine import file_system
 from real_kv import Corpus, add_options, corpus
 
 BATCH = 4
@@ -94,16 +95,21 @@ def bench_append(report: Report, kv: Corpus, folder: Path, place: str) -> None:
         torch.frombuffer(arena, dtype=torch.uint8)[: kv.layout.slot_nbytes].copy_(kv.slots[0])
         calls = {"write+sync": write_plainly} | {"-".join(kind): w.append_and_flush for kind, w in writers.items()}
         timings = alternate(calls)
-        limit = timings["write+sync"]
-        report.rate(
-            "append", nbytes / 1e6, "MB/s of raw KV", limit, what="write+sync", place=place, direct=plain.is_direct
-        )
-        for profile, durability in kinds:
-            timing = timings[f"{profile}-{durability}"]
-            case: dict[str, Any] = {"profile": str(profile), "durability": str(durability), "batch": BATCH}
-            report.rate("append", nbytes / 1e6, "MB/s of raw KV", timing, ("write+sync", limit), **case)
-        synced = measure(plain.sync, lambda: pool.submit_write(plain, arena, [(0, 0, ALIGNMENT)]).wait())
-        report.latency("fdatasync after 4 KiB", synced, place=place)
+        against = ("write+sync", timings["write+sync"])
+        case: dict[str, Any] = {"batch": BATCH, "place": place, "direct": plain.is_direct}
+        for kind in kinds:
+            found = "-".join(kind), timings["-".join(kind)]
+            report.rate("append", nbytes / 1e6, "MB/s of raw KV", found, against, **case)
+
+        def write_page() -> None:
+            pool.submit_write(plain, arena, [(0, 0, ALIGNMENT)]).wait()
+
+        def write_page_and_sync() -> None:
+            write_page()
+            plain.sync()
+
+        pages = alternate({"write": write_page, "write+sync": write_page_and_sync})
+        report.latency("4 KiB", ("write+sync", pages["write+sync"]), ("write", pages["write"]), place=place)
     for writer in writers.values():
         writer.store.close()
 
@@ -134,11 +140,10 @@ def bench_fetch(report: Report, kv: Corpus, folder: Path, place: str, profile: P
             timings = alternate({"pread": read_plainly, "fetch": fetch})
     raw_nbytes = BATCH * kv.raw_nbytes / len(kv.slots)
     case: dict[str, Any] = {"profile": str(profile), "batch": BATCH, "place": place, "cold": "O_DIRECT"}
-    report.rate("read", stored_nbytes / 1e9, "GB/s of stored bytes", timings["pread"], what="pread", **case)
-    against = ("pread", timings["pread"])
-    report.rate("read", stored_nbytes / 1e9, "GB/s of stored bytes", timings["fetch"], against, what="fetch", **case)
-    report.rate("fetch", raw_nbytes / 1e9, "GB/s of raw KV", timings["fetch"], what="fetch", **case)
-    report.latency("fetch", timings["fetch"], what="fetch", **case)
+    found, against = ("fetch", timings["fetch"]), ("pread", timings["pread"])
+    report.rate("read", stored_nbytes / 1e9, "GB/s of stored bytes", found, against, **case)
+    report.rate("fetch", raw_nbytes / 1e9, "GB/s of raw KV", found, against, **case)
+    report.latency("fetch", found, against, **case)
 
 
 @contextmanager
@@ -160,9 +165,9 @@ def plain_reader(store: Path, nbytes: int) -> Iterator[Callable[[], None]]:
 
 def main() -> None:
     """Measure in a scratch folder."""
-    settings = options(__doc__ or "", add_options)
+    settings = options("disk", __doc__, add_options)
     kv = corpus(settings, 16 if settings.quick else 64)
-    report = Report("disk", settings)
+    report = Report(settings)
     with TemporaryDirectory(dir=settings.folder) as scratch:
         folder = Path(scratch)
         place = file_system(folder)

@@ -59,7 +59,7 @@ def exact_scores(question: Tensor, blocks: list[Tensor], mean: Tensor) -> Tensor
 
 def main() -> None:
     """Measure over the token keys of a real stream, grown with noisy copies where it is too short."""
-    settings = options(__doc__ or "", add_options)
+    settings = options("retrieval", __doc__, add_options)
     sizes = [64, 512] if settings.quick else [64, 512, 4096]
     kv = corpus(settings, 16 if settings.quick else max(sizes))
     if is_faiss_installed():
@@ -75,7 +75,7 @@ def main() -> None:
     makers: dict[str, Callable[[int], SummaryIndex]] = {"torch": FlatIndex}
     if is_faiss_installed():
         makers["faiss"] = FaissIndex
-    report = Report("retrieval", settings)
+    report = Report(settings)
     for size in sizes:
         blocks = grown(keys, size)
         questions = questions_from(blocks)
@@ -90,12 +90,11 @@ def main() -> None:
                 hits += len(exact & set(scorer.rank(question, size).blocks[:TOP].tolist()))
             recall = hits / (TOP * len(questions))
             check(recall > 0.5, f"{name} finds {recall:.2f} of the exact top {TOP}")
-            report.value(f"recall@{TOP}", recall, "of exact", index=name, **case)
+            report.value(f"recall@{TOP}", "share", (name, recall), ("exact scores", 1.0), **case)
         asked = cycle(questions)
         timings = alternate({name: ranker(scorer, asked, size) for name, scorer in scorers.items()})
         for name, timing in timings.items():
-            against = None if name == "torch" else ("torch", timings["torch"])
-            report.latency("rank", timing, against, index=name, **case)
+            report.latency("rank", (name, timing), ("torch", timings["torch"]), **case)
     report.write()
 
 

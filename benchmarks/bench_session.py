@@ -116,8 +116,7 @@ def report_both(
 ) -> None:
     """Rows for wall and processor time."""
     for clock, unit, before, after in zip(("wall", "cpu"), ("tokens/s", "tokens/cpu-s"), plain, tiered, strict=True):
-        report.rate(metric, num_tokens, unit, before, through="DynamicCache", clock=clock, **case)
-        report.rate(metric, num_tokens, unit, after, ("DynamicCache", before), through="kvstore", clock=clock, **case)
+        report.rate(metric, num_tokens, unit, ("kvstore", after), ("DynamicCache", before), clock=clock, **case)
 
 
 def close(found: Tensor, wanted: Tensor) -> bool:
@@ -128,8 +127,8 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 
 def main() -> None:
     """Measure prefill over a window, then decode over as many tokens of the stream that this left."""
-    settings = options(__doc__ or "", add_options)
-    report = Report("session", settings)
+    settings = options("session", __doc__, add_options)
+    report = Report(settings)
     language_model = load(settings.model)
     for context in [512] if settings.quick else [512, 2048]:
         ids = text_ids(language_model, (context // CHUNK_TOKENS + WARM_UPS + MIN_ITERATIONS) * CHUNK_TOKENS)

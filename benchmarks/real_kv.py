@@ -49,6 +49,11 @@ class Corpus:
     origin: str
 
     @property
+    def first_tokens(self) -> list[int]:
+        """Position of each block in the stream."""
+        return [sum(self.num_tokens[:block]) for block in range(len(self.num_tokens))]
+
+    @property
     def raw_nbytes(self) -> int:
         """Uncompressed KV bytes of all blocks."""
         return sum(self.num_tokens) * self.layout.spec.token_nbytes
