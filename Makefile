@@ -84,10 +84,11 @@ cuda-check:  ## compile the CUDA sources for sm_80 and sm_90, without linking; n
 	done
 
 MUTANTS ?= 1000000
+SEED ?= 1
 FUZZ_SECONDS ?= 60
 
-mutate: venv  ## a million damaged records under g++'s sanitizers; minutes
-	PYTHONPATH=. $(PY) tools/fuzz.py mutate $(MUTANTS)
+mutate: venv  ## a million damaged records at all SIMD levels under g++'s sanitizers; minutes; MUTANTS=, SEED=
+	PYTHONPATH=. $(PY) tools/fuzz.py mutate $(MUTANTS) --seed $(SEED)
 
 fuzz: venv  ## libFuzzer, a minute a target; needs clang
 	PYTHONPATH=. $(PY) tools/fuzz.py fuzz $(FUZZ_SECONDS)

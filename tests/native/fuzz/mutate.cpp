@@ -33,6 +33,11 @@ constexpr std::array<NamedTarget, 4> kTargets = {{{"probe", &kv::fuzz::probe},
                                                   {"round_trip", &kv::fuzz::round_trip},
                                                   {"calibration", &kv::fuzz::calibration}}};
 
+constexpr std::size_t kProbe = 0;
+constexpr std::size_t kDecode = 1;
+constexpr std::size_t kRoundTrip = 2;
+constexpr std::size_t kCalibration = 3;
+
 kv::ConstBytes view(const Buffer& buffer) { return {buffer.data(), buffer.size()}; }
 
 std::vector<Buffer> read_folder(const std::filesystem::path& folder) {
@@ -51,14 +56,20 @@ std::vector<Buffer> read_folder(const std::filesystem::path& folder) {
 
 std::size_t below(Random& random, std::size_t limit) { return random() % limit; }
 
-void mutate_once(Buffer& bytes, Random& random) {
+/// Where a change goes: half of all to the fields, which `fields_at` begin or the whole does.
+std::size_t some_place(const Buffer& bytes, std::size_t fields_at, Random& random) {
+  if (random() % 2 == 0) {
+    return below(random, bytes.size());
+  }
+  const std::size_t first = random() % 2 == 0 && fields_at < bytes.size() ? fields_at : 0;
+  return first + below(random, std::min<std::size_t>(bytes.size() - first, 160));
+}
+
+void mutate_once(Buffer& bytes, std::size_t fields_at, Random& random) {
   if (bytes.empty()) {
     return;
   }
-  // Half of all changes go where the fields are.
-  const std::size_t reach =
-      random() % 2 == 0 ? std::min<std::size_t>(bytes.size(), 160) : bytes.size();
-  const std::size_t at = below(random, reach);
+  const std::size_t at = some_place(bytes, fields_at, random);
   switch (below(random, 7)) {
     case 0:
       bytes[at] = static_cast<std::uint8_t>(bytes[at] ^ (1U << below(random, 8)));
@@ -95,26 +106,48 @@ void mutate_once(Buffer& bytes, Random& random) {
   }
 }
 
-Buffer mutated(const Buffer& original, Random& random) {
+Buffer mutated(const Buffer& original, std::size_t fields_at, Random& random) {
   Buffer bytes = original;
   for (std::size_t left = 1 + below(random, 6); left > 0; --left) {
-    mutate_once(bytes, random);
+    mutate_once(bytes, fields_at, random);
   }
   return bytes;
 }
 
-/// Nothing is sealed: the mutant is refused, or gives what the original gives.
-void decode_unsealed(const Buffer& original, const Buffer& mutant) {
-  constexpr auto kHighest = kv::SimdLevel::kAvx512;
+std::size_t record_at(const Buffer& sample) {
+  return sample.size() - Sample::from(view(sample)).record.size();
+}
+
+/// Nothing is sealed: the mutant is refused, or gives what the plain loops make of the original.
+Verdict decode_unsealed(const Buffer& original, const Buffer& mutant, kv::SimdLevel level) {
   const Sample sample = Sample::from(view(mutant));
-  const Outcome outcome = decode_at(sample, kHighest);
+  const Outcome outcome = decode_at(sample, level);
   if (outcome.verdict == Verdict::kDecoded) {
     const Sample intact = Sample::from(view(original));
     // Another calibration object may stand before an intact record: then its id would not fit.
-    expect(sample.calibration != intact.calibration || outcome == decode_at(intact, kHighest),
+    expect(sample.calibration != intact.calibration ||
+               outcome == decode_at(intact, kv::SimdLevel::kBaseline),
            "damage is refused or harmless");
   }
+  return outcome.verdict;
 }
+
+struct Progress {
+  std::size_t mutants = 0;
+  std::array<std::size_t, 4> sealed{};
+  std::array<std::size_t, 4> unsealed{};
+  std::size_t round_trips = 0;
+
+  void print(double took_s) const {
+    std::printf(
+        "%zu mutants; sealed records, alike at all levels: %zu decoded, %zu corrupt, %zu "
+        "unsupported, %zu too large; unsealed: %zu refused, %zu harmless; %zu round trips; %.0f "
+        "s\n",
+        mutants, sealed[0], sealed[1], sealed[2], sealed[3], unsealed[1] + unsealed[2],
+        unsealed[0] + unsealed[3], round_trips, took_s);
+    std::fflush(stdout);
+  }
+};
 
 }  // namespace
 
@@ -137,25 +170,33 @@ int main(int argc, char** argv) {
     std::printf("%s: %zu replayed\n", kTargets[t].folder, seeds[t].size());
   }
 
+  const int highest = static_cast<int>(kv::cpu_features().simd_level);
+  std::printf("SIMD levels compared: %d of 3\n", highest + 1);
+  std::fflush(stdout);
   const auto begin = std::chrono::steady_clock::now();
-  std::array<std::size_t, 4> verdicts{};
-  for (std::size_t done = 0; done < wanted; ++done) {
-    // Records are what the driver is for; every eighth mutant goes to another target.
-    const std::size_t t = done % 8 == 0 ? done / 8 % kTargets.size() : 1;
+  const auto took_s = [&begin] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  };
+  Progress progress;
+  for (; progress.mutants < wanted; ++progress.mutants) {
+    if (progress.mutants > 0 && progress.mutants % 50000 == 0) {
+      progress.print(took_s());
+    }
+    // Records are what the driver is for; every fourth mutant goes to another target.
+    constexpr std::array<std::size_t, 4> kOthers = {kRoundTrip, kProbe, kRoundTrip, kCalibration};
+    const std::size_t turn = progress.mutants / 4;
+    const std::size_t t = progress.mutants % 4 == 0 ? kOthers[turn % kOthers.size()] : kDecode;
     const Buffer& original = seeds[t][below(random, seeds[t].size())];
-    const Buffer mutant = mutated(original, random);
-    kTargets[t].run(view(mutant));
-    if (t == 1) {
-      decode_unsealed(original, mutant);
-      Sample sealed = Sample::from(view(mutant));
-      sealed.seal();
-      ++verdicts[static_cast<std::size_t>(decode_at(sealed, kv::SimdLevel::kAvx512).verdict)];
+    const Buffer mutant = mutated(original, t == kDecode ? record_at(original) : 0, random);
+    if (t == kDecode) {
+      ++progress.sealed[static_cast<std::size_t>(kv::fuzz::decode_sealed(view(mutant)).verdict)];
+      const auto level = static_cast<kv::SimdLevel>(static_cast<int>(turn) % (highest + 1));
+      ++progress.unsealed[static_cast<std::size_t>(decode_unsealed(original, mutant, level))];
+    } else {
+      kTargets[t].run(view(mutant));
+      progress.round_trips += t == kRoundTrip ? 1 : 0;
     }
   }
-  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
-  std::printf(
-      "%zu mutants; sealed records: %zu decoded, %zu corrupt, %zu unsupported, %zu too large; %.1f "
-      "s\n",
-      wanted, verdicts[0], verdicts[1], verdicts[2], verdicts[3], took.count());
+  progress.print(took_s());
   return 0;
 }

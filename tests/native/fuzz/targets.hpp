@@ -55,6 +55,9 @@ struct Outcome {
 /// large.
 [[nodiscard]] Outcome decode_at(const Sample& sample, SimdLevel level);
 
+/// The target `decode`, and what all levels made of it.
+Outcome decode_sealed(ConstBytes data);
+
 /// Calls `run` with every level that this machine has, and leaves the highest one on.
 void at_all_levels(const std::function<void(SimdLevel)>& run);
 
