@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding records on a GPU, kernels alone and with the upload, against copies of as many plain bytes."""
+"""Decoding records on a GPU, kernels alone and with the upload, against copies of plain bytes and against nvCOMP."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from itertools import cycle, islice
 
 import torch
@@ -22,6 +24,7 @@ LAYOUT = BlockLayout(ModelSpec(2, 8, 128, 128, "bfloat16", "pre", "llama", "{}",
 BLOCK_NBYTES = 2 << 20
 DISTINCT = 4
 PROFILES = (Profile.LOSSLESS, Profile.Q8, Profile.Q4, Profile.Q3, Profile.Q2)
+NVCOMP_ALGORITHMS = ("ANS", "Zstd")
 
 
 def made_records(codec: Codec) -> list[tuple[Arena, int]]:
@@ -35,6 +38,33 @@ def made_records(codec: Codec) -> list[tuple[Arena, int]]:
         arena = Arena(codec.bound(LAYOUT.block_tokens), pinned=True)
         records.append((arena, codec.encode(slot, LAYOUT.block_tokens, 1, arena)))
     return records
+
+
+def nvcomp_calls(plain: Tensor, stream: torch.cuda.Stream) -> dict[str, tuple[Callable[[], object], int]]:
+    """Bit-exact rivals where nvCOMP's Python package is installed: a call that decodes `plain`, and its stored bytes.
+
+    Args:
+        plain: on the device, contiguous.
+        stream: what all is queued on.
+    """
+    try:
+        nvcomp = import_module("nvidia.nvcomp")
+    except ImportError:
+        return {}
+    given = plain.flatten().view(torch.uint8)
+    calls: dict[str, tuple[Callable[[], object], int]] = {}
+    for algorithm in NVCOMP_ALGORITHMS:
+        codec = nvcomp.Codec(algorithm=algorithm, cuda_stream=stream.cuda_stream)
+        stored = codec.encode(nvcomp.as_array(given))
+        found = torch.empty_like(given)
+        # With its configuration at hand, a decode only queues work: as our launch does.
+        configured = codec.decompression_config(stored)
+        call = partial(codec.decode, stored, out=found, decompression_config=configured)
+        call()
+        stream.synchronize()
+        check(torch.equal(found, given), f"nvCOMP {algorithm} does not give back what it was given")
+        calls[f"nvCOMP {algorithm}"] = call, stored.buffer_size
+    return calls
 
 
 def event_timing(call: Callable[[], object], stream: torch.cuda.Stream) -> Timing:
@@ -96,9 +126,16 @@ def measure_batch(report: Report, profile: Profile, num_records: int, stream: to
             plan.launch(place, stream.cuda_stream)
 
         whole = event_timing(upload_and_decode, stream)
+        rivals = nvcomp_calls(targets, stream) if profile is Profile.LOSSLESS else {}
+        rival_timings = {name: event_timing(call, stream) for name, (call, _) in rivals.items()}
     amount = num_records * BLOCK_NBYTES / 1e9
     case = {"profile": str(profile), "mib": num_records * 2, "data": "made"}
     report.rate("decode", amount, "GB/s", ("kvstore", kernels), ("copy on the device", copied), **case)
+    size = num_records * BLOCK_NBYTES / sum(nbytes for _, nbytes in islice(cycle(made), num_records))
+    for name, timing in rival_timings.items():
+        report.rate("decode", amount, "GB/s", ("kvstore", kernels), (name, timing), **case)
+        rival_size = num_records * BLOCK_NBYTES / rivals[name][1]
+        report.value("size", "raw/stored", ("kvstore", size), (name, rival_size), **case)
     report.rate("upload and decode", amount, "GB/s", ("kvstore", whole), ("upload plain", sent), **case)
     upload_rate = amount / sent.median_s
     report.value(
