@@ -5,6 +5,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -36,7 +37,7 @@ class Guarded {
 
   [[nodiscard]] ConstBytes copy(const Buffer& buffer) {
     const Bytes place = room(buffer.size(), 0);
-    std::memcpy(place.data(), buffer.data(), buffer.size());
+    std::copy(buffer.begin(), buffer.end(), place.data());
     return ConstBytes{place.data(), place.size()};
   }
 
