@@ -129,7 +129,7 @@ def measure_batch(report: Report, profile: Profile, num_records: int, stream: to
         rivals = nvcomp_calls(targets, stream) if profile is Profile.LOSSLESS else {}
         rival_timings = {name: event_timing(call, stream) for name, (call, _) in rivals.items()}
     amount = num_records * BLOCK_NBYTES / 1e9
-    case = {"profile": str(profile), "mib": num_records * 2, "data": "made"}
+    case = {"profile": str(profile), "mib": num_records * 2}
     report.rate("decode", amount, "GB/s", ("kvstore", kernels), ("copy on the device", copied), **case)
     size = num_records * BLOCK_NBYTES / sum(nbytes for _, nbytes in islice(cycle(made), num_records))
     for name, timing in rival_timings.items():
@@ -146,10 +146,11 @@ def measure_batch(report: Report, profile: Profile, num_records: int, stream: to
 def main() -> None:
     """Measure batches of 2 to 512 MiB of KV."""
     settings = options("device-decode", __doc__)
+    report = Report(settings, {"data": "made"})
     if not torch.cuda.is_available() or build_info()["cuda_devices"] == 0:
         print("# no CUDA device, or built without: nothing to measure")
+        report.write()
         return
-    report = Report(settings)
     stream = torch.cuda.Stream()
     for profile in PROFILES:
         for num_records in (1, 32) if settings.quick else (1, 4, 32, 256):

@@ -167,7 +167,7 @@ def main() -> None:
     """Measure in a scratch folder."""
     settings = options("disk", __doc__, add_options)
     kv = corpus(settings, 16 if settings.quick else 64)
-    report = Report(settings)
+    report = Report(settings, {"origin": kv.origin})
     with TemporaryDirectory(dir=settings.folder) as scratch:
         folder = Path(scratch)
         place = file_system(folder)

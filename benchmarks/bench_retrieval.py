@@ -75,7 +75,7 @@ def main() -> None:
     makers: dict[str, Callable[[int], SummaryIndex]] = {"torch": FlatIndex}
     if is_faiss_installed():
         makers["faiss"] = FaissIndex
-    report = Report(settings)
+    report = Report(settings, {"origin": kv.origin})
     for size in sizes:
         blocks = grown(keys, size)
         questions = questions_from(blocks)

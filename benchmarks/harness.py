@@ -108,7 +108,8 @@ class Report:
     rows: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        print("# " + " ".join(f"{name}={setting}" for name, setting in self.common.items()))
+        for name, setting in self.common.items():
+            print(f"# {name}: {setting}")
 
     def rate(self, metric: str, amount: float, unit: str, found: Timed, against: Timed, **case: Any) -> None:
         """Add `amount` per second, and that of the baseline for the same amount."""
