@@ -14,6 +14,7 @@ for _module in ("av", "PIL", "tesserocr", "transformers"):
     pytest.importorskip(_module)
 
 from kvstore.calibration import MIN_TOKENS  # noqa: E402
+from kvstore.cli import progress  # noqa: E402
 from kvstore.cli.main import main  # noqa: E402
 from kvstore.engines.calibrating import NEEDED_TOKENS  # noqa: E402
 from kvstore.record import Profile  # noqa: E402
@@ -45,11 +46,13 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
     return run
 
 
-def _ingest(command: Command, folder: Path, store: Path, profile: Profile) -> None:
+def _ingest(command: Command, folder: Path, store: Path, profile: Profile) -> str:
+    """Ingest the recording; returns what was said meanwhile."""
     video = folder / "silent.mp4"
     words = ("--store", store, "--stream", "s", "--model", folder / "model", "--profile", profile)
     done = command("ingest", video, *words)
     assert done.code == 0, done.err
+    return done.err
 
 
 def _block(command: Command, store: Path, index: int) -> dict[str, object]:
@@ -75,9 +78,12 @@ def exact(folder: Path) -> Path:
         if profile is not Profile.LOSSLESS  # as in every other test of the command
     ],
 )
-def test_every_profile_goes_all_the_way(command: Command, folder: Path, tmp_path: Path, profile: Profile) -> None:
+def test_every_profile_goes_all_the_way(
+    command: Command, folder: Path, tmp_path: Path, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_S", 0.0)
     store = tmp_path / "store"
-    _ingest(command, folder, store, profile)
+    assert ("100%  calibrating" in _ingest(command, folder, store, profile)) == profile.is_lossy
     assert command("verify", "--store", store).code == 0
     asked = command("ask", "Which word?", "--store", store, "--stream", "s", "--model", folder / "model", "--json")
     assert asked.code == 0, asked.err

@@ -3,27 +3,48 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 from kvstore.codec import Codec, Profile
 from kvstore.decision import KL_LIMITS
 from kvstore.engines import calibrating
 from kvstore.engines.anatomy import spec_of
-from kvstore.engines.calibrating import NEEDED_TOKENS, RUN_TOKENS, calibrate_model, runs_of_stream, runs_of_text
+from kvstore.engines.calibrating import (
+    FITTED_TOKENS,
+    JUDGED_TOKENS,
+    NEEDED_TOKENS,
+    NUM_FITTED,
+    NUM_JUDGED,
+    calibrate_model,
+    runs_of_stream,
+    runs_of_text,
+)
 from kvstore.engines.judging import Judge
 from kvstore.engines.loading import LanguageModel
-from kvstore.engines.past import continue_run, read_run, sample_continuation, widened
+from kvstore.engines.next_token import NextToken
+from kvstore.engines.past import continue_run, read_run, recomputed, sample_continuation, states_behind, widened
 from kvstore.engines.sensitivity import log_steps
 from kvstore.errors import ConfigError, SpecMismatchError
 from kvstore.layout import BlockLayout
 from kvstore.record import STEPS
 from kvstore.store import Access, Store
-from tests.tiny_models import BLOCK_TOKENS, attached_stream, make_model, policy, settings, token_ids
+from tests.tiny_models import (
+    BLOCK_TOKENS,
+    SIZES,
+    VOCABULARY,
+    attached_stream,
+    build,
+    make_model,
+    policy,
+    settings,
+    token_ids,
+)
 
 
 class _Tokenizer:
@@ -74,6 +95,50 @@ def test_a_widened_model_computes_in_float32_and_is_left_as_it_was() -> None:
     assert narrow.lm_head.weight is narrow.get_output_embeddings().weight
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 5000])
+def test_distributions_made_in_parts_are_the_models_own(family: str, vocabulary: int) -> None:
+    model = make_model(family, vocab_size=vocabulary)
+    run = read_run(model, token_ids(40), token_ids(8, 3))
+    with torch.no_grad():
+        wanted = continue_run(model, run.keys, run.values, run.continuation)
+        states = states_behind(model, run.keys, run.values, run.continuation)
+        found = NextToken(model).logs(states)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_divided_logits_are_divided() -> None:
+    model = build(GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=8.0))
+    states = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = (model.lm_head(states) / 8).log_softmax(-1)
+    torch.testing.assert_close(NextToken(model).logs(states), wanted)
+
+
+def test_the_gradient_of_a_label_is_what_autograd_finds() -> None:
+    model = make_model(vocab_size=5000)
+    states = torch.randn(6, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.tensor([0, 1, 4095, 4096, 4999, 7])
+    logs = model.lm_head(states).log_softmax(-1)
+    (wanted,) = torch.autograd.grad(logs.gather(1, labels[:, None]).sum(), states)
+    next_token = NextToken(model)
+    found = next_token.gradient(next_token.logs(states.detach()), labels)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_of_what_is_computed_again_are_the_same() -> None:
+    model = make_model()
+    run = read_run(model, token_ids(24), token_ids(6, 3))
+    found = []
+    for context in (nullcontext(), recomputed(model)):
+        keys = run.keys.clone().requires_grad_(True)
+        with context:
+            states = states_behind(model, keys, run.values, run.continuation)
+            found.append(torch.autograd.grad(states.square().sum(), keys)[0])
+    assert torch.equal(*found)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def _deaf(model: torch.nn.Module, layer: int, channels: slice) -> None:
     """Make a layer's queries ignore channels of the first KV head (its first two query heads)."""
     weight: Tensor = model.model.layers[layer].self_attn.q_proj.weight  # type: ignore[union-attr, index]
@@ -113,7 +178,7 @@ def test_sensitivity_is_measured_inside_inference_mode_too() -> None:
 def test_the_judge_finds_nothing_in_exact_profiles_and_more_in_coarser_ones() -> None:
     model = make_model()
     layout = BlockLayout(spec_of(model), 32)
-    judge = Judge(model, read_run(model, token_ids(100), token_ids(20, 5)), layout)
+    judge = Judge(model, [read_run(model, token_ids(100 + more), token_ids(20, 5)) for more in (0, 7)], layout)
     assert judge.divergence(Codec(layout, Profile.LOSSLESS)) == 0.0
     found = [judge.divergence(Codec(layout, profile)) for profile in (Profile.Q8, Profile.Q4, Profile.Q3, Profile.Q2)]
     assert 0 < found[0] < found[1] < found[2] < found[3]
@@ -123,13 +188,13 @@ def test_weighing_channels_by_sensitivity_costs_less_than_equal_steps() -> None:
     language_model = _language_model()
     model = language_model.model
     layout = BlockLayout(spec_of(model), 128)
-    runs = runs_of_text(language_model, token_ids(NEEDED_TOKENS)[0].tolist())
+    runs = list(runs_of_text(language_model, token_ids(NEEDED_TOKENS)[0].tolist()))
     calibration, decision = calibrate_model(language_model, runs, layout, "a test", with_bases=True)
     assert decision.calibration == calibration.id
     assert calibration.has_bases
     assert decision.num_tokens == 4096
     assert set(decision.divergence) == set(KL_LIMITS)
-    judge = Judge(model, runs[-1], layout)
+    judge = Judge(model, runs[NUM_FITTED:], layout)
     plain, weighted = (judge.divergence(Codec(layout, Profile.Q2, each)) for each in (None, calibration))
     assert weighted < plain
 
@@ -137,7 +202,7 @@ def test_weighing_channels_by_sensitivity_costs_less_than_equal_steps() -> None:
 def test_profiles_beyond_their_limit_get_exact_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     language_model = _language_model()
     layout = BlockLayout(spec_of(language_model.model), 128)
-    runs = runs_of_text(language_model, token_ids(NEEDED_TOKENS)[0].tolist())
+    runs = list(runs_of_text(language_model, token_ids(NEEDED_TOKENS)[0].tolist()))
     monkeypatch.setattr(calibrating, "KL_LIMITS", {"q8": 1.0, "q2": 0.0})
     monkeypatch.setattr(calibrating, "KL_AIMS", {"q2": 0.0})
     _, decision = calibrate_model(language_model, runs, layout, "a test")
@@ -149,7 +214,7 @@ def test_profiles_beyond_their_limit_get_exact_keys(monkeypatch: pytest.MonkeyPa
 def test_steps_are_as_coarse_as_the_aim_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     language_model = _language_model()
     layout = BlockLayout(spec_of(language_model.model), 128)
-    runs = runs_of_text(language_model, token_ids(NEEDED_TOKENS)[0].tolist())
+    runs = list(runs_of_text(language_model, token_ids(NEEDED_TOKENS)[0].tolist()))
     usual = STEPS[Profile.Q2]
     found = {}
     for aim in (0.0, 1.0):
@@ -172,12 +237,30 @@ def test_bases_are_made_and_judged_only_when_asked_for() -> None:
 def test_runs_are_spread_over_a_text_and_short_texts_are_refused() -> None:
     language_model = _language_model()
     ids = token_ids(NEEDED_TOKENS + 1000)[0].tolist()
-    runs = runs_of_text(language_model, ids)
-    assert [run.keys.shape[2] for run in runs] == [RUN_TOKENS] * 5
-    assert runs[0].continuation[0].tolist() == ids[RUN_TOKENS : RUN_TOKENS + 128]
-    assert runs[-1].continuation[0].tolist() == ids[-128:]
+    runs = list(runs_of_text(language_model, ids))
+    assert [run.keys.shape[2] for run in runs] == NUM_FITTED * [FITTED_TOKENS] + NUM_JUDGED * [JUDGED_TOKENS]
+    assert [run.continuation.shape[1] for run in runs] == NUM_FITTED * [128] + NUM_JUDGED * [512]
+    assert runs[0].continuation[0].tolist() == ids[FITTED_TOKENS : FITTED_TOKENS + 128]
+    assert runs[NUM_FITTED - 1].continuation[0].tolist() == ids[-128:]
+    said = [tuple(run.continuation[0].tolist()) for run in runs]
+    starts = [next(at for at in range(len(ids)) if tuple(ids[at : at + len(each)]) == each) for each in said]
+    order = sorted(range(len(starts)), key=starts.__getitem__)
+    assert order == [0, 4, 1, 2, 5, 3]  # what is judged lies between what is fitted
     with pytest.raises(ConfigError, match="too few"):
         runs_of_text(language_model, ids[: NEEDED_TOKENS - 1])
+
+
+def test_progress_is_told_and_grows_to_the_end() -> None:
+    language_model = _language_model()
+    layout = BlockLayout(spec_of(language_model.model), 128)
+    runs = runs_of_text(language_model, token_ids(NEEDED_TOKENS)[0].tolist())
+    shares: list[float] = []
+    calibrate_model(language_model, runs, layout, "a test", shares.append)
+    assert len(shares) > 8
+    assert shares == sorted(shares)
+    assert shares[0] == 0.0
+    assert 0 < shares[1] < 0.1
+    assert shares[-1] == 1.0
 
 
 def _store_stream(path: Path, model: PreTrainedModel, num_tokens: int, profile: Profile = Profile.LOSSLESS) -> None:
@@ -190,19 +273,21 @@ def _store_stream(path: Path, model: PreTrainedModel, num_tokens: int, profile: 
 
 def test_runs_of_a_stream_hold_what_is_stored_at_their_place(tmp_path: Path) -> None:
     language_model = _language_model()
-    _store_stream(tmp_path, language_model.model, 5 * RUN_TOKENS + 3)
+    num_tokens = NUM_FITTED * FITTED_TOKENS + NUM_JUDGED * JUDGED_TOKENS + 3
+    _store_stream(tmp_path, language_model.model, num_tokens)
     spec = spec_of(language_model.model)
     layout = BlockLayout(spec, BLOCK_TOKENS)
     with Store.open(tmp_path, access=Access.READ, layout=layout, host_nbytes=4 << 20) as store:
-        runs = runs_of_stream(language_model, store, "s", layout)
-    whole = read_run(language_model.model, token_ids(5 * RUN_TOKENS + 3), token_ids(1))
+        runs = list(runs_of_stream(language_model, store, "s", layout))
+    whole = read_run(language_model.model, token_ids(num_tokens), token_ids(1))
     for run in runs:
-        window = slice(run.first_token, run.first_token + RUN_TOKENS)
+        window = slice(run.first_token, run.first_token + run.keys.shape[2])
         # The window moves with the stream; what the first layer makes of a token does not depend on it.
         torch.testing.assert_close(run.keys[0], whole.keys[0, :, window], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(run.values[0], whole.values[0, :, window], rtol=1e-3, atol=1e-3)
         assert int(run.continuation[0, 0]) == ord("\n")
-    assert runs[-1].first_token == 4 * RUN_TOKENS + 3
+    assert [run.continuation.shape[1] for run in runs] == NUM_FITTED * [128] + NUM_JUDGED * [512]
+    assert runs[NUM_FITTED - 1].first_token == num_tokens - FITTED_TOKENS
 
 
 def test_streams_of_another_model_lossy_or_short_ones_are_refused(tmp_path: Path) -> None:

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvstore.cli import arguments, text
+from kvstore.cli.heap import release_free_memory
 from kvstore.cli.progress import Progress
 from kvstore.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kvstore.calibration import Calibration
     from kvstore.decision import Decision
     from kvstore.engines.loading import LanguageModel
@@ -60,21 +63,21 @@ def run(options: argparse.Namespace) -> int:
         spec = spec_of(language_model.model)
         layout = BlockLayout(spec, block_tokens)
         progress.note("measuring")
-        calibration, decision = _calibrate(options, language_model, layout, words)
+        calibration, decision = _calibrate(options, language_model, layout, words, progress)
     shown = _as_json(spec, calibration, decision)
     print(json.dumps(shown, indent=1) if options.json else "\n".join(_as_text(spec, calibration, decision)))
     return 0
 
 
 def _calibrate(
-    options: argparse.Namespace, language_model: LanguageModel, layout: BlockLayout, words: str
+    options: argparse.Namespace, language_model: LanguageModel, layout: BlockLayout, words: str, progress: Progress
 ) -> tuple[Calibration, Decision]:
     from kvstore.engines.calibrating import NEEDED_TOKENS, calibrate_model, runs_of_stream, runs_of_text
     from kvstore.store import Access, Store
     from kvstore.video.words import read_words
 
     with Store.open(options.store, access=Access.WRITE, layout=layout, host_nbytes=2 * layout.slot_nbytes) as store:
-        runs: list[Run]
+        runs: Iterator[Run]
         if options.stream is not None:
             source = f"stream {options.stream}"
             runs = runs_of_stream(language_model, store, options.stream, layout)
@@ -84,7 +87,12 @@ def _calibrate(
         else:
             source = options.text.name
             runs = runs_of_text(language_model, language_model.encode(words))
-        calibration, decision = calibrate_model(language_model, runs, layout, source, with_bases=options.bases)
+
+        def on_step(share: float) -> None:
+            progress.show(share, ["calibrating"])
+            release_free_memory()
+
+        calibration, decision = calibrate_model(language_model, runs, layout, source, on_step, with_bases=options.bases)
         store.calibrations.keep(layout.spec, calibration, decision)
     return calibration, decision
 

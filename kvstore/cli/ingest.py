@@ -101,6 +101,9 @@ class _Display:
         if not self.has_begun and state.resumed_s > 0:
             self._progress.say(f"resumed at {stamp(state.resumed_s)}")
         self.has_begun = True
+        if state.calibrated is not None:
+            self._progress.show(state.calibrated, ["calibrating; the video waits"])
+            return
         fraction = min(state.video_s / state.duration_s, 1.0) if state.duration_s > 0 else None
         self._progress.show(
             fraction,

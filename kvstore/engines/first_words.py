@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from kvstore.bases import group_layers
 from kvstore.calibration import MIN_TOKENS
 from kvstore.codec import Profile
-from kvstore.engines.calibrating import NEEDED_TOKENS, calibrate_model, runs_of_text
+from kvstore.engines.calibrating import NEEDED_TOKENS, OnStep, calibrate_model, runs_of_text
 from kvstore.engines.loading import LanguageModel
 from kvstore.layout import BlockLayout
 from kvstore.store import Store
@@ -23,12 +23,16 @@ class FirstWords:
             nothing of visual tokens.
         layout: the stream's.
         profile: the stream's; exact ones need no calibration.
+        on_step: see `calibrate_model`.
     """
 
-    def __init__(self, store: Store, language_model: LanguageModel, layout: BlockLayout, profile: Profile) -> None:
+    def __init__(
+        self, store: Store, language_model: LanguageModel, layout: BlockLayout, profile: Profile, on_step: OnStep
+    ) -> None:
         self._store = store
         self._language_model = language_model
         self._layout = layout
+        self._on_step = on_step
         self._is_wanted = profile.is_lossy and language_model.image_processor is None
         spec = layout.spec
         layer_channels = spec.kv_heads * max(spec.key_dim, spec.value_dim)
@@ -48,7 +52,12 @@ class FirstWords:
         if len(self._ids) >= NEEDED_TOKENS:
             runs = runs_of_text(self._language_model, self._ids)
             made = calibrate_model(
-                self._language_model, runs, self._layout, "the first words read", with_bases=self._with_bases
+                self._language_model,
+                runs,
+                self._layout,
+                "the first words read",
+                self._on_step,
+                with_bases=self._with_bases,
             )
             self._store.calibrations.keep(self._layout.spec, *made)
             self._is_wanted = False

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvstore.codec import Codec
-from kvstore.engines.past import Run, continue_run, widened
+from kvstore.engines.next_token import PIECE_TOKENS, NextToken
+from kvstore.engines.past import Run, states_behind, widened
 from kvstore.layout import BlockLayout
 
 
@@ -18,29 +20,43 @@ class Judge:
 
     Args:
         model: a transformers model that can be attached.
-        run: tokens with a continuation; the blocks begin at the first one, as those of a stream do.
-        layout: how the run is cut into blocks.
+        runs: tokens with continuations; the blocks begin at the first one, as those of a stream do.
+        layout: how runs are cut into blocks.
     """
 
-    def __init__(self, model: Any, run: Run, layout: BlockLayout) -> None:
+    def __init__(self, model: Any, runs: Sequence[Run], layout: BlockLayout) -> None:
         self._model = model
-        self._run = run
+        self._next_token = NextToken(model)
+        self._runs = runs
         self._layout = layout
-        self._exact = self._logs(run.keys, run.values)
+        self._exact = [self._states(run.keys, run.values, run.continuation) for run in runs]
 
     def divergence(self, codec: Codec) -> float:
-        """Mean KL divergence over the continuation, nats a token, of exact against coded keys and values."""
-        logs = self._logs(*self._coded(codec))
-        return float((self._exact.exp() * (self._exact - logs)).sum(-1).mean())
+        """Mean KL divergence over the continuations, nats a token, of exact against coded keys and values."""
+        lost = [
+            self._divergence(exact, self._states(*self._coded(codec, run), run.continuation))
+            for run, exact in zip(self._runs, self._exact, strict=True)
+        ]
+        return float(torch.cat(lost).mean())
 
-    def _logs(self, keys: Tensor, values: Tensor) -> Tensor:
+    def _divergence(self, exact: Tensor, coded: Tensor) -> Tensor:
+        """[count] KL divergences behind hidden states."""
+        lost = []
+        with torch.inference_mode():
+            for pair in zip(exact.split(PIECE_TOKENS), coded.split(PIECE_TOKENS), strict=True):
+                wanted, found = map(self._next_token.logs, pair)
+                found.neg_().add_(wanted).mul_(wanted.exp_())  # in place: each is a row of all words for every token
+                lost.append(found.sum(-1))
+        return torch.cat(lost)
+
+    def _states(self, keys: Tensor, values: Tensor, continuation: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.no_grad(), widened(self._model):
-            return continue_run(self._model, keys.float(), values.float(), self._run.continuation)
+            return states_behind(self._model, keys, values, continuation)
 
-    def _coded(self, codec: Codec) -> tuple[Tensor, Tensor]:
-        """The run's keys and values after encoding and decoding."""
+    def _coded(self, codec: Codec, run: Run) -> tuple[Tensor, Tensor]:
+        """A run's keys and values after encoding and decoding."""
         layout = self._layout
-        keys, values = self._run.keys.clone(), self._run.values.clone()
+        keys, values = run.keys.clone(), run.values.clone()
         slot = torch.zeros(layout.slot_nbytes, dtype=torch.uint8)
         record = bytearray(codec.bound(layout.block_tokens))
         for first in range(0, keys.shape[2], layout.block_tokens):

@@ -6,13 +6,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvstore.engines.anatomy import attention_modules, position_rows, rotation_of
+from kvstore.engines.anatomy import attention_modules, decoder_of, position_rows, rotation_of
+from kvstore.session.attending import Rotate
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +49,19 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def recomputed(model: nn.Module) -> Iterator[None]:
+    """Let a decoder keep what its layers begin from, and compute all else again for gradients (arXiv:1604.06174).
+
+    What is computed in here must not change a cache: its layers run once more in every backward pass.
+    """
+    with ExitStack() as undo:
+        for layer in decoder_of(model).layers:  # type: ignore[union-attr]
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            undo.callback(layer.__dict__.pop, "forward")
+        yield
+
+
+@contextmanager
 def widened(model: nn.Module) -> Iterator[None]:
     """Let a model compute in float32 without a copy of it: a module's weights are widened while it runs.
 
@@ -53,11 +70,17 @@ def widened(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as undo:
         for module in model.modules():
-            if any(parameter.dtype != torch.float32 for parameter in module.parameters(recurse=False)):
+            if isinstance(module, nn.Embedding):  # its table is large, and looking up is exact
+                undo.callback(module.register_forward_hook(_widen_output).remove)
+            elif any(parameter.dtype != torch.float32 for parameter in module.parameters(recurse=False)):
                 weights = _Weights()
                 undo.callback(module.register_forward_pre_hook(weights.widen).remove)
                 undo.callback(module.register_forward_hook(weights.restore, always_call=True).remove)
         yield
+
+
+def _widen_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output.float()
 
 
 class _Weights:
@@ -115,8 +138,15 @@ def continue_run(model: Any, keys: Tensor, values: Tensor, ids: Tensor) -> Tenso
     Returns:
         [count, vocabulary] float32, log-probabilities of the token after each.
     """
-    logits: Tensor = model(input_ids=ids.to(model.device), past_key_values=_past(model, keys, values)).logits
+    logits: Tensor = model(input_ids=ids.to(model.device), past_key_values=_given(model, keys, values)).logits
     return logits[0].float().log_softmax(-1)
+
+
+def states_behind(model: Any, keys: Tensor, values: Tensor, ids: Tensor) -> Tensor:
+    """What a model's decoder makes of tokens whose past is given: [count, hidden_size]; see `continue_run`."""
+    found = decoder_of(model)(input_ids=ids.to(model.device), past_key_values=_given(model, keys, values))
+    states: Tensor = found.last_hidden_state[0]
+    return states
 
 
 def sample_continuation(
@@ -137,17 +167,64 @@ def sample_continuation(
     """
     ids = [start]
     with torch.inference_mode(False), torch.no_grad():
-        cache = _past(model, keys, values)
+        cache = _growing(model, keys, values)
         while len(ids) < count:
             logits = model(input_ids=torch.tensor([ids[-1:]], device=model.device), past_key_values=cache).logits
             ids.append(int(torch.multinomial(logits[0, -1].float().softmax(-1).cpu(), 1, generator=generator)))
     return torch.tensor([ids])
 
 
-def _past(model: Any, keys: Tensor, values: Tensor) -> DynamicCache:
-    positions = torch.arange(keys.shape[2], device=keys.device).expand(position_rows(model), 1, -1)
-    rotate = rotation_of(model)
+class _GivenLayer(CacheLayerMixin):
+    """A layer's past for one forward. It is widened and rotated when the layer asks, and no layer's stays."""
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor, rotate: Rotate, positions: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys, self.values = keys[None], values[None]
+        self._rotate = rotate
+        self._positions = positions
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the past is given."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Join past and new tokens, in the dtype of the new ones."""
+        assert self.keys is not None, "given"
+        assert self.values is not None, "given"
+        past = self._rotate(self.keys.to(key_states.dtype), self._positions)
+        return (
+            torch.cat([past, key_states], dim=2),
+            torch.cat([self.values.to(value_states.dtype), value_states], dim=2),
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys, offset) of the mask."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens of the past."""
+        return self._positions.shape[-1]
+
+    def get_max_length(self) -> int:
+        """Unbounded."""
+        return -1
+
+
+def _given(model: Any, keys: Tensor, values: Tensor) -> Cache:
+    rotate, positions = rotation_of(model), _positions(model, keys)
+    layers = [_GivenLayer(*layer, rotate, positions) for layer in zip(keys, values, strict=True)]
+    return Cache(layers=list(layers))
+
+
+def _growing(model: Any, keys: Tensor, values: Tensor) -> DynamicCache:
+    rotate, positions = rotation_of(model), _positions(model, keys)
     cache = DynamicCache()
     for layer in range(keys.shape[0]):
         cache.update(rotate(keys[layer][None], positions), values[layer][None], layer)
     return cache
+
+
+def _positions(model: Any, keys: Tensor) -> Tensor:
+    return torch.arange(keys.shape[2], device=keys.device).expand(position_rows(model), 1, -1)

@@ -8,14 +8,15 @@ of half its Fisher information times v, so steps that weigh channels by it cost 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvstore.calibration import SINK_TOKENS
-from kvstore.engines.past import Run, continue_run, frozen
+from kvstore.engines.next_token import PIECE_TOKENS, NextToken
+from kvstore.engines.past import Run, frozen, recomputed, states_behind
 
 _DRAWS = 2
 _CHANNEL_POWER = -0.5
@@ -27,51 +28,75 @@ _FLOOR = 1e-4
 """Of the mean: a channel without any effect on these tokens may have one on others."""
 
 
-def log_steps(model: Any, runs: Sequence[Run], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Measure how coarse each channel may be; see `Moments.calibration`.
+class Sensitivity:
+    """Collects how much a model minds errors, a run at a time; only sums are kept.
 
     Args:
         model: a transformers model that can be attached; it is left as it was.
-        runs: tokens with continuations.
         generator: on the CPU; draws labels.
-
-    Returns:
-        For keys and for values, [num_layers, kv_heads, dim] int8, eighths of an octave. Their mean is 0 over the
-        channels of a head and over heads, so they hardly change the rate.
     """
-    shape, value_dim = runs[0].keys.shape, runs[0].values.shape[3]
-    with frozen(model):
-        keys = torch.zeros(*shape[:2], shape[3], dtype=torch.float64)
-        values = torch.zeros(*shape[:2], dtype=torch.float64)
-        for run in runs:
-            _add_fisher(model, run, generator, keys, values)
-        variance = torch.stack([_head_variance(run.keys) for run in runs]).mean(0)
-    floored = (keys + _FLOOR * keys.mean(2, keepdim=True)).clamp_min(1e-300)
-    channels = _centred(_CHANNEL_POWER * floored.log2(), (2,))
-    key_heads = _head_octaves(keys.mean(2) * variance)
-    value_heads = _head_octaves(values)
-    return (
-        _as_log_step(channels + key_heads[..., None]),
-        _as_log_step(value_heads[..., None].expand(*shape[:2], value_dim)),
-    )
+
+    def __init__(self, model: Any, generator: torch.Generator) -> None:
+        self._model = model
+        self._next_token = NextToken(model)
+        self._generator = generator
+        self._keys, self._values, self._variance = (torch.zeros(0, dtype=torch.float64) for _ in range(3))
+        self._value_dim = 0
+
+    def add(self, run: Run) -> None:
+        """Add a run's Fisher information: of keys as they are, of values relative to the rms of their row."""
+        layers, heads, _, key_dim = run.keys.shape
+        with frozen(self._model), recomputed(self._model):
+            if self._keys.numel() == 0:
+                self._keys = torch.zeros(layers, heads, key_dim, dtype=torch.float64)
+                self._values, self._variance = (torch.zeros(layers, heads, dtype=torch.float64) for _ in range(2))
+                self._value_dim = run.values.shape[3]
+            self._variance += _head_variance(run.keys)
+            # Leaves of their own: what was made in inference mode cannot take part in gradients.
+            past = run.keys.clone().requires_grad_(True), run.values.clone().requires_grad_(True)
+            with torch.enable_grad():
+                states = states_behind(self._model, *past, run.continuation)
+            for draw in range(_DRAWS):
+                keys, values = torch.autograd.grad(
+                    states, past, self._drawn_gradient(states.detach()), retain_graph=draw < _DRAWS - 1
+                )
+                for layer in range(keys.shape[0]):  # one at a time: float64 of a whole run is large
+                    rows = run.values[layer, :, SINK_TOKENS:].double().square().mean(2, keepdim=True)
+                    self._keys[layer] += keys[layer, :, SINK_TOKENS:].double().square().sum(1).cpu()
+                    self._values[layer] += (values[layer, :, SINK_TOKENS:].double().square() * rows).sum((1, 2)).cpu()
+
+    def log_steps(self) -> tuple[Tensor, Tensor]:
+        """How coarse each channel may be; see `Moments.planes`. At least one run was added.
+
+        Returns:
+            For keys and for values, [num_layers, kv_heads, dim] int8, eighths of an octave. Their mean is 0 over the
+            channels of a head and over heads, so they hardly change the rate.
+        """
+        floored = (self._keys + _FLOOR * self._keys.mean(2, keepdim=True)).clamp_min(1e-300)
+        channels = _centred(_CHANNEL_POWER * floored.log2(), (2,))
+        key_heads = _head_octaves(self._keys.mean(2) * self._variance)
+        value_heads = _head_octaves(self._values)
+        return (
+            _as_log_step(channels + key_heads[..., None]),
+            _as_log_step(value_heads[..., None].expand(*self._values.shape, self._value_dim)),
+        )
+
+    def _drawn_gradient(self, states: Tensor) -> Tensor:
+        """Of the log-likelihood of labels drawn from the model, by its hidden states."""
+        pieces = []
+        for piece in states.split(PIECE_TOKENS):
+            logs = self._next_token.logs(piece)
+            labels = torch.multinomial(logs.exp().cpu(), 1, generator=self._generator).to(logs.device)
+            pieces.append(self._next_token.gradient(logs, labels[:, 0]))
+        return torch.cat(pieces).to(states.dtype)
 
 
-def _add_fisher(model: Any, run: Run, generator: torch.Generator, keys: Tensor, values: Tensor) -> None:
-    """Add a run's Fisher information: of keys as they are, of values relative to the rms of their row."""
-    # Leaves of their own: what was made in inference mode cannot take part in gradients.
-    past_keys = run.keys.clone().requires_grad_(True)
-    past_values = run.values.clone().requires_grad_(True)
-    with torch.enable_grad():
-        logs = continue_run(model, past_keys, past_values, run.continuation)
-        for draw in range(_DRAWS):
-            labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
-            key_gradient, value_gradient = torch.autograd.grad(
-                logs.gather(1, labels).sum(), (past_keys, past_values), retain_graph=draw < _DRAWS - 1
-            )
-            for layer in range(keys.shape[0]):  # one at a time: float64 of a whole run is large
-                keys[layer] += key_gradient[layer, :, SINK_TOKENS:].double().square().sum(1).cpu()
-                rows = run.values[layer, :, SINK_TOKENS:].double().square().mean(2, keepdim=True)
-                values[layer] += (value_gradient[layer, :, SINK_TOKENS:].double().square() * rows).sum((1, 2)).cpu()
+def log_steps(model: Any, runs: Iterable[Run], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Measure how coarse each channel may be by all of these runs; see `Sensitivity`."""
+    found = Sensitivity(model, generator)
+    for run in runs:
+        found.add(run)
+    return found.log_steps()
 
 
 def _head_variance(keys: Tensor) -> Tensor:

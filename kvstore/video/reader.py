@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -58,8 +59,11 @@ class Reader:
         self._info = info
         self._config = config
         self._on_progress = on_progress
-        self._first_words = FirstWords(store, language_model, session.view.layout, config.profile)
+        self._first_words = FirstWords(
+            store, language_model, session.view.layout, config.profile, self._while_calibrating
+        )
         self._resumed_s, self._group = _resume_point(session.view.header.name, session.view.cursor)
+        self._read_s = self._resumed_s
         self._first_tokens = session.num_tokens
         self._began = time.perf_counter()
 
@@ -74,7 +78,8 @@ class Reader:
         with closing(observations):
             for observation in observations:
                 self._read_one(cache, observation)
-                last = self.progress(observation.end_s)
+                self._read_s = observation.end_s
+                last = self.progress(self._read_s)
                 self._on_progress(last)
         self._session.commit(self._cursor(self._info.duration_s, is_complete=True))
         self._session.flush()
@@ -99,6 +104,9 @@ class Reader:
             elapsed_s=time.perf_counter() - self._began,
             is_complete=session.view.cursor.get("is_complete") is True,
         )
+
+    def _while_calibrating(self, share: float) -> None:
+        self._on_progress(replace(self.progress(self._read_s), calibrated=share))
 
     def _read_one(self, cache: TierCache, observation: Observation) -> None:
         start_s, end_s, text = observation.start_s, observation.end_s, observation.text

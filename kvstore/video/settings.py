@@ -49,6 +49,7 @@ class IngestProgress:
         host_nbytes: bytes of blocks in the host tier.
         elapsed_s: seconds since this run began.
         is_complete: whether the end was reached.
+        calibrated: share of a calibration that is done while one is made and nothing is read; else None.
     """
 
     video_s: float
@@ -62,3 +63,4 @@ class IngestProgress:
     host_nbytes: int
     elapsed_s: float
     is_complete: bool
+    calibrated: float | None = None
