@@ -24,6 +24,8 @@ _HERE = Path(__file__).parent
 _ROOT = _HERE.parent
 _SEED = 0
 _STREAM = "reading"
+_EXACT = "lossless"
+_PROFILES = (_EXACT, "q8", "q4", "q3", "q2")
 _RECORDER = ("record_screen.py", "demo_pages.py", "demo_screen.py", "narrator.py", "demo_facts.json")
 _RECORDER_PACKAGES = ("av", "numpy", "pillow", "espeakng-loader")
 
@@ -33,6 +35,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=_ROOT / "demo", help="where everything goes (default demo)")
     parser.add_argument("--hours", type=float, default=2.1, help="length of the recording (default 2.1)")
+    parser.add_argument(
+        "--profile", choices=_PROFILES, default=_EXACT, help="how blocks are coded, in a store of its own each"
+    )
     options = parser.parse_args()
     began = time.perf_counter()
     folder: Path = options.folder
@@ -40,8 +45,9 @@ def main() -> None:
     results: Json = {"made_unix_s": time.time(), "machine": machine()}
     video = folder / "reading.mp4"
     results["recording"] = _record(video, options.hours)
-    results["ingest"] = _ingest(video, folder / "store")
-    results |= _ask(folder, video)
+    store = folder / ("store" if options.profile == _EXACT else f"store-{options.profile}")
+    results["ingest"] = _ingest(video, store, options.profile)
+    results |= _ask(store, video)
     print("\n[4/4] Writing the report")
     asked_s = time.perf_counter() - began
     report, figures = folder / "report.html", folder / "results.json"
@@ -78,7 +84,7 @@ def _record(video: Path, hours: float) -> Json:
     return known
 
 
-def _ingest(video: Path, store: Path) -> Json:
+def _ingest(video: Path, store: Path, profile: str) -> Json:
     """Read the video into a stream; the figures of the run that completed it are kept beside the store."""
     print("\n[2/4] Reading it: what is shown and said goes through the model, the KV blocks go to disk")
     note = store.with_suffix(".ingested")
@@ -90,19 +96,20 @@ def _ingest(video: Path, store: Path) -> Json:
         note.write_text(json.dumps(known) + "\n")
     is_resumed = store.exists()
     # The command itself sees what there is to do: all, the rest of an interrupted run, or nothing.
-    usage = run([sys.executable, "-m", "kvstore", "ingest", video, "--store", store, "--stream", _STREAM])
+    command: list[str | Path] = [sys.executable, "-m", "kvstore", "ingest", video, "--store", store]
+    usage = run([*command, "--stream", _STREAM, "--profile", profile])
     if "wall_s" not in known:
         known |= asdict(usage) | {"is_resumed": is_resumed}
         note.write_text(json.dumps(known) + "\n")
     return known
 
 
-def _ask(folder: Path, video: Path) -> Json:
+def _ask(store: Path, video: Path) -> Json:
     """Ask in a new process, with nothing of the store in memory."""
     print("\n[3/4] Asking, in a new process; the store's files are dropped from the page cache first\n")
-    out = folder / "answers.json"
-    drop_page_cache(folder / "store")
-    command: list[str | Path] = [sys.executable, _HERE / "demo_ask.py", "--store", folder / "store"]
+    out = store.with_name("answers.json")
+    drop_page_cache(store)
+    command: list[str | Path] = [sys.executable, _HERE / "demo_ask.py", "--store", store]
     usage = run([*command, "--stream", _STREAM, "--truth", video.with_suffix(".json"), "--out", out])
     answers: Json = json.loads(out.read_text())
     out.unlink()
