@@ -12,9 +12,10 @@ import zstandard
 from torch import Tensor
 
 from harness import check
-from kvstore.calibration import SINK_TOKENS, Calibration, fit_calibration
+from kvstore.calibration import SINK_TOKENS, Calibration, calibrate
 from kvstore.codec import Codec, Profile
 from kvstore.layout import BlockLayout
+from kvstore.moments import Moments
 from kvstore.record import STEPS
 from real_kv import Corpus
 
@@ -41,11 +42,12 @@ class Coder:
 
 def calibrated(kv: Corpus) -> Calibration:
     """What the corpus itself looks like, by its moments."""
-    samples = []
+    spec = kv.layout.spec
+    moments = Moments(spec.num_layers, spec.kv_heads, spec.key_dim, spec.value_dim)
     for slot, num_tokens, first in zip(kv.slots, kv.num_tokens, kv.first_tokens, strict=True):
         tokens = slice(max(SINK_TOKENS - first, 0), num_tokens)
-        samples.append((kv.layout.keys(slot)[:, :, tokens], kv.layout.values(slot)[:, :, tokens]))
-    return fit_calibration(samples)
+        moments.add(kv.layout.keys(slot)[:, :, tokens], kv.layout.values(slot)[:, :, tokens])
+    return calibrate(moments, min_tokens=1)
 
 
 def rearranged(kv: Corpus, num_layers: int, kv_heads: int) -> Corpus:

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kvstore.bases import BasisSums
-from kvstore.errors import ConfigError, ShapeError, SpecMismatchError
+from kvstore.errors import ConfigError, SpecMismatchError
 from kvstore.moments import Moments, PlaneParameters
 from kvstore.native import Calibration as NativeCalibration
 from kvstore.native import crc32c
@@ -87,39 +87,6 @@ def calibrate(
         raise ConfigError(f"{moments.num_tokens} tokens are too few for a calibration; {min_tokens} are needed")
     planes = moments.planes(log_steps)
     return Calibration(_pack(planes, b"" if bases is None else bases.pack(planes)))
-
-
-def fit_calibration(samples: Iterable[tuple[Tensor, Tensor]], *, with_bases: bool = False) -> Calibration:
-    """Measure texts that stand for what will be stored; `MIN_TOKENS` are enough.
-
-    Args:
-        samples: keys [layers, heads, tokens, key_dim] and values [layers, heads, tokens, value_dim] of consecutive
-            tokens, as they will be stored; at least two tokens each.
-        with_bases: whether to make what profile `pca` needs, whose size is that of some ten thousand tokens' keys and
-            values; left out where the tokens are too few.
-
-    Raises:
-        ShapeError: no sample, or shapes that do not fit each other.
-    """
-    moments: Moments | None = None
-    bases: BasisSums | None = None
-    given = list(samples) if with_bases else samples
-    for keys, values in given:
-        if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] < 2:
-            raise ShapeError(
-                f"samples are [layers, heads, tokens, dim], two tokens or more; got {list(keys.shape)} and "
-                f"{list(values.shape)}"
-            )
-        num_layers, kv_heads, _, key_dim = keys.shape
-        sizes = (num_layers, kv_heads, key_dim, values.shape[3])
-        moments = moments or Moments(*sizes)
-        moments.add(keys, values)
-        if with_bases:
-            bases = bases or BasisSums(*sizes, sum(part.shape[2] for part, _ in given))
-            bases.add(keys, values)
-    if moments is None:
-        raise ShapeError("there is no sample to calibrate with")
-    return calibrate(moments, bases=bases, min_tokens=1)
 
 
 def _pack(planes: Sequence[PlaneParameters], bases: bytes) -> bytes:

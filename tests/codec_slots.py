@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from kvstore.bases import BasisSums
+from kvstore.calibration import Calibration, calibrate
 from kvstore.codec import Codec, Profile
 from kvstore.layout import TORCH_DTYPE, BlockLayout
+from kvstore.moments import Moments
 from kvstore.native import crc32c
 from kvstore.spec import ModelSpec
 
@@ -41,6 +45,19 @@ def normal_slot(layout: BlockLayout, seed: int = 0) -> Tensor:
         scale = torch.exp(torch.randn(view.shape[-1], generator=generator))
         view.copy_(torch.randn(view.shape, generator=generator) * scale)
     return slot
+
+
+def fitted(samples: Sequence[tuple[Tensor, Tensor]], *, with_bases: bool = False) -> Calibration:
+    """The calibration of keys and values [layers, heads, tokens, dim], however few."""
+    layers, heads, _, key_dim = samples[0][0].shape
+    sizes = (layers, heads, key_dim, samples[0][1].shape[3])
+    moments = Moments(*sizes)
+    bases = BasisSums(*sizes, sum(keys.shape[2] for keys, _ in samples)) if with_bases else None
+    for keys, values in samples:
+        moments.add(keys, values)
+        if bases is not None:
+            bases.add(keys, values)
+    return calibrate(moments, bases=bases, min_tokens=1)
 
 
 def any_bits_slot(layout: BlockLayout, seed: int) -> Tensor:

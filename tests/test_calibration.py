@@ -8,13 +8,14 @@ import struct
 import pytest
 import torch
 
-from kvstore.calibration import Calibration, fit_calibration
+from kvstore.calibration import Calibration
 from kvstore.codec import Codec, Profile
-from kvstore.errors import CorruptRecordError, KVStoreError, ShapeError, SpecMismatchError, UnsupportedFormatError
+from kvstore.errors import CorruptRecordError, KVStoreError, SpecMismatchError, UnsupportedFormatError
 from kvstore.layout import BlockLayout
 from kvstore.native import crc32c
 from kvstore.record import STEPS
 from kvstore.spec import ModelSpec
+from tests.codec_slots import fitted
 
 LAYERS, HEADS, DIM, TOKENS = 2, 3, 64, 128
 LAYOUT = BlockLayout(ModelSpec(LAYERS, HEADS, DIM, DIM, "bfloat16", "pre", "llama", "{}", "0"), TOKENS)
@@ -44,7 +45,7 @@ def make_slot() -> torch.Tensor:
     return slot
 
 
-CALIBRATION = fit_calibration([make_text(1, 1024), make_text(2, 512)])
+CALIBRATION = fitted([make_text(1, 1024), make_text(2, 512)])
 
 
 def record_nbytes(codec: Codec) -> int:
@@ -52,7 +53,7 @@ def record_nbytes(codec: Codec) -> int:
 
 
 @pytest.mark.parametrize("profile", [Profile.Q8, Profile.Q4, Profile.Q3, Profile.Q2])
-def test_it_makes_lossy_records_smaller_and_no_worse(profile: Profile) -> None:
+def test_it_makes_lossy_records_smaller_and_better(profile: Profile) -> None:
     sizes, errors = [], []
     for calibration in (None, CALIBRATION):
         codec = Codec(LAYOUT, profile, calibration, STEPS[profile])
@@ -62,18 +63,18 @@ def test_it_makes_lossy_records_smaller_and_no_worse(profile: Profile) -> None:
         codec.decode(out, slot, num_tokens=TOKENS)
         errors.append((LAYOUT.keys(slot).float() - LAYOUT.keys(make_slot()).float()).square().mean().item())
 
-    assert sizes[1] < 0.97 * sizes[0]
-    assert errors[1] < 1.15 * errors[0]
+    assert sizes[1] < 0.98 * sizes[0]
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_equal_bytes_have_equal_ids_and_others_do_not() -> None:
-    again = fit_calibration([make_text(1, 1024), make_text(2, 512)])
+    again = fitted([make_text(1, 1024), make_text(2, 512)])
 
     assert again.id == CALIBRATION.id == Calibration(CALIBRATION.data).id
-    assert fit_calibration([make_text(1, 1024)]).id != CALIBRATION.id
+    assert fitted([make_text(1, 1024)]).id != CALIBRATION.id
 
 
-@pytest.mark.parametrize("other", [None, fit_calibration([make_text(3, 64)])])
+@pytest.mark.parametrize("other", [None, fitted([make_text(3, 64)])])
 def test_a_record_is_read_only_with_the_calibration_it_was_written_with(other: Calibration | None) -> None:
     codec = Codec(LAYOUT, Profile.Q4, CALIBRATION)
     out = bytearray(codec.bound(TOKENS))
@@ -119,7 +120,7 @@ def seal(data: bytearray) -> bytes:
 
 def test_every_cut_and_every_flipped_byte_is_reported() -> None:
     keys, values = make_text(1, 4)
-    data = fit_calibration([(keys[:1, :1, :, :3], values[:1, :1, :, :2])]).data
+    data = fitted([(keys[:1, :1, :, :3], values[:1, :1, :, :2])]).data
 
     for length in range(len(data)):
         with pytest.raises(CorruptRecordError):
@@ -158,30 +159,16 @@ def test_forged_fields_with_a_right_checksum_are_refused(
         Calibration(seal(data))
 
 
-@pytest.mark.parametrize(
-    "samples",
-    [
-        [],
-        [(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))],
-        [(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4))],
-        [(torch.zeros(1, 2, 4, 4), torch.zeros(1, 1, 4, 4))],
-    ],
-)
-def test_samples_that_say_nothing_are_refused(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    with pytest.raises(ShapeError):
-        fit_calibration(samples)
-
-
 def test_constant_channels_are_calibrated_too() -> None:
     keys, values = torch.zeros(1, 1, 8, 4), torch.ones(1, 1, 8, 4)
 
-    assert len(fit_calibration([(keys, values)]).id) == 16
+    assert len(fitted([(keys, values)]).id) == 16
 
 
 def test_a_record_without_calibrated_planes_names_no_calibration() -> None:
     # Planes of one element: states alone would be longer, so all are stored raw.
     layout = BlockLayout(ModelSpec(1, 1, 1, 1, "bfloat16", "pre", "llama", "{}", "0"), 1)
-    calibration = fit_calibration([(torch.randn(1, 1, 256, 1), torch.randn(1, 1, 256, 1))])
+    calibration = fitted([(torch.randn(1, 1, 256, 1), torch.randn(1, 1, 256, 1))])
     slot = torch.ones(layout.slot_nbytes, dtype=torch.uint8)
     codec = Codec(layout, Profile.Q8, calibration)
     out = bytearray(codec.bound(1))

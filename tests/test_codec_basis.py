@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from kvstore.bases import group_layers
-from kvstore.calibration import Calibration, fit_calibration
+from kvstore.calibration import Calibration
 from kvstore.codec import Codec, Coding, Profile, plane_span
 from kvstore.errors import ConfigError, CorruptRecordError, SpecMismatchError
 from kvstore.layout import BlockLayout
 from kvstore.native import crc32c
 from kvstore.spec import ModelSpec
 from kvstore.tiers.device_decode import DeviceRecord, decode_on_device
-from tests.codec_slots import LATER, encoded, guarded_slot, seal
+from tests.codec_slots import LATER, encoded, fitted, guarded_slot, seal
 
 LAYERS, HEADS, KEY_DIM, VALUE_DIM, TOKENS = 5, 4, 64, 80, 48
 """At most 1024 channels a group: three layers, then two."""
@@ -44,7 +44,7 @@ def slot_of(keys: Tensor, values: Tensor) -> Tensor:
     return slot
 
 
-CALIBRATION = fit_calibration([make_text(1, 4096)], with_bases=True)
+CALIBRATION = fitted([make_text(1, 4096)], with_bases=True)
 CODEC = Codec(LAYOUT, Profile.PCA, CALIBRATION)
 SLOT = slot_of(*make_text(2, TOKENS))
 RECORD = encoded(CODEC, SLOT, TOKENS)
@@ -140,7 +140,7 @@ def test_a_block_that_the_basis_does_not_fit_is_quantised_plane_by_plane() -> No
     assert {plane.coding for plane in Codec.probe(record).planes[::2]} == {Coding.QUANTISED}
 
 
-@pytest.mark.parametrize("calibration", [None, fit_calibration([make_text(1, 4096)])])
+@pytest.mark.parametrize("calibration", [None, fitted([make_text(1, 4096)])])
 def test_without_bases_it_stores_what_q2_does(calibration: Calibration | None) -> None:
     pca, q2 = (encoded(Codec(LAYOUT, each, calibration), SLOT, TOKENS) for each in (Profile.PCA, Profile.Q2))
     assert pca[64:] == q2[64:]
@@ -148,7 +148,7 @@ def test_without_bases_it_stores_what_q2_does(calibration: Calibration | None) -
 
 
 def test_one_without_bases_or_of_another_text_does_not_read_it() -> None:
-    for other in (fit_calibration([make_text(1, 4096)]), fit_calibration([make_text(3, 4096)], with_bases=True), None):
+    for other in (fitted([make_text(1, 4096)]), fitted([make_text(3, 4096)], with_bases=True), None):
         with pytest.raises(SpecMismatchError, match=CALIBRATION.id.hex()):
             decoded(RECORD, Codec(LAYOUT, Profile.PCA, other))
 
@@ -168,8 +168,8 @@ def test_groups_are_even_and_as_large_as_the_tokens_bear() -> None:
     assert group_layers(32, 1024, 4096) == 1
     assert group_layers(32, 1024, 4095) == group_layers(32, 1025, 1 << 20) == 0
     assert group_layers(2, 1, 4096) == 2
-    assert not fit_calibration([make_text(1, 4 * HEADS * VALUE_DIM - 1)], with_bases=True).has_bases
-    assert fit_calibration([make_text(1, 4 * HEADS * VALUE_DIM)], with_bases=True).has_bases
+    assert not fitted([make_text(1, 4 * HEADS * VALUE_DIM - 1)], with_bases=True).has_bases
+    assert fitted([make_text(1, 4 * HEADS * VALUE_DIM)], with_bases=True).has_bases
 
 
 # Of the directory: plane, offset in its entry, struct code, value.

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvstore.calibration import fit_calibration
 from kvstore.codec import Codec, Profile
 from kvstore.errors import ShapeError
 from kvstore.layout import BlockLayout
 from kvstore.spec import ModelSpec
+from tests.codec_slots import fitted
 
 LAYERS, HEADS, KEY_DIM, VALUE_DIM, TOKENS = 3, 5, 72, 64, 300
 LAYOUT = BlockLayout(ModelSpec(LAYERS, HEADS, KEY_DIM, VALUE_DIM, "bfloat16", "pre", "llama", "{}", "0"), TOKENS)
@@ -28,7 +28,7 @@ def make_slot() -> Tensor:
 
 
 SLOT = make_slot()
-CALIBRATION = fit_calibration([(LAYOUT.keys(SLOT).float(), LAYOUT.values(SLOT).float())])
+CALIBRATION = fitted([(LAYOUT.keys(SLOT).float(), LAYOUT.values(SLOT).float())])
 CASES = {
     str(name): Codec(LAYOUT, Profile(name), CALIBRATION if is_calibrated else None)
     for name, is_calibrated in [("raw", False), ("zstd", False), ("lossless", False), ("q8", False), ("q3", True)]

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.calibration import fit_calibration
 from kvstore.codec import Codec, Profile, Steps
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
 from kvstore.native import build_info, limit_simd
 from kvstore.spec import ModelSpec
+from tests.codec_slots import fitted
 
 LEVELS = ["baseline", "avx2", "avx512"]
 
@@ -72,7 +72,7 @@ def test_all_levels_make_the_same_bytes(
     calibration = None
     if is_calibrated and tokens > 1:
         example = make_slot(layout, "normal", seed)
-        calibration = fit_calibration([(layout.keys(example).float(), layout.values(example).float())])
+        calibration = fitted([(layout.keys(example).float(), layout.values(example).float())])
     mult = {Profile.Q8: 32, Profile.Q4: 16, Profile.Q3: 8, Profile.Q2: 3}.get(profile)
     steps = None if mult is None else Steps(mult, mult - 4, has_channel_values)
     codec = Codec(layout, profile, calibration, steps)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvstore.calibration import fit_calibration
 from kvstore.codec import Codec, Profile, plane_span
 from kvstore.layout import BlockLayout
 from kvstore.spec import ModelSpec, chain_key
 from kvstore.store import Access, FetchRequest, Outcome, Store, Tier
+from tests.codec_slots import fitted
 
 LAYERS = 32
 TOKENS = 128
@@ -34,7 +34,7 @@ def slot() -> Tensor:
 
 @pytest.fixture(scope="module")
 def codecs(slot: Tensor) -> dict[Profile, Codec]:
-    calibration = fit_calibration([(LAYOUT.keys(slot), LAYOUT.values(slot))])
+    calibration = fitted([(LAYOUT.keys(slot), LAYOUT.values(slot))])
     return {profile: Codec(LAYOUT, profile, calibration if profile.is_lossy else None) for profile in Profile}
 
 

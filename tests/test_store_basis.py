@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvstore.calibration import MIN_TOKENS, fit_calibration
+from kvstore.calibration import MIN_TOKENS
 from kvstore.codec import Codec, Coding, Profile
 from kvstore.decision import Decision
 from kvstore.layout import BlockLayout
 from kvstore.spec import BlockKey, ModelSpec, chain_key
 from kvstore.store import Access, FetchRequest, Outcome, Store
 from kvstore.tiers.codec_shelf import CodecShelf
+from tests.codec_slots import fitted
 
 SPEC = ModelSpec(3, 1, 16, 16, "bfloat16", "pre", "test", "{}", "0")
 TOKENS = 512
@@ -96,7 +97,7 @@ def test_decisions_without_bases_hold_as_those_of_q2(tmp_path: Path) -> None:
     decisions = {"q2": (-3, -2), "pca": (-9, -9)}
     with _open(tmp_path, Access.WRITE) as store:
         for with_bases, mults in ((False, (-3, -2)), (True, (-9, -9))):
-            calibration = fit_calibration(samples, with_bases=with_bases)
+            calibration = fitted(samples, with_bases=with_bases)
             store.calibrations.keep(SPEC, calibration, Decision(calibration.id, TOKENS, "a test", steps=decisions))
             codec = CodecShelf(store.calibrations, LAYOUT, Profile.PCA).encoder()
             out = bytearray(codec.bound(TOKENS))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvstore.calibration import MIN_TOKENS, Calibration, fit_calibration
+from kvstore.calibration import MIN_TOKENS, Calibration
 from kvstore.codec import Codec, Coding, Profile, RecordInfo
 from kvstore.decision import Decision
 from kvstore.errors import CorruptRecordError, ReadOnlyError, SpecMismatchError
@@ -19,6 +19,7 @@ from kvstore.spec import BlockKey, ModelSpec, chain_key
 from kvstore.store import Access, Durability, Entry, FetchRequest, NewBlock, Outcome, Store, StreamHeader
 from kvstore.tiers.catalogue import Table
 from kvstore.tiers.disk import DiskTier
+from tests.codec_slots import fitted
 
 SPEC = ModelSpec(2, 1, 64, 64, "bfloat16", "pre", "test", "{}", "0")
 TOKENS = 1024
@@ -178,7 +179,7 @@ def test_blocks_whose_calibration_is_gone_or_damaged_are_damaged_and_the_others_
 
 def test_another_calibration_under_the_name_of_the_right_one_is_noticed(tmp_path: Path) -> None:
     _written(tmp_path, range(ENOUGH + 1))
-    other = fit_calibration([(torch.randn(2, 1, 8, 64), torch.randn(2, 1, 8, 64))])
+    other = fitted([(torch.randn(2, 1, 8, 64), torch.randn(2, 1, 8, 64))])
     _change_table(tmp_path, b"o", other.data)
     outcomes, reasons, _ = _fetch(tmp_path, ENOUGH + 1)
     assert outcomes[ENOUGH] is Outcome.DAMAGED
@@ -194,7 +195,7 @@ def test_a_damaged_decision_stops_the_writer_and_no_reader(tmp_path: Path) -> No
 
 
 def _fitted() -> Calibration:
-    return fit_calibration([(LAYOUT.keys(_slot(99)), LAYOUT.values(_slot(99)))])
+    return fitted([(LAYOUT.keys(_slot(99)), LAYOUT.values(_slot(99)))])
 
 
 def test_a_given_calibration_is_used_at_once_and_not_replaced(tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def test_a_given_calibration_is_used_at_once_and_not_replaced(tmp_path: Path) ->
 
 
 def test_a_decision_that_may_not_replace_another_one_is_dropped(tmp_path: Path) -> None:
-    calibration, other = _fitted(), fit_calibration([(torch.randn(2, 1, 8, 64), torch.randn(2, 1, 8, 64))])
+    calibration, other = _fitted(), fitted([(torch.randn(2, 1, 8, 64), torch.randn(2, 1, 8, 64))])
     first, second = Decision(calibration.id, 1, "first"), Decision(other.id, 1, "second")
     with _open(tmp_path) as store:
         store.calibrations.keep(SPEC, calibration, first, replace=False)

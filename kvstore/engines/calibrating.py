@@ -145,6 +145,7 @@ def calibrate_model(
     for name, limit in KL_LIMITS.items():
         profile = Profile(name)
         if profile is Profile.PCA and not calibration.has_bases:
+            progress.done(_MOST_TRIED)
             continue
         tried, divergence[name] = _coarsest(judge, layout, profile, calibration, progress)
         if tried != STEPS[profile]:
