@@ -80,12 +80,13 @@ kept without knowing how the model minds errors; where that is known, coarser on
 
 UNCALIBRATED_STEPS = {
     Profile.Q8: Steps(24, 24),
-    Profile.Q4: Steps(17, 13),
-    Profile.Q3: Steps(10, 5),
-    Profile.Q2: Steps(5, 1),
-    Profile.PCA: Steps(5, 1),
+    Profile.Q4: Steps(16, 12),
+    Profile.Q3: Steps(8, 3),
+    Profile.Q2: Steps(3, -1),
+    Profile.PCA: Steps(3, -1),
 }
-"""Finer ones for the same divergence: without a calibration all channels of a key have equal steps."""
+"""Finer ones for about the same divergence: what a block says of itself predicts no token from the one before, and knows
+deviations by few tokens (docs/codec-quality.md)."""
 
 
 class Coding(IntEnum):

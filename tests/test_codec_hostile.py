@@ -109,7 +109,8 @@ HEADER_FORGERIES = [
 QUANTISED_FORGERIES = [
     (73, "B", 0x40, UnsupportedFormatError, "transform"),
     (73, "B", 0x03, UnsupportedFormatError, "transform"),
-    (73, "B", 0x30, UnsupportedFormatError, "transform"),
+    (73, "B", 0x31, CorruptRecordError, "entry"),
+    (73, "B", 0x3C, CorruptRecordError, "entry"),
     (73, "B", 0x00, CorruptRecordError, "entry"),
     (73, "B", 0x10, CorruptRecordError, "calibration"),
     (73, "B", 0x2C, CorruptRecordError, "entry"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from kvstore.codec import Codec, Coding, Profile, Steps
 from kvstore.errors import ConfigError
@@ -23,6 +24,13 @@ from tests.codec_slots import (
     make_layout,
     normal_slot,
 )
+
+
+def _by_deviation(keys: Tensor) -> Tensor:
+    """How much larger than its head's a channel's step is: by the deviation to the power -3/4, within three octaves."""
+    sigma = (keys - keys.mean(2, keepdim=True)).square().mean(2, keepdim=True).sqrt()
+    rms = sigma.square().mean(3, keepdim=True).sqrt()
+    return torch.where(sigma > 0, rms / sigma, 16.0).pow(0.75).clamp(0.1, 8.0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -47,13 +55,15 @@ def test_lossy_profiles_stay_within_half_a_step_and_the_rounding_of_the_dtype(
     codec.decode(memoryview(encoded(codec, slot, num_tokens, LATER)), destination, num_tokens=num_tokens)
 
     finfo = torch.finfo(TORCH_DTYPE[dtype])
-    for part in (layout.keys, layout.values):
+    for part, is_key in ((layout.keys, True), (layout.values, False)):
         wanted = part(slot)[:, :, :num_tokens].double()
         found = part(destination)[:, :, :num_tokens].double()
         # The largest step that any axis can have: of the whole head's, the largest row's or channel's rms.
         rms = torch.maximum(wanted.square().mean((-1, -2)), wanted.square().mean(-1).amax(-1)).sqrt()
         rms = torch.maximum(rms, wanted.square().mean(-2).amax(-1).sqrt())
-        step = 1.1 * 2 ** (-MULTS[profile] / 8) * rms[..., None, None]
+        step = 1.15 * 2 ** (-MULTS[profile] / 8) * rms[..., None, None]
+        if is_key:
+            step = step * _by_deviation(wanted)
         assert bool(((found - wanted).abs() <= step / 2 + found.abs() * finfo.eps + finfo.smallest_normal).all())
 
 

@@ -69,8 +69,8 @@ Calibration::Calibration(ConstBytes bytes, const CalibrationId& id) : id_(id) {
   for (std::size_t plane = 0; plane < planes_.size(); ++plane) {
     const std::size_t dim = plane % 2 == 0 ? key_dim_ : value_dim_;
     const ConstBytes part = bytes.sub(at, calibrated_parameters_nbytes(kv_heads_, dim));
-    KV_EXPECT(read_parameters(part, kv_heads_, dim, false, planes_[plane]), CorruptRecord,
-              "calibration of " + plane_name(plane) + " has a value out of range");
+    KV_EXPECT(read_parameters(part, kv_heads_, dim, ParameterSource::kCalibration, planes_[plane]),
+              CorruptRecord, "calibration of " + plane_name(plane) + " has a value out of range");
     at += plane % 2 == 0 ? key_nbytes : value_nbytes;
   }
   if (has_bases) {

@@ -205,10 +205,10 @@ class RecordWriter {
                             : has_mean ? StepAxis::kChannel
                                        : StepAxis::kToken;
     choice.transform.source = has_calibration ? ParameterSource::kCalibration
+                              : is_key        ? ParameterSource::kInlineWeighted
                               : has_mean      ? ParameterSource::kInline
                                               : ParameterSource::kNone;
-    if (choice.transform.source == ParameterSource::kInline &&
-        shape.tokens - raw_rows_ < kFewestMeasured) {
+    if (choice.transform.is_inline() && shape.tokens - raw_rows_ < kFewestMeasured) {
       return 0;
     }
     return write_quantised_plane(shape, choice, source, entry, room);

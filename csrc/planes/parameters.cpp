@@ -28,9 +28,7 @@ std::uint8_t Transform::byte() const noexcept {
                                    (has_dpcm ? kDpcmBit : 0U) | static_cast<unsigned>(source) << 4);
 }
 
-bool Transform::is_known(std::uint8_t byte) noexcept {
-  return (byte & 3U) != 3 && ((byte >> 4) & 3U) != 3 && byte >> 6 == 0;
-}
+bool Transform::is_known(std::uint8_t byte) noexcept { return (byte & 3U) != 3 && byte >> 6 == 0; }
 
 Transform Transform::from(std::uint8_t byte) noexcept {
   return Transform{static_cast<StepAxis>(byte & 3U), (byte & kMeanBit) != 0, (byte & kDpcmBit) != 0,
@@ -40,6 +38,9 @@ Transform Transform::from(std::uint8_t byte) noexcept {
 bool Transform::is_consistent() const noexcept {
   if (source == ParameterSource::kNone) {
     return axis == StepAxis::kToken && !has_mean && !has_dpcm;
+  }
+  if (source == ParameterSource::kInlineWeighted && axis != StepAxis::kHead) {
+    return false;
   }
   return !has_dpcm || source == ParameterSource::kCalibration;
 }
@@ -55,7 +56,7 @@ std::size_t calibrated_parameters_nbytes(std::size_t heads, std::size_t dim) noe
 bool read_parameters(ConstBytes bytes,
                      std::size_t heads,
                      std::size_t dim,
-                     bool is_inline,
+                     ParameterSource source,
                      PlaneParameters& parameters) {
   const std::size_t channels = heads * dim;
   const std::uint8_t* at = bytes.data();
@@ -74,7 +75,10 @@ bool read_parameters(ConstBytes bytes,
   }
   const auto* signed_at = reinterpret_cast<const std::int8_t*>(at);
   parameters.log_sigma.assign(signed_at, signed_at + channels);
-  if (is_inline) {
+  if (source == ParameterSource::kInlineWeighted) {
+    derive_log_steps(parameters);
+  }
+  if (source != ParameterSource::kCalibration) {
     return is_valid;
   }
   parameters.log_residual_sigma.assign(signed_at + channels, signed_at + 2 * channels);
@@ -88,6 +92,13 @@ bool read_parameters(ConstBytes bytes,
   const auto* steps_at = reinterpret_cast<const std::int8_t*>(at);
   parameters.log_step.assign(steps_at, steps_at + channels);
   return is_valid;
+}
+
+void derive_log_steps(PlaneParameters& parameters) {
+  parameters.log_step.resize(parameters.log_sigma.size());
+  std::transform(
+      parameters.log_sigma.begin(), parameters.log_sigma.end(), parameters.log_step.begin(),
+      [](int log_sigma) { return static_cast<std::int8_t>(-((3 * log_sigma + 8) >> 4)); });
 }
 
 void write_inline_parameters(const PlaneParameters& parameters, std::uint8_t* bytes) {

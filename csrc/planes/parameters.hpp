@@ -13,7 +13,13 @@
 namespace kv {
 
 enum class StepAxis : std::uint8_t { kHead = 0, kToken = 1, kChannel = 2 };
-enum class ParameterSource : std::uint8_t { kNone = 0, kCalibration = 1, kInline = 2 };
+/// kInlineWeighted: in-line, with steps that follow from the deviations.
+enum class ParameterSource : std::uint8_t {
+  kNone = 0,
+  kCalibration = 1,
+  kInline = 2,
+  kInlineWeighted = 3
+};
 
 /// The transform byte of the directory.
 struct Transform {
@@ -23,6 +29,9 @@ struct Transform {
   ParameterSource source = ParameterSource::kNone;
 
   [[nodiscard]] std::uint8_t byte() const noexcept;
+  [[nodiscard]] bool is_inline() const noexcept {
+    return source == ParameterSource::kInline || source == ParameterSource::kInlineWeighted;
+  }
   /// True when `byte` uses no number that this version does not know.
   [[nodiscard]] static bool is_known(std::uint8_t byte) noexcept;
   /// `byte` is known.
@@ -40,7 +49,7 @@ struct PlaneParameters {
   std::vector<std::int8_t> log_sigma;           ///< [heads, dim]
   std::vector<std::int8_t> log_residual_sigma;  ///< [heads, dim], empty when in-line
   std::vector<float> rho;                       ///< [heads, dim], empty when in-line
-  std::vector<std::int8_t> log_step;            ///< [heads, dim], empty when in-line
+  std::vector<std::int8_t> log_step;            ///< [heads, dim], empty when all are 0
 
   /// What a channel adds to its step's code.
   [[nodiscard]] int step_offset(std::size_t channel) const noexcept {
@@ -57,8 +66,11 @@ struct PlaneParameters {
 [[nodiscard]] bool read_parameters(ConstBytes bytes,
                                    std::size_t heads,
                                    std::size_t dim,
-                                   bool is_inline,
+                                   ParameterSource source,
                                    PlaneParameters& parameters);
+
+/// The steps of ParameterSource::kInlineWeighted, from log_sigma.
+void derive_log_steps(PlaneParameters& parameters);
 
 /// Writes in-line parameters: the inverse of read_parameters.
 void write_inline_parameters(const PlaneParameters& parameters, std::uint8_t* bytes);

@@ -41,7 +41,7 @@ class QuantisedReader final : public PlaneReader {
     KV_EXPECT(transform_.source != ParameterSource::kCalibration || calibrated != nullptr,
               ShapeError, plane_name(plane) + " needs the calibration it was written with");
     sections_ = find_quantised_sections(plane, shape, entry, stored);
-    if (transform_.source == ParameterSource::kInline) {
+    if (transform_.is_inline()) {
       parameters_ = &sections_.inline_parameters;
     }
     derive();

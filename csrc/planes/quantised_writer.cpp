@@ -165,8 +165,11 @@ std::size_t write_quantised_plane(const PlaneShape& shape,
   SectionWriter writer(room);
   PlaneParameters measured;
   const PlaneParameters* parameters = choice.parameters;
-  if (choice.transform.source == ParameterSource::kInline) {
+  if (choice.transform.is_inline()) {
     measured = measure_parameters(shape, source, choice.raw_rows);
+    if (choice.transform.source == ParameterSource::kInlineWeighted) {
+      derive_log_steps(measured);
+    }
     parameters = &measured;
     if (std::uint8_t* to = writer.take(inline_parameters_nbytes(shape.heads, shape.dim))) {
       write_inline_parameters(measured, to);

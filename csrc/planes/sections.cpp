@@ -49,10 +49,11 @@ QuantisedSections find_quantised_sections(std::size_t plane,
   const Transform transform = Transform::from(entry.transform);
   SectionWalk walk(plane, stored);
   QuantisedSections found;
-  if (transform.source == ParameterSource::kInline) {
+  if (transform.is_inline()) {
     const ConstBytes bytes = walk.take(inline_parameters_nbytes(grid.heads, grid.dim));
-    KV_EXPECT(read_parameters(bytes, grid.heads, grid.dim, true, found.inline_parameters),
-              CorruptRecord, plane_name(plane) + " has a parameter out of range");
+    KV_EXPECT(
+        read_parameters(bytes, grid.heads, grid.dim, transform.source, found.inline_parameters),
+        CorruptRecord, plane_name(plane) + " has a parameter out of range");
   }
   if (transform.axis == StepAxis::kToken) {
     found.scale_bases = walk.take(2 * grid.heads).data();

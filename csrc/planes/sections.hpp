@@ -57,7 +57,7 @@ struct StoredSegment {
 
 /// A plane of coding quantised; pointers are into the stored bytes, and null for what it has not.
 struct QuantisedSections {
-  PlaneParameters inline_parameters;          ///< of ParameterSource::kInline only
+  PlaneParameters inline_parameters;          ///< only where they are in-line
   const std::uint8_t* scale_bases = nullptr;  ///< i16 [heads], in range
   const std::uint8_t* scales = nullptr;       ///< u8 [heads, coded tokens]
   const std::uint8_t* raw = nullptr;          ///< [heads, raw rows, dim]

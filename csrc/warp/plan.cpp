@@ -223,8 +223,8 @@ void DecodePlan::add_quantised(const PlaneShape& shape,
   job.has_row_scales = transform.axis == StepAxis::kToken;
   job.has_mean = transform.has_mean;
   job.has_dpcm = transform.has_dpcm;
-  const bool is_inline = transform.source == ParameterSource::kInline;
-  job.channels = channels_of(shape, entry, is_inline ? &sections.inline_parameters : parameters);
+  job.channels =
+      channels_of(shape, entry, transform.is_inline() ? &sections.inline_parameters : parameters);
   const SegmentGrid grid = shape.grid(entry.raw_rows, entry.segment_heads);
   for (std::size_t index = 0; index < grid.size(); ++index) {
     const StoredSegment& bytes = sections.segments[index];
@@ -267,7 +267,7 @@ std::uint64_t DecodePlan::channels_of(const PlaneShape& shape,
   const Transform transform = Transform::from(entry.transform);
   const std::size_t channels = shape.heads * shape.dim;
   const ChannelKey key{parameters, entry.transform, entry.mult, entry.low_bits, channels};
-  const bool is_shared = transform.source != ParameterSource::kInline;
+  const bool is_shared = !transform.is_inline();
   const auto known = known_channels_.find(key);
   if (is_shared && known != known_channels_.end()) {
     return known->second;

@@ -14,7 +14,7 @@ from tests.oracle.constants import MAX_CODE, RADIUS
 from tests.oracle.elements import Bits, Dtype, to_binary32
 from tests.oracle.exponent import ExponentTables, encode_exponent, frequencies, top_bytes
 from tests.oracle.measuring import measured_scales
-from tests.oracle.parameters import CALIBRATION, IN_LINE, NONE, PER_ROW, Parameters, Transform
+from tests.oracle.parameters import CALIBRATION, IN_LINE, NONE, PER_HEAD, PER_ROW, WEIGHTED, Parameters, Transform
 from tests.oracle.quantised import Scales, encode_quantised
 from tests.oracle.random_bases import with_random_bases
 from tests.oracle.record import NO_CALIBRATION, Coding, Header, Plane, Profile, allowed, pack_record
@@ -43,10 +43,10 @@ def _free_exponent(rng: np.random.Generator, bits: Bits, segment_tokens: int) ->
 
 
 def _free_transform(rng: np.random.Generator, tokens: int, *, may_calibrate: bool) -> Transform:
-    source = int(rng.choice([NONE, CALIBRATION, IN_LINE] if may_calibrate else [NONE, IN_LINE]))
+    source = int(rng.choice([NONE, CALIBRATION, IN_LINE, WEIGHTED] if may_calibrate else [NONE, IN_LINE, WEIGHTED]))
     has_parameters = source != NONE
     return Transform(
-        axis=int(rng.integers(3)) if has_parameters else PER_ROW,
+        axis=PER_HEAD if source == WEIGHTED else int(rng.integers(3)) if has_parameters else PER_ROW,
         mean=has_parameters and bool(rng.integers(2)),
         dpcm=source == CALIBRATION and bool(rng.integers(2)),
         source=source,
@@ -82,6 +82,8 @@ def _free_quantised(
         case _:
             zeros = np.zeros((heads, dim), dtype=np.int64)
             parameters = replace(random_parameters(rng, bits, dtype), lres=zeros, rho=zeros, lstep=zeros)
+            if transform.source == WEIGHTED:
+                parameters = parameters.weighted()
     scales = None
     coded = bits[:, transform.raw_rows :]
     if transform.axis == PER_ROW:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ Integers = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 PER_HEAD, PER_ROW, PER_CHANNEL = range(3)
-NONE, CALIBRATION, IN_LINE = range(3)
+NONE, CALIBRATION, IN_LINE, WEIGHTED = range(4)
 MAX_LRMS = 1000
 
 
@@ -41,6 +41,10 @@ class Transform:
     def has_coded_scales(self) -> bool:
         return self.axis == PER_ROW and self.scale_class != 255
 
+    @property
+    def is_in_line(self) -> bool:
+        return self.source in (IN_LINE, WEIGHTED)
+
     @classmethod
     def parse(cls, byte: int, mult: int, low_bits: int, raw_rows: int, scale_class: int) -> Transform:
         """Read the five fields.
@@ -50,13 +54,15 @@ class Transform:
             CorruptRecordError: a combination that section 6.1 or the directory forbids.
         """
         axis, source = byte & 3, byte >> 4 & 3
-        if byte >> 6 or axis == 3 or source == 3:
+        if byte >> 6 or axis == 3:
             raise UnsupportedFormatError(f"transform {byte:#04x}")
         self = cls(axis, bool(byte & 4), bool(byte & 8), source, mult, low_bits, raw_rows, scale_class)
         if source == NONE and (axis != PER_ROW or self.mean or self.dpcm):
             raise CorruptRecordError("a transform without parameters allows axis 1 alone")
         if self.dpcm and source != CALIBRATION:
             raise CorruptRecordError("dpcm without a calibration object")
+        if source == WEIGHTED and axis != PER_HEAD:
+            raise CorruptRecordError("steps that follow from deviations are for axis 0")
         scale_classes = (*range(16), 255) if axis == PER_ROW else (0,)
         if low_bits > 3 or raw_rows > 4 or scale_class not in scale_classes:
             raise CorruptRecordError("low_bits, raw_rows or scale_class out of range")
@@ -114,6 +120,10 @@ class Parameters:
         )
         self.check()
         return self
+
+    def weighted(self) -> Parameters:
+        """Steps as source 3 derives them."""
+        return replace(self, lstep=-((3 * self.lsig + 8) >> 4))
 
     @property
     def mean(self) -> Floats:

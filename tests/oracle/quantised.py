@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kvstore.errors import CorruptRecordError
 from tests.oracle.constants import CLASSES, MAX_CODE, RADIUS, step
 from tests.oracle.elements import Bits, Dtype, from_binary32, is_finite, to_binary32
-from tests.oracle.parameters import IN_LINE, PER_ROW, Parameters, Transform
+from tests.oracle.parameters import PER_ROW, WEIGHTED, Parameters, Transform
 from tests.oracle.rans import STATES_NBYTES, decode, encode
 from tests.oracle.segments import (
     Cut,
@@ -108,7 +108,7 @@ def encode_quantised(
     """
     coded = bits[:, transform.raw_rows :]
     heads, tokens, _ = coded.shape
-    out = section(parameters.pack_in_line()) if transform.source == IN_LINE else b""
+    out = section(parameters.pack_in_line()) if transform.is_in_line else b""
     codes = np.zeros((heads, tokens), dtype=np.int64)
     if scales is not None:
         codes = scales.codes
@@ -182,8 +182,10 @@ def decode_quantised(
     heads, tokens, dim = shape[0], shape[1] - transform.raw_rows, shape[2]
     sections = Sections(plane)
     parameters = known or Parameters.zeros(heads, dim)
-    if transform.source == IN_LINE:
+    if transform.is_in_line:
         parameters = Parameters.parse_in_line(sections.take(parameters.in_line_nbytes(heads, dim)), heads, dim)
+    if transform.source == WEIGHTED:
+        parameters = parameters.weighted()
     base = over_base = np.zeros((heads, tokens), dtype=np.int64)
     if transform.axis == PER_ROW:
         base = np.frombuffer(sections.take(2 * heads), "<i2").astype(np.int64)[:, None]

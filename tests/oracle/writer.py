@@ -12,7 +12,16 @@ from tests.oracle.calibration import Calibration, calibration_id
 from tests.oracle.elements import Bits, Dtype, to_binary32
 from tests.oracle.exponent import encode_exponent, writers_tables
 from tests.oracle.measuring import measured_parameters, measured_scales
-from tests.oracle.parameters import CALIBRATION, IN_LINE, PER_CHANNEL, PER_HEAD, PER_ROW, Parameters, Transform
+from tests.oracle.parameters import (
+    CALIBRATION,
+    IN_LINE,
+    PER_CHANNEL,
+    PER_HEAD,
+    PER_ROW,
+    WEIGHTED,
+    Parameters,
+    Transform,
+)
 from tests.oracle.quantised import encode_quantised
 from tests.oracle.rans import GROUP
 from tests.oracle.record import NO_CALIBRATION, Coding, Header, Plane, Profile, pack_record
@@ -154,6 +163,8 @@ def _quantised(
         source, parameters = 0, Parameters.zeros(heads, dim)
     elif tokens - raw_rows >= _MIN_MEASURED_TOKENS:
         source, parameters = IN_LINE, measured_parameters(values)
+        if is_key:
+            source, parameters = WEIGHTED, parameters.weighted()
     else:
         return []
     has_mean = axis != PER_ROW
