@@ -232,6 +232,18 @@ class Codec:
         part = RecordPart(first, planes_of(info, held), info.segment_tokens, memoryview(data), data_offset, num_leading)
         return self._geometry, self._dtype, self._checked(info.num_tokens), part, self._native_calibration
 
+    def writer(
+        self, num_tokens: int
+    ) -> tuple[Geometry, int, int, int, tuple[int, int, bool, bool], NativeCalibration | None]:
+        """Describe what `encode` does to the native encoders: geometry, dtype, tokens, profile, steps, calibration.
+
+        Raises:
+            ShapeError: `num_tokens` is not 1 to block_tokens.
+        """
+        profile = PROFILES.index(self._profile)
+        tokens = self._checked(num_tokens)
+        return self._geometry, self._dtype, tokens, profile, self._steps, self._native_calibration
+
     def _open(
         self, info: RecordInfo, data: Buffer, data_offset: int, layers: range
     ) -> tuple[Geometry, int, int, RecordPart, list[Buffer]]:

@@ -15,6 +15,9 @@ Records (kvstore.codec is their face):
         dtype, num_tokens, part, calibration, targets, paging). A target is (address, head stride, row stride, page
         stride, pages), in bytes, one a plane; paging is (page_tokens, first_row, slots), slots empty if not paged. What
         is wrong with each record, "" where nothing is, is returned, or left in the workspace for `faults`.
+    EncodePlan(requests): blocks that warps encode; a request is (geometry, dtype, num_tokens, profile, steps,
+        calibration, first_token, sources, paging), sources as targets above. `pieces` are (offset, nbytes) of a block's
+        planes in the workspace, none where the host has to encode it; `assemble` makes a record of them.
     limit_simd(level): keeps loops beyond `baseline`, `avx2` or `avx512` from being used, for comparing them.
 
 Memory and files:
@@ -47,6 +50,7 @@ try:
         Calibration,
         DecodePlan,
         DirectFile,
+        EncodePlan,
         Geometry,
         IoPool,
         RecordPart,
@@ -79,6 +83,7 @@ __all__ = [
     "Calibration",
     "DecodePlan",
     "DirectFile",
+    "EncodePlan",
     "Geometry",
     "IoPool",
     "RecordPart",

@@ -13,5 +13,6 @@ void bind_codec(pybind11::module_& module);
 void bind_io(pybind11::module_& module);
 void bind_device(pybind11::module_& module);
 void bind_decode(pybind11::module_& module);
+void bind_encode(pybind11::module_& module);
 
 }  // namespace kv::bindings

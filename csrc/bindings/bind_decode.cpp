@@ -11,6 +11,7 @@
 #include "bindings/bind.hpp"
 #include "bindings/buffers.hpp"
 #include "bindings/part.hpp"
+#include "bindings/places.hpp"
 #include "warp/run.hpp"
 
 namespace py = pybind11;
@@ -19,13 +20,6 @@ using py::literals::operator""_a;
 namespace kv::bindings {
 namespace {
 
-// Address, head stride, row stride, page stride, number of pages.
-using TargetTuple =
-    std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t>;
-// Address and length.
-using RangeTuple = std::tuple<std::uint64_t, std::uint64_t>;
-// Tokens of a page, first row, slots.
-using PagingTuple = std::tuple<std::uint32_t, std::uint32_t, std::vector<std::int32_t>>;
 using RequestTuple = std::tuple<const Geometry*,
                                 unsigned,
                                 std::uint64_t,
@@ -61,14 +55,12 @@ class HeldPlan {
 
   void upload(const RangeTuple& workspace, std::uint64_t stream) const {
     const py::gil_scoped_release released;
-    warp::upload(plan_, device::DeviceBytes{std::get<0>(workspace), std::get<1>(workspace)},
-                 device::Stream{stream});
+    warp::upload(plan_, range_from(workspace), device::Stream{stream});
   }
 
   void launch(const RangeTuple& workspace, std::uint64_t stream) const {
     const py::gil_scoped_release released;
-    warp::launch(plan_, device::DeviceBytes{std::get<0>(workspace), std::get<1>(workspace)},
-                 device::Stream{stream});
+    warp::launch(plan_, range_from(workspace), device::Stream{stream});
   }
 
  private:
@@ -77,15 +69,9 @@ class HeldPlan {
     KV_EXPECT(geometry != nullptr && arguments != nullptr, ShapeError,
               "a record to decode needs a geometry and a part");
     buffers_.emplace_back(arguments->data, false);
-    warp::DecodeRequest request{BlockView(*geometry, dtype_from(dtype), tokens),
-                                arguments->part(buffers_.back().readable()),
-                                calibration,
-                                {},
-                                {}};
-    for (const auto& [address, head, row, page, pages] : targets) {
-      request.targets.push_back(warp::PlaneTarget{address, head, row, page, pages});
-    }
-    request.paging = warp::Paging{std::get<0>(paging), std::get<1>(paging), std::get<2>(paging)};
+    const warp::DecodeRequest request{BlockView(*geometry, dtype_from(dtype), tokens),
+                                      arguments->part(buffers_.back().readable()), calibration,
+                                      targets_from(targets), paging_from(paging)};
     const py::gil_scoped_release released;
     try {
       plan_.add(request);

@@ -9,4 +9,5 @@ PYBIND11_MODULE(_native, module) {
   kv::bindings::bind_io(module);
   kv::bindings::bind_device(module);
   kv::bindings::bind_decode(module);
+  kv::bindings::bind_encode(module);
 }

@@ -4,67 +4,15 @@
 
 #include "cuda/check.hpp"
 #include "cuda/device_guard.hpp"
+#include "cuda/gpu_warp.hpp"
 #include "warp/decode.hpp"
 #include "warp/run.hpp"
 
 namespace kv::warp {
 namespace {
 
-constexpr unsigned kAllLanes = 0xFFFFFFFFU;
 constexpr unsigned kWarps = 16;
 constexpr unsigned kThreads = kWarps * kLanes;
-
-class GpuWarp {
- public:
-  template <typename T>
-  class PerLane {
-   public:
-    KV_WARP T& operator[](std::uint32_t) { return value_; }
-
-   private:
-    T value_;
-  };
-
-  KV_WARP GpuWarp(std::uint8_t* workspace,
-                  const std::uint32_t* frozen_shared,
-                  std::int16_t* scales_shared)
-      : workspace_(workspace), frozen_(frozen_shared), scales_(scales_shared) {}
-
-  template <typename Body>
-  KV_WARP void each(const Body& body) {
-    body(threadIdx.x % kLanes);
-  }
-  KV_WARP std::uint32_t ballot(PerLane<bool>& flags) const {
-    return __ballot_sync(kAllLanes, flags[0]);
-  }
-  KV_WARP void sync() const { __syncwarp(); }
-
-  template <typename T>
-  KV_WARP T load(std::uint64_t offset) const {
-    return *reinterpret_cast<const T*>(workspace_ + offset);
-  }
-  template <typename T>
-  KV_WARP void store(std::uint64_t offset, const T& value) {
-    *reinterpret_cast<T*>(workspace_ + offset) = value;
-  }
-  template <typename T>
-  KV_WARP void put(std::uint64_t address, const T& value) {
-    *reinterpret_cast<T*>(address) = value;
-  }
-
-  KV_WARP ReadEntry class_entry(std::uint32_t page, std::uint32_t slot) const {
-    return frozen_[page * kReadPage + slot];
-  }
-  KV_WARP std::uint32_t exp2_bits(std::uint32_t index) const {
-    return frozen_[kClassWords + index];
-  }
-  KV_WARP std::int16_t* row_scales() const { return scales_; }
-
- private:
-  std::uint8_t* workspace_;
-  const std::uint32_t* frozen_;
-  std::int16_t* scales_;
-};
 
 /// Shared memory of a block: the frozen tables, then each warp's scales; quantised jobs only.
 constexpr std::size_t kSharedNbytes =
@@ -132,19 +80,11 @@ void launch_kind(std::uint8_t* workspace_dev, const Batch& batch, cudaStream_t q
   KV_CUDA(cudaGetLastError(), "launch the decoder");
 }
 
-std::uint8_t* checked_workspace(const DecodePlan& plan, device::DeviceBytes workspace) {
-  KV_EXPECT(workspace.nbytes >= plan.workspace_nbytes() && workspace.address % 16 == 0, ShapeError,
-            "a workspace of " + std::to_string(workspace.nbytes) + " bytes at " +
-                std::to_string(workspace.address) + "; wanted " +
-                std::to_string(plan.workspace_nbytes()) + " at a multiple of 16");
-  return reinterpret_cast<std::uint8_t*>(workspace.address);
-}
-
 }  // namespace
 
 void upload(const DecodePlan& plan, device::DeviceBytes workspace, device::Stream stream) {
   const cudaStream_t queue = device::checked_stream(stream);
-  std::uint8_t* workspace_dev = checked_workspace(plan, workspace);
+  std::uint8_t* workspace_dev = checked_workspace(plan.workspace_nbytes(), workspace);
   const device::DeviceGuard guard(workspace_dev, "the workspace");
   for (const Upload& each : plan.uploads()) {
     KV_CUDA(cudaMemcpyAsync(workspace_dev + each.offset, each.host.data(), each.host.size(),
@@ -155,7 +95,7 @@ void upload(const DecodePlan& plan, device::DeviceBytes workspace, device::Strea
 
 void launch(const DecodePlan& plan, device::DeviceBytes workspace, device::Stream stream) {
   const cudaStream_t queue = device::checked_stream(stream);
-  std::uint8_t* workspace_dev = checked_workspace(plan, workspace);
+  std::uint8_t* workspace_dev = checked_workspace(plan.workspace_nbytes(), workspace);
   const device::DeviceGuard guard(workspace_dev, "the workspace");
   KV_CUDA(cudaMemsetAsync(workspace_dev, 0, plan.zeroed_nbytes(), queue), "clear the statuses");
   launch_kind<JobKind::kExponent>(workspace_dev, plan.batch(), queue);

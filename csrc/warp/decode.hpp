@@ -8,46 +8,10 @@
 #include <cstdint>
 
 #include "planes/elements.hpp"
+#include "warp/rows.hpp"
 #include "warp/segment_reader.hpp"
 
 namespace kv::warp {
-
-// Nothing may be fused, whatever the compiler's flags say.
-KV_WARP float product(float a, float b) {
-#ifdef __CUDACC__
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-
-KV_WARP float sum(float a, float b) {
-#ifdef __CUDACC__
-  return __fadd_rn(a, b);
-#else
-  return a + b;
-#endif
-}
-
-/// Where row `token` of the block goes, for one head.
-template <typename Warp>
-KV_WARP std::uint64_t row_address(Warp& warp,
-                                  const PlaneJob& plane,
-                                  std::uint32_t head,
-                                  std::uint32_t token) {
-  const std::uint32_t row = plane.first_row + token;
-  const std::uint32_t page = row / plane.page_tokens;
-  const auto slot = warp.template load<std::uint32_t>(plane.page_table + 4 * std::uint64_t{page});
-  return plane.target + slot * plane.page_stride + head * plane.head_stride +
-         (row - page * plane.page_tokens) * plane.row_stride;
-}
-
-/// Two neighbours of a row, written at once where the target allows it.
-template <typename Bits>
-struct alignas(2 * sizeof(Bits)) Pair {
-  Bits first;
-  Bits second;
-};
 
 /// Writes elements i and i + 1 of a row, as far as the row goes.
 template <typename Bits, typename Warp>

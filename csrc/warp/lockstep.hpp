@@ -24,8 +24,8 @@ class LockstepWarp {
     std::array<T, kLanes> values_{};
   };
 
-  LockstepWarp(Bytes workspace, const Batch& batch)
-      : workspace_(workspace), frozen_(batch.frozen) {}
+  /// @param frozen  where the frozen tables lie.
+  LockstepWarp(Bytes workspace, std::uint64_t frozen) : workspace_(workspace), frozen_(frozen) {}
 
   /// Every second time from the last lane to the first: lanes that see each other's writes show.
   template <typename Body>
@@ -64,6 +64,17 @@ class LockstepWarp {
     std::memcpy(reinterpret_cast<void*>(address), &value, sizeof(T));
   }
 
+  template <typename T>
+  [[nodiscard]] T get(std::uint64_t address) const {
+    KV_EXPECT(address % alignof(T) == 0, ShapeError, "a read that no GPU could do");
+    T value;
+    std::memcpy(&value, reinterpret_cast<const void*>(address), sizeof(T));
+    return value;
+  }
+
+  [[nodiscard]] std::uint32_t frozen(std::uint32_t index) const {
+    return load<std::uint32_t>(frozen_ + index * sizeof(std::uint32_t));
+  }
   [[nodiscard]] ReadEntry class_entry(std::uint32_t page, std::uint32_t slot) const {
     return load<ReadEntry>(frozen_ + (page * kReadPage + slot) * sizeof(ReadEntry));
   }

@@ -9,6 +9,7 @@
 
 #include "core/endian.hpp"
 #include "planes/elements.hpp"
+#include "warp/channels.hpp"
 
 namespace kv::warp {
 namespace {
@@ -51,56 +52,6 @@ void check_codings(const RecordPart& part) {
   KV_EXPECT(part.num_leading == 0, ShapeError, "a record for warps has no leading planes");
 }
 
-void check_targets(const DecodeRequest& request) {
-  KV_EXPECT(!request.targets.empty() && request.targets.size() == request.part.planes.size(),
-            ShapeError,
-            std::to_string(request.targets.size()) + " targets for " +
-                std::to_string(request.part.planes.size()) + " planes");
-  const Paging& paging = request.paging;
-  const std::uint64_t rows = std::uint64_t{paging.first_row} + request.block.num_tokens;
-  KV_EXPECT(
-      paging.slots.empty() || (paging.page_tokens > 0 &&
-                               rows <= std::uint64_t{paging.page_tokens} * paging.slots.size() &&
-                               rows <= std::numeric_limits<std::uint32_t>::max()),
-      ShapeError,
-      std::to_string(paging.slots.size()) + " pages of " + std::to_string(paging.page_tokens) +
-          " tokens have no room for rows " + std::to_string(paging.first_row) + " to " +
-          std::to_string(rows));
-  const std::size_t itemsize = request.block.geometry.itemsize();
-  for (const PlaneTarget& target : request.targets) {
-    const std::uint64_t all =
-        target.address | target.head_stride | target.row_stride | target.page_stride;
-    KV_EXPECT(all % itemsize == 0, ShapeError, "a target is not aligned to its elements");
-    for (const std::int32_t slot : paging.slots) {
-      KV_EXPECT(slot >= 0 && static_cast<std::uint64_t>(slot) < target.num_pages, ShapeError,
-                "the block table names page " + std::to_string(slot) + " of " +
-                    std::to_string(target.num_pages));
-    }
-  }
-}
-
-PlaneJob plane_job(const DecodeRequest& request, std::size_t index) {
-  const PlaneTarget& target = request.targets[index];
-  const std::size_t plane = request.part.first_plane + index;
-  const PlaneEntry& entry = request.part.planes[index];
-  PlaneJob job{};
-  job.target = target.address;
-  job.head_stride = target.head_stride;
-  job.row_stride = target.row_stride;
-  job.page_stride = request.paging.slots.empty() ? 0 : target.page_stride;
-  job.page_tokens = request.paging.slots.empty() ? std::numeric_limits<std::uint32_t>::max()
-                                                 : request.paging.page_tokens;
-  job.first_row = request.paging.slots.empty() ? 0 : request.paging.first_row;
-  job.heads = static_cast<std::uint32_t>(request.block.geometry.kv_heads());
-  job.dim = static_cast<std::uint32_t>(request.block.geometry.dim(plane));
-  job.raw_rows = entry.raw_rows;
-  job.tokens = static_cast<std::uint32_t>(request.block.num_tokens - entry.raw_rows);
-  job.dtype = request.block.dtype;
-  const std::uint64_t all = job.target | job.head_stride | job.row_stride | job.page_stride;
-  job.has_pairs = all % (2 * request.block.geometry.itemsize()) == 0;
-  return job;
-}
-
 std::vector<std::uint32_t> frozen_tables() {
   std::vector<std::uint32_t> words(class_tables().read.begin(),
                                    class_tables().read.begin() + kClassWords);
@@ -126,7 +77,7 @@ std::uint64_t append(std::vector<std::uint8_t>& tables, const std::vector<Item>&
 
 void DecodePlan::add(const DecodeRequest& request) {
   check_codings(request.part);
-  check_targets(request);
+  check_places(request.block, request.part.planes.size(), request.targets, request.paging);
   check_calibration(request.block, request.calibration);
   static_cast<void>(open_planes(request.block, request.part));
   std::vector<OpenPlane> open;
@@ -149,7 +100,8 @@ void DecodePlan::add(const DecodeRequest& request) {
     const PlaneShape shape = request.block.shape(plane, request.part.segment_tokens);
     const std::uint64_t stored = payload_nbytes_ + entry.offset - front.offset;
     const std::uint8_t* start = open[index].stored.data();
-    PlaneJob job = plane_job(request, index);
+    PlaneJob job =
+        place_rows(request.block, plane, entry.raw_rows, request.targets[index], request.paging);
     job.page_table = table;
     if (entry.coding == Coding::kExponent) {
       add_exponent(shape, plane, stored, start, open[index].exponent,
@@ -265,35 +217,16 @@ std::uint64_t DecodePlan::channels_of(const PlaneShape& shape,
                                       const PlaneEntry& entry,
                                       const PlaneParameters* parameters) {
   const Transform transform = Transform::from(entry.transform);
-  const std::size_t channels = shape.heads * shape.dim;
-  const ChannelKey key{parameters, entry.transform, entry.mult, entry.low_bits, channels};
+  const ChannelKey key{parameters, entry.transform, entry.mult, entry.low_bits,
+                       shape.heads * shape.dim};
   const bool is_shared = !transform.is_inline();
   const auto known = known_channels_.find(key);
   if (is_shared && known != known_channels_.end()) {
     return known->second;
   }
   const std::uint64_t at = channels_.size() * sizeof(ChannelJob);
-  const std::vector<std::uint8_t> first =
-      channel_classes(parameters, transform, entry.mult, entry.low_bits, channels, true);
-  const std::vector<std::uint8_t> rest =
-      channel_classes(parameters, transform, entry.mult, entry.low_bits, channels, false);
-  std::vector<int> codes(channels);
-  if (transform.axis != StepAxis::kToken) {
-    codes = channel_codes(*parameters, transform.axis, entry.mult, shape.dim);
-  } else if (parameters != nullptr) {
-    for (std::size_t channel = 0; channel < channels; ++channel) {
-      codes[channel] = parameters->step_offset(channel);
-    }
-  }
-  for (std::size_t channel = 0; channel < channels; ++channel) {
-    ChannelJob job{};
-    job.mean = transform.has_mean ? BFloat16::store(parameters->mean[channel]) : 0;
-    job.code = static_cast<std::int16_t>(codes[channel]);
-    job.rho = static_cast<std::uint8_t>(transform.has_dpcm ? parameters->rho[channel] * 256.0F : 0);
-    job.first_class = first[channel];
-    job.rest_class = rest[channel];
-    channels_.push_back(job);
-  }
+  const std::vector<ChannelJob> jobs = channel_jobs(shape, entry, parameters);
+  channels_.insert(channels_.end(), jobs.begin(), jobs.end());
   if (is_shared) {
     known_channels_.emplace(key, at);
   }

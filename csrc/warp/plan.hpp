@@ -14,25 +14,9 @@
 #include "core/span.hpp"
 #include "planes/sections.hpp"
 #include "warp/jobs.hpp"
+#include "warp/places.hpp"
 
 namespace kv::warp {
-
-/// Where the rows of one plane go: strides in bytes, elements of a row contiguous. The caller
-/// vouches for the memory that they reach.
-struct PlaneTarget {
-  std::uint64_t address;  ///< of page 0, head 0, row 0
-  std::uint64_t head_stride;
-  std::uint64_t row_stride;
-  std::uint64_t page_stride;  ///< paged targets only, like the next
-  std::uint64_t num_pages;
-};
-
-/// How the rows of a block are spread over pages; the same for all of its planes.
-struct Paging {
-  std::uint32_t page_tokens = 0;
-  std::uint32_t first_row = 0;      ///< the block's first token in its first page
-  std::vector<std::int32_t> slots;  ///< page by page; empty: the block's rows follow each other
-};
 
 /// Consecutive planes of one record, and where all of their tokens go.
 struct DecodeRequest {

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs a plan: on a GPU, or in lock step on the host.
+// Runs a plan for decoding or encoding: on a GPU, or in lock step on the host.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "core/device.hpp"
+#include "warp/encode_plan.hpp"
 #include "warp/plan.hpp"
 
 namespace kv::warp {
@@ -25,5 +26,15 @@ void upload(const DecodePlan& plan, device::DeviceBytes workspace, device::Strea
 /// them.
 /// @throws as upload.
 void launch(const DecodePlan& plan, device::DeviceBytes workspace, device::Stream stream);
+
+/// Runs a sealed plan whose sources are host memory, one lane after the other: slow, and meant for
+/// comparing. @return the workspace.
+[[nodiscard]] std::vector<std::uint8_t> run_in_lockstep(const EncodePlan& plan);
+
+/// Queues the upload of a sealed plan's tables and its kernels on `stream` and returns; plan,
+/// sources and workspace must stay until the stream has passed them.
+/// @param workspace  device memory of at least workspace_nbytes(), at a multiple of 16.
+/// @throws ShapeError, IoError; ConfigError in a build without CUDA.
+void launch(const EncodePlan& plan, device::DeviceBytes workspace, device::Stream stream);
 
 }  // namespace kv::warp

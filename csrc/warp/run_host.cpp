@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "warp/decode.hpp"
+#include "warp/encode_pack.hpp"
 #include "warp/lockstep.hpp"
 #include "warp/run.hpp"
 
@@ -17,7 +18,25 @@ void run_kind(LockstepWarp& warp, const Batch& batch) {
   }
 }
 
+template <EncodeStage stage>
+void run_stage(LockstepWarp& warp, const EncodeBatch& batch) {
+  for (std::uint32_t index = 0; index < count_jobs<stage>(batch); ++index) {
+    run_encode_job<stage>(warp, batch, index);
+  }
+}
+
 }  // namespace
+
+std::vector<std::uint8_t> run_in_lockstep(const EncodePlan& plan) {
+  std::vector<std::uint8_t> workspace(plan.workspace_nbytes());
+  const Upload tables = plan.tables();
+  std::memcpy(workspace.data() + tables.offset, tables.host.data(), tables.host.size());
+  LockstepWarp warp(Bytes(workspace.data(), workspace.size()), plan.batch().frozen);
+  run_stage<EncodeStage::kScales>(warp, plan.batch());
+  run_stage<EncodeStage::kSegments>(warp, plan.batch());
+  run_stage<EncodeStage::kPack>(warp, plan.batch());
+  return workspace;
+}
 
 std::vector<std::uint8_t> run_in_lockstep(const DecodePlan& plan) {
   std::vector<std::uint8_t> workspace(plan.workspace_nbytes());
@@ -26,7 +45,7 @@ std::vector<std::uint8_t> run_in_lockstep(const DecodePlan& plan) {
       std::memcpy(workspace.data() + upload.offset, upload.host.data(), upload.host.size());
     }
   }
-  LockstepWarp warp(Bytes(workspace.data(), workspace.size()), plan.batch());
+  LockstepWarp warp(Bytes(workspace.data(), workspace.size()), plan.batch().frozen);
   run_kind<JobKind::kExponent>(warp, plan.batch());
   run_kind<JobKind::kQuantised>(warp, plan.batch());
   run_kind<JobKind::kCopy>(warp, plan.batch());
@@ -40,7 +59,7 @@ namespace {
 
 [[noreturn]] void refuse(int line) {
   throw ConfigError(
-      located("kvstore was built without CUDA: build with KVSTORE_CUDA=on to decode on a device",
+      located("kvstore was built without CUDA: build with KVSTORE_CUDA=on to code on a device",
               __FILE__, line));
 }
 
@@ -48,6 +67,7 @@ namespace {
 
 void upload(const DecodePlan&, device::DeviceBytes, device::Stream) { refuse(__LINE__); }
 void launch(const DecodePlan&, device::DeviceBytes, device::Stream) { refuse(__LINE__); }
+void launch(const EncodePlan&, device::DeviceBytes, device::Stream) { refuse(__LINE__); }
 
 #endif  // KV_WITH_CUDA
 

@@ -138,28 +138,52 @@ def plan_decode(records: Sequence[DeviceRecord]) -> tuple[DecodePlan, torch.devi
         geometry, dtype, num_tokens, part, calibration = record.codec.part(
             record.info, record.data, record.data_offset, record.layers
         )
-        pages = record.pages
-        paging = (0, 0, list[int]()) if pages is None else (pages.page_tokens, pages.first_row, list(pages.slots))
-        if pages is not None and not pages.slots:
-            raise ShapeError("a paged target needs at least one page")
+        info, pages = record.info, record.pages
+        paging = paging_of(pages)
         if not len(record.keys) == len(record.values) == len(record.layers):
             raise ShapeError(f"{len(record.keys)} keys and {len(record.values)} values for layers {record.layers}")
-        targets = []
-        for keys, values in zip(record.keys, record.values, strict=True):
-            targets.append(_target(record, keys, record.info.key_dim))
-            targets.append(_target(record, values, record.info.value_dim))
+        targets = [
+            place_of(rows, (info.kv_heads, info.num_tokens, dim), info.dtype, pages)
+            for layer in zip(record.keys, record.values, strict=True)
+            for rows, dim in zip(layer, (info.key_dim, info.value_dim), strict=True)
+        ]
         requests.append((geometry, dtype, num_tokens, part, calibration, targets, paging))
     return DecodePlan(requests), devices.pop()
 
 
-def _target(record: DeviceRecord, rows: Tensor, dim: int) -> tuple[int, int, int, int, int]:
-    """Address, strides in bytes, and the number of pages of one layer's K or V."""
-    heads, tokens, pages = record.info.kv_heads, record.info.num_tokens, record.pages
-    wanted = (heads, tokens, dim) if pages is None else (rows.shape[0], heads, pages.page_tokens, dim)
-    if rows.shape != wanted or rows.dtype != TORCH_DTYPE[record.info.dtype] or (dim > 1 and rows.stride(-1) != 1):
+def place_of(
+    rows: Tensor, shape: tuple[int, int, int], dtype: str, pages: Pages | None
+) -> tuple[int, int, int, int, int]:
+    """Address, strides in bytes, and the number of pages of one layer's K or V.
+
+    Args:
+        rows: [kv_heads, num_tokens, dim], or [pages, kv_heads, page_tokens, dim].
+        shape: the first of these.
+        dtype: of the elements.
+        pages: for the second of these.
+
+    Raises:
+        ShapeError: `rows` are of another shape or dtype, or not contiguous in the last.
+    """
+    heads, _, dim = shape
+    wanted = shape if pages is None else (rows.shape[0], heads, pages.page_tokens, dim)
+    if rows.shape != wanted or rows.dtype != TORCH_DTYPE[dtype] or (dim > 1 and rows.stride(-1) != 1):
         raise ShapeError(
-            f"rows go to {list(wanted)} {record.info.dtype}, contiguous in the last; got {list(rows.shape)} "
-            f"{rows.dtype} of strides {rows.stride()}"
+            f"rows are {list(wanted)} {dtype}, contiguous in the last; got {list(rows.shape)} {rows.dtype} of strides "
+            f"{rows.stride()}"
         )
     *page, head, row, _ = (stride * rows.itemsize for stride in rows.stride())
     return rows.data_ptr(), head, row, page[0] if page else 0, rows.shape[0] if page else 0
+
+
+def paging_of(pages: Pages | None) -> tuple[int, int, list[int]]:
+    """What the native plans take.
+
+    Raises:
+        ShapeError: there is no page.
+    """
+    if pages is None:
+        return 0, 0, []
+    if not pages.slots:
+        raise ShapeError("paged rows need at least one page")
+    return pages.page_tokens, pages.first_row, list(pages.slots)
