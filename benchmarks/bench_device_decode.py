@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding records on a GPU, kernels alone and with the upload, against copies of plain bytes and against nvCOMP."""
+"""Coding records on a GPU, kernels alone and with the way there or back, against copies of plain bytes and nvCOMP."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from itertools import cycle, islice
 import torch
 from torch import Tensor
 
-from harness import MIN_ITERATIONS, MIN_S, WARM_UPS, Report, Timing, check, options
+from harness import MIN_ITERATIONS, MIN_S, WARM_UPS, Report, Timing, alternate, check, options
+from kvstore.calibration import fit_calibration
 from kvstore.codec import Codec, Profile
 from kvstore.layout import BlockLayout
 from kvstore.native import Arena, build_info
 from kvstore.spec import ModelSpec
 from kvstore.tiers.device_decode import DeviceRecord, plan_decode
+from kvstore.tiers.device_encode import DeviceBlock, encode_on_device
 
 # Of a model with 8 KV heads of 128; a block of two layers is 2 MiB, so that batches grow by whole records.
 LAYOUT = BlockLayout(ModelSpec(2, 8, 128, 128, "bfloat16", "pre", "llama", "{}", "0"), 128)
@@ -27,14 +29,22 @@ PROFILES = (Profile.LOSSLESS, Profile.Q8, Profile.Q4, Profile.Q3, Profile.Q2)
 NVCOMP_ALGORITHMS = ("ANS", "Zstd")
 
 
-def made_records(codec: Codec) -> list[tuple[Arena, int]]:
-    """Records of normal values with a scale per channel, in page-locked memory: made up, no model's."""
+def made_slots() -> list[Tensor]:
+    """Blocks of normal values with a scale per channel: made up, no model's."""
     chance = torch.Generator().manual_seed(0)
-    records = []
+    slots = []
     for _ in range(DISTINCT):
         slot = torch.zeros(LAYOUT.slot_nbytes, dtype=torch.uint8)
         for rows in (LAYOUT.keys(slot), LAYOUT.values(slot)):
             rows.copy_(torch.randn(rows.shape, generator=chance) * torch.randn(rows.shape[-1], generator=chance).exp())
+        slots.append(slot)
+    return slots
+
+
+def made_records(codec: Codec) -> list[tuple[Arena, int]]:
+    """Records of those blocks in page-locked memory."""
+    records = []
+    for slot in made_slots():
         arena = Arena(codec.bound(LAYOUT.block_tokens), pinned=True)
         records.append((arena, codec.encode(slot, LAYOUT.block_tokens, 1, arena)))
     return records
@@ -143,6 +153,32 @@ def measure_batch(report: Report, profile: Profile, num_records: int, stream: to
     )
 
 
+def measure_encode(report: Report, profile: Profile, num_records: int, stream: torch.cuda.Stream) -> None:
+    """One batch of blocks, until their records are on the host; wall time, as the host assembles them."""
+    slots = made_slots()
+    calibration = fit_calibration([(LAYOUT.keys(slot), LAYOUT.values(slot)) for slot in slots])
+    codec = Codec(LAYOUT, profile, calibration)
+    rows = torch.stack([torch.stack([LAYOUT.keys(slot), LAYOUT.values(slot)]) for slot in slots]).cuda()
+    batch = [rows[number % DISTINCT] for number in range(num_records)]
+    blocks = [DeviceBlock(codec, LAYOUT.block_tokens, 1, keys, values) for keys, values in batch]
+    out = memoryview(bytearray(codec.bound(LAYOUT.block_tokens)))
+    wanted = [bytes(out[: codec.encode(slot, LAYOUT.block_tokens, 1, out)]) for slot in slots]
+    stream.wait_stream(torch.cuda.current_stream())
+    check(encode_on_device(blocks[:DISTINCT], stream) == wanted[: len(blocks)], f"{profile} differs from the host's")
+    plain = torch.zeros(num_records, *rows.shape[1:], dtype=rows.dtype, device="cuda")
+    plain_host = torch.zeros(plain.shape, dtype=plain.dtype, pin_memory=True)
+
+    def download() -> None:
+        plain_host.copy_(plain, non_blocking=True)
+        torch.cuda.synchronize()
+
+    timings = alternate({"kvstore": lambda: encode_on_device(blocks, stream), "download plain": download})
+    against = ("download plain", timings["download plain"])
+    case = {"profile": str(profile), "mib": num_records * 2, "clock": "wall"}
+    amount = num_records * BLOCK_NBYTES / 1e9
+    report.rate("encode and download", amount, "GB/s", ("kvstore", timings["kvstore"]), against, **case)
+
+
 def main() -> None:
     """Measure batches of 2 to 512 MiB of KV."""
     settings = options("device-decode", __doc__)
@@ -155,6 +191,8 @@ def main() -> None:
     for profile in PROFILES:
         for num_records in (1, 32) if settings.quick else (1, 4, 32, 256):
             measure_batch(report, profile, num_records, stream)
+            if profile.is_lossy:
+                measure_encode(report, profile, num_records, stream)
     report.write()
 
 
