@@ -85,8 +85,8 @@ UNCALIBRATED_STEPS = {
     Profile.Q2: Steps(3, -1),
     Profile.PCA: Steps(3, -1),
 }
-"""Finer ones for about the same divergence: what a block says of itself predicts no token from the one before, and knows
-deviations by few tokens (docs/codec-quality.md)."""
+"""Finer ones for about the same divergence: blocks that measure themselves predict no token from the one before, and
+know deviations by few of them (docs/codec-quality.md)."""
 
 
 class Coding(IntEnum):
