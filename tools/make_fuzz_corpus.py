@@ -18,6 +18,7 @@ from tests.oracle.writer import Settings, encode_record
 CORPUS = Path(__file__).parents[1] / "tests" / "native" / "fuzz" / "corpus"
 _NUM_FREE = 60
 _NUM_LARGE = 12
+_NUM_GROUPS = 24
 _NUM_ROUND_TRIPS = 24
 
 
@@ -45,6 +46,13 @@ def main() -> None:
         record, calibration = free_record(rng, geometry, Dtype(seed % 3), Profile(3 + seed % 4), "kv")
         if any(plane.coding is not Coding.RAW for plane in parse_record(record)[1]):
             files[f"decode/free-{seed}"] = _sample(record, calibration.pack())
+    for seed in range(_NUM_GROUPS):
+        rng = np.random.default_rng(4000 + seed)
+        geometry = Geometry(3, *(int(n) for n in rng.integers(1, (3, 12, 12, 30))))
+        record, calibration = free_record(rng, geometry, Dtype(seed % 3), Profile.PCA, "kv")
+        if any(plane.coding is Coding.BASIS for plane in parse_record(record)[1]):
+            files[f"decode/group-{seed}"] = _sample(record, calibration.pack())
+            files[f"calibration/group-{seed}"] = calibration.pack()
     for seed in range(_NUM_LARGE):
         # Rows of more than one group, and more segments than a loop works on at once.
         rng = np.random.default_rng(3000 + seed)

@@ -78,12 +78,16 @@ KV_INLINE void inverse_part(const InverseSums& given, std::size_t first) noexcep
       odd[v] += factors * value;
     }
   }
+  float* __restrict sums = given.sums + first;
   for (std::size_t v = 0; v < kPairs; ++v) {
     const Floats evens = even[v];
     const Floats odds = odd[v];
+    float pairs[2][kWidth];
+    std::memcpy(pairs[0], &evens, sizeof(evens));
+    std::memcpy(pairs[1], &odds, sizeof(odds));
     for (std::size_t i = 0; i < kWidth; ++i) {
-      given.sums[first + 2 * (v * kWidth + i)] = evens[i];
-      given.sums[first + 2 * (v * kWidth + i) + 1] = odds[i];
+      sums[2 * (v * kWidth + i)] = pairs[0][i];
+      sums[2 * (v * kWidth + i) + 1] = pairs[1][i];
     }
   }
 }

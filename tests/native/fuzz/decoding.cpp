@@ -63,10 +63,7 @@ std::optional<Opened> open(const Sample& sample) {
   const std::vector<StoredStream> stored = open_planes(block, part);
   // Callers look the calibration object up, and refuse a record whose object they do not find.
   for (const PlaneEntry& entry : info.planes) {
-    const bool needs_calibration =
-        entry.coding == Coding::kQuantised &&
-        Transform::from(entry.transform).source == ParameterSource::kCalibration;
-    KV_EXPECT(!needs_calibration || opened.calibration, CorruptRecord, "no calibration");
+    KV_EXPECT(!is_calibrated(entry) || opened.calibration, CorruptRecord, "no calibration");
   }
   std::size_t at = 0;
   for (std::size_t plane = 0; plane < info.planes.size(); ++plane) {
@@ -88,34 +85,40 @@ std::optional<Opened> open(const Sample& sample) {
   return opened;
 }
 
-/// The wanted rows of all planes without gaps.
-Buffer decode_window(const Opened& opened, const Window& window) {
+/// The wanted rows of all planes but the first ones, without gaps.
+Buffer decode_window(const Opened& opened, const Window& window, std::size_t num_leading = 0) {
   std::vector<std::size_t> offsets;
   std::size_t total = 0;
-  for (std::size_t plane = 0; plane < opened.info.planes.size(); ++plane) {
+  for (std::size_t plane = num_leading; plane < opened.info.planes.size(); ++plane) {
     offsets.push_back(total);
     total += window.num_heads * window.num_tokens * opened.block.geometry.row_nbytes(plane);
   }
   static Guarded guarded;
   const Bytes out = guarded.room(total, 0xA5);
   std::vector<TargetRows> targets;
-  for (std::size_t plane = 0; plane < offsets.size(); ++plane) {
-    const std::size_t row = opened.block.geometry.row_nbytes(plane);
-    targets.push_back(TargetRows{out.data() + offsets[plane],
+  for (std::size_t at = 0; at < offsets.size(); ++at) {
+    const std::size_t row = opened.block.geometry.row_nbytes(num_leading + at);
+    targets.push_back(TargetRows{out.data() + offsets[at],
                                  static_cast<std::ptrdiff_t>(row * window.num_tokens),
                                  static_cast<std::ptrdiff_t>(row)});
   }
-  decode_planes(opened.block, opened.part, opened.streams, opened.calibration.get(), window,
-                targets);
+  RecordPart part = opened.part;
+  part.num_leading = num_leading;
+  decode_planes(opened.block, part, num_leading == 0 ? opened.streams : std::vector<ConstBytes>{},
+                opened.calibration.get(), window, targets);
   return Buffer(out.data(), out.data() + out.size());
 }
 
-Buffer cut_window(const Opened& opened, const Buffer& all, const Window& window) {
+Buffer cut_window(const Opened& opened,
+                  const Buffer& all,
+                  const Window& window,
+                  std::size_t num_leading = 0) {
   Buffer out;
   const std::uint8_t* plane_begin = all.data();
   for (std::size_t plane = 0; plane < opened.info.planes.size(); ++plane) {
     const std::size_t row = opened.block.geometry.row_nbytes(plane);
-    for (std::size_t h = window.first_head; h < window.first_head + window.num_heads; ++h) {
+    for (std::size_t h = window.first_head;
+         plane >= num_leading && h < window.first_head + window.num_heads; ++h) {
       const std::uint8_t* rows =
           plane_begin + (h * opened.info.num_tokens + window.first_token) * row;
       out.insert(out.end(), rows, rows + window.num_tokens * row);
@@ -193,8 +196,12 @@ Outcome decode_sealed(ConstBytes data) {
     const std::optional<Opened> opened = open(sample);
     const Window window = some_window(*opened, sample);
     const Buffer wanted = cut_window(*opened, first->slot, window);
+    const std::size_t last_layer = opened->info.planes.size() - 2;
     at_all_levels([&](SimdLevel) {
       expect(decode_window(*opened, window) == wanted, "a window decodes as the whole does");
+      expect(!opened->streams.empty() || decode_window(*opened, window, last_layer) ==
+                                             cut_window(*opened, first->slot, window, last_layer),
+             "the last layer decodes alone as with the others");
     });
   }
   return std::move(*first);

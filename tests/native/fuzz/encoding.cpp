@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The target that writes records: settings and elements are cut from the fuzzer's bytes.
+#include <algorithm>
 #include <cstring>
 #include <optional>
 
@@ -36,6 +37,40 @@ class Numbers {
   std::size_t at_ = 0;
 };
 
+void append16(Buffer& object, std::size_t value) {
+  object.push_back(static_cast<std::uint8_t>(value));
+  object.push_back(static_cast<std::uint8_t>(value >> 8));
+}
+
+/// Bases over some layers at a time; components are any numbers that may be there.
+void append_bases(const Geometry& geometry, Numbers& numbers, Buffer& object) {
+  const std::size_t layers = geometry.num_layers();
+  const std::size_t group_layers = 1 + numbers.below(layers);
+  append16(object, group_layers);
+  append16(object, 0);
+  for (std::size_t plane = 0; plane < 2 * layers; ++plane) {
+    if (plane / 2 % group_layers != 0) {
+      continue;
+    }
+    const std::size_t rows = std::min(group_layers, layers - plane / 2) * geometry.kv_heads();
+    const std::size_t rank = std::min(numbers.below(70), rows * geometry.dim(plane));
+    append16(object, rank);
+    append16(object, 0);
+    if (rank == 0) {
+      continue;
+    }
+    const std::size_t levels = rank + (plane % 2 == 0 ? 0 : 2 * rows);
+    for (std::size_t i = 0; i < levels; ++i) {
+      append16(object, numbers.byte());
+    }
+    for (std::size_t i = 0; i < rows * rank * geometry.dim(plane); ++i) {
+      object.push_back(numbers.byte());
+      object.push_back(static_cast<std::uint8_t>(0x3B + numbers.below(5) + 128 * numbers.below(2)));
+    }
+    object.resize(round_up(object.size(), 4));
+  }
+}
+
 /// A calibration object of this geometry, its values drawn from the fuzzer's bytes.
 Buffer calibration_object(const Geometry& geometry, Numbers& numbers) {
   Buffer object(32);
@@ -59,6 +94,10 @@ Buffer calibration_object(const Geometry& geometry, Numbers& numbers) {
       object.push_back(static_cast<std::uint8_t>(numbers.below(251)));
     }
     object.resize(round_up(object.size(), 4));
+  }
+  if (numbers.below(2) == 1) {
+    object[12] = 1;
+    append_bases(geometry, numbers, object);
   }
   const std::uint64_t total = object.size();
   std::memcpy(object.data() + 16, &total, sizeof total);
@@ -93,11 +132,11 @@ void round_trip(ConstBytes data) {
   Numbers numbers(data);
   constexpr DType kDTypes[] = {DType::kBFloat16, DType::kFloat16, DType::kFloat32};
   // Without zstd, which lies outside.
-  constexpr Profile kProfiles[] = {Profile::kRaw, Profile::kLossless, Profile::kQ8,
-                                   Profile::kQ4,  Profile::kQ3,       Profile::kQ2};
+  constexpr Profile kProfiles[] = {Profile::kRaw, Profile::kLossless, Profile::kQ8, Profile::kQ4,
+                                   Profile::kQ3,  Profile::kQ2,       Profile::kPca};
   const DType dtype = kDTypes[numbers.below(3)];
   WriterSettings settings;
-  settings.profile = kProfiles[numbers.below(6)];
+  settings.profile = kProfiles[numbers.below(7)];
   const std::size_t layers = 1 + numbers.below(2);
   // Now and then more than one segment can hold: several are coded at once.
   const std::size_t heads = 1 + (numbers.below(8) == 0 ? 6 + numbers.below(12) : numbers.below(3));
