@@ -11,9 +11,9 @@ from torch import Tensor
 
 from kvstore.moments import PlaneParameters
 
-USUAL_MULTS = (-5, -3)
-"""Of keys and values: the finest steps that bases are made for (csrc/codec/FORMAT.md section 6.3). What is left out is
-too small for these."""
+FINEST_MULTS = (-5, -3)
+"""Of keys and values: the finest steps that bases are made for, the usual ones of profile `pca`. What is left out is
+too small for these (csrc/codec/FORMAT.md section 6.3)."""
 
 MAX_CHANNELS = 1024
 """Most channels of a group: their covariance is a matrix of as many rows."""
@@ -84,10 +84,10 @@ class BasisSums:
             keys, values = planes[0::2][group], planes[1::2][group]
             weights = torch.cat([(plane.log_rms[:, None] + plane.log_step.int()).flatten() for plane in keys])
             mean = torch.cat([plane.mean.double().flatten() for plane in keys])
-            parts.append(_pack_basis(key_sums.around(mean), weights, USUAL_MULTS[0], keys, b""))
+            parts.append(_pack_basis(key_sums.around(mean), weights, FINEST_MULTS[0], keys, b""))
             weights = torch.cat([plane.log_step.flatten() for plane in values])
             scales = _pack_scales(*self._scales[:, group].flatten(1) / value_sums.count)
-            parts.append(_pack_basis(value_sums.second_moment(), weights, USUAL_MULTS[1], values, scales))
+            parts.append(_pack_basis(value_sums.second_moment(), weights, FINEST_MULTS[1], values, scales))
         return b"".join(parts)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvstore.bases import USUAL_MULTS
 from kvstore.errors import ConfigError, ShapeError
 from kvstore.native import probe_record
 
@@ -73,7 +72,7 @@ STEPS = {
     Profile.Q4: Steps(14, 11),
     Profile.Q3: Steps(6, 3),
     Profile.Q2: Steps(1, -1),
-    Profile.PCA: Steps(*USUAL_MULTS),
+    Profile.PCA: Steps(-5, -3),
 }
 """Steps of the lossy profiles with a calibration, chosen so that a KL divergence of 0.0002, 0.002, 0.008 and 0.021 is
 kept without knowing how the model minds errors; where that is known, coarser ones are decided (kvstore/decision.py)."""

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvstore.bases import group_layers
+from kvstore.bases import FINEST_MULTS, group_layers
 from kvstore.calibration import Calibration
 from kvstore.codec import Codec, Coding, Profile, plane_span
 from kvstore.errors import ConfigError, CorruptRecordError, SpecMismatchError
 from kvstore.layout import BlockLayout
 from kvstore.native import crc32c
+from kvstore.record import STEPS, Steps
 from kvstore.spec import ModelSpec
 from kvstore.tiers.device_decode import DeviceRecord, decode_on_device
 from tests.codec_slots import LATER, encoded, fitted, guarded_slot, seal
@@ -159,6 +160,10 @@ def test_devices_leave_it_to_the_host() -> None:
     for layer in (0, 1):
         with pytest.raises(ConfigError, match="host"):
             decode_on_device([DeviceRecord(CODEC, info, RECORD, 0, range(layer, layer + 1), keys, values)])
+
+
+def test_bases_are_made_for_the_usual_steps() -> None:
+    assert STEPS[Profile.PCA] == Steps(*FINEST_MULTS)
 
 
 def test_groups_are_even_and_as_large_as_the_tokens_bear() -> None:

@@ -111,7 +111,7 @@ def _statistics(shelf: Shelf, manifest: Manifest) -> Json:
 
 
 def _block(shelf: Shelf, manifest: Manifest, index: int) -> tuple[Json, list[str]]:
-    from kvstore.codec import Codec
+    from kvstore.codec import Codec, Coding
 
     entries, name = manifest.entries, manifest.header.name
     if index >= len(entries):
@@ -130,7 +130,7 @@ def _block(shelf: Shelf, manifest: Manifest, index: int) -> tuple[Json, list[str
             "offset": plane.offset,
             "nbytes": plane.nbytes,
             "raw_nbytes": plane.raw_nbytes,
-            "ratio": plane.raw_nbytes / plane.nbytes if plane.nbytes else None,
+            "ratio": plane.raw_nbytes / plane.nbytes if plane.nbytes and plane.coding is not Coding.BASIS else None,
         }
         for number, plane in enumerate(info.planes)
     ]
