@@ -301,8 +301,6 @@ class Codec:
 
 def _usual_steps(profile: Profile, calibration: Calibration | None) -> Steps:
     """Those of a profile where nobody says others; without bases `pca` is `q2`."""
-    if calibration is None:
-        return UNCALIBRATED_STEPS.get(profile, Steps(0, 0))
-    if profile is Profile.PCA and not calibration.has_bases:
+    if profile is Profile.PCA and not (calibration and calibration.has_bases):
         profile = Profile.Q2
-    return STEPS.get(profile, Steps(0, 0))
+    return (STEPS if calibration else UNCALIBRATED_STEPS).get(profile, Steps(0, 0))

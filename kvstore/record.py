@@ -82,7 +82,6 @@ UNCALIBRATED_STEPS = {
     Profile.Q4: Steps(16, 12),
     Profile.Q3: Steps(8, 3),
     Profile.Q2: Steps(3, -1),
-    Profile.PCA: Steps(3, -1),
 }
 """Finer ones for about the same divergence: blocks that measure themselves predict no token from the one before, and
 know deviations by few of them (docs/codec-quality.md)."""

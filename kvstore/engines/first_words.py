@@ -45,7 +45,8 @@ class FirstWords:
         if not self._is_wanted:
             return
         decision = self._store.calibrations.of_model(self._layout.spec)
-        if decision is not None and (Profile.PCA if self._with_bases else Profile.Q2) in decision.divergence:
+        judged = {} if decision is None else decision.divergence
+        if judged and (not self._with_bases or Profile.PCA in judged):
             self._is_wanted = False
             return
         self._ids += ids
