@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "core/cpu.hpp"
-#include "planes/elements.hpp"
+#include "elements/elements.hpp"
 
 namespace kv {
 namespace {

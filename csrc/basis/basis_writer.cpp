@@ -6,8 +6,8 @@
 
 #include "basis/basis_plane.hpp"
 #include "core/endian.hpp"
-#include "planes/element_loops.hpp"
-#include "planes/elements.hpp"
+#include "elements/element_loops.hpp"
+#include "elements/elements.hpp"
 #include "planes/scales.hpp"
 
 namespace kv {

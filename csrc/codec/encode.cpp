@@ -9,7 +9,7 @@
 #include "codec/record.hpp"
 #include "core/crc32c.hpp"
 #include "core/endian.hpp"
-#include "planes/byte_split.hpp"
+#include "elements/byte_split.hpp"
 #include "planes/exponent_plane.hpp"
 #include "planes/quantised_plane.hpp"
 

@@ -7,8 +7,8 @@
 #include <utility>
 
 #include "core/endian.hpp"
+#include "elements/byte_split.hpp"
 #include "entropy/adaptive_tables.hpp"
-#include "planes/byte_split.hpp"
 #include "planes/sections.hpp"
 
 namespace kv {

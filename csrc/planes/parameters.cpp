@@ -7,8 +7,8 @@
 #include <cstring>
 
 #include "core/endian.hpp"
+#include "elements/elements.hpp"
 #include "entropy/classes.hpp"
-#include "planes/elements.hpp"
 
 namespace kv {
 namespace {

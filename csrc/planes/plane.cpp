@@ -6,8 +6,6 @@
 
 namespace kv {
 
-std::size_t itemsize_of(DType dtype) noexcept { return dtype == DType::kFloat32 ? 4 : 2; }
-
 DType dtype_from(unsigned number) {
   KV_EXPECT(number <= static_cast<unsigned>(DType::kFloat32), ShapeError,
             "unknown dtype number " + std::to_string(number));

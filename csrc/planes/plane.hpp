@@ -7,11 +7,11 @@
 #include <string>
 
 #include "core/span.hpp"
+#include "elements/dtype.hpp"
 #include "entropy/segments.hpp"
 
 namespace kv {
 
-enum class DType : std::uint8_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 enum class Coding : std::uint8_t {
   kRaw = 0,
   kSplit = 1,
@@ -19,8 +19,6 @@ enum class Coding : std::uint8_t {
   kQuantised = 3,
   kBasis = 4
 };
-
-[[nodiscard]] std::size_t itemsize_of(DType dtype) noexcept;
 
 /// @throws ShapeError when the number is not one of FORMAT.md's; for numbers that come from
 /// callers, not from disk.

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "planes/element_loops.hpp"
+#include "elements/element_loops.hpp"
 #include "planes/parameters.hpp"
 #include "planes/plane.hpp"
 #include "planes/quantised_plane.hpp"

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "core/endian.hpp"
-#include "planes/element_loops.hpp"
+#include "elements/element_loops.hpp"
 #include "planes/quantised_plane.hpp"
 #include "planes/sections.hpp"
 

@@ -5,8 +5,8 @@
 #include <cstring>
 
 #include "core/endian.hpp"
-#include "planes/element_loops.hpp"
-#include "planes/elements.hpp"
+#include "elements/element_loops.hpp"
+#include "elements/elements.hpp"
 #include "planes/plane_quantiser.hpp"
 #include "planes/quantised_plane.hpp"
 #include "planes/scales.hpp"

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <limits>
 
-#include "planes/element_loops.hpp"
+#include "elements/element_loops.hpp"
 
 namespace kv {
 namespace {

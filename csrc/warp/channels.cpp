@@ -2,7 +2,7 @@
 // Parameters to steps and classes, with the host coder's own arithmetic.
 #include "warp/channels.hpp"
 
-#include "planes/elements.hpp"
+#include "elements/elements.hpp"
 
 namespace kv::warp {
 

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "planes/elements.hpp"
+#include "elements/elements.hpp"
 #include "warp/rows.hpp"
 #include "warp/segment_reader.hpp"
 

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "planes/elements.hpp"
+#include "elements/elements.hpp"
 #include "warp/encode_scales.hpp"
 #include "warp/rows.hpp"
 #include "warp/segment_writer.hpp"

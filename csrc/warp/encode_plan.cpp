@@ -9,7 +9,7 @@
 
 #include "core/crc32c.hpp"
 #include "core/endian.hpp"
-#include "planes/elements.hpp"
+#include "elements/elements.hpp"
 #include "warp/channels.hpp"
 
 namespace kv::warp {

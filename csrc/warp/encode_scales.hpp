@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "planes/elements.hpp"
+#include "elements/elements.hpp"
 #include "warp/encode_jobs.hpp"
 #include "warp/rows.hpp"
 

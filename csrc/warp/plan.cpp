@@ -8,7 +8,7 @@
 #include <limits>
 
 #include "core/endian.hpp"
-#include "planes/elements.hpp"
+#include "elements/elements.hpp"
 #include "warp/channels.hpp"
 
 namespace kv::warp {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Plain loops without aliasing, compiled for the baseline, for AVX2 and for AVX-512: the compiler
 // makes the vectors. Nothing may be fused (the build says -ffp-contract=off), so all agree.
-#include "planes/element_loops.hpp"
+#include "elements/element_loops.hpp"
 
 #include <array>
 
 #include "core/cpu.hpp"
-#include "planes/bfloat16_rows.hpp"
-#include "planes/elements.hpp"
+#include "elements/bfloat16_rows.hpp"
+#include "elements/elements.hpp"
 
 namespace kv {
 namespace {

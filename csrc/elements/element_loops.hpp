@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "planes/plane.hpp"
+#include "elements/dtype.hpp"
 
 namespace kv {
 

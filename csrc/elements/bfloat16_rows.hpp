@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "core/cpu.hpp"
-#include "planes/element_loops.hpp"
+#include "elements/element_loops.hpp"
 
 namespace kv {
 

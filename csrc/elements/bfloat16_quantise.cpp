@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Measuring and quantising rows: the same operations in the same order as the plain loop, so that
 // all give the same bits.
-#include "planes/bfloat16_rows.hpp"
+#include "elements/bfloat16_rows.hpp"
 
 #ifdef KV_X86
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The rotate-and-split loops, compiled for the baseline, AVX2 and AVX-512.
-#include "planes/byte_split.hpp"
+#include "elements/byte_split.hpp"
 
 #include "core/cpu.hpp"
 #include "core/endian.hpp"
