@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Replays a corpus without libFuzzer, then mutates it: `mutate CORPUS NUM_MUTANTS [SEED]`.
+// Replays a corpus without libFuzzer, then mutates it: `mutate CORPUS NUM_MUTANTS [SEED [FIRST]]`.
+// Mutants before FIRST are made and not run: to go on, or to find the one that ended a run.
 #include <algorithm>
 #include <array>
 #include <chrono>
@@ -153,12 +154,14 @@ struct Progress {
 
 int main(int argc, char** argv) {
   if (argc < 3) {
-    std::fprintf(stderr, "usage: %s CORPUS NUM_MUTANTS [SEED]\n", argv[0]);
+    std::fprintf(stderr, "usage: %s CORPUS NUM_MUTANTS [SEED [FIRST]]\n", argv[0]);
     return 2;
   }
   const std::filesystem::path corpus = argv[1];
   const std::size_t wanted = std::stoull(argv[2]);
   Random random(argc > 3 ? std::stoull(argv[3]) : 1);
+
+  const std::size_t first = argc > 4 ? std::stoull(argv[4]) : 0;
 
   std::array<std::vector<Buffer>, kTargets.size()> seeds;
   for (std::size_t t = 0; t < kTargets.size(); ++t) {
@@ -188,6 +191,9 @@ int main(int argc, char** argv) {
     const std::size_t t = progress.mutants % 4 == 0 ? kOthers[turn % kOthers.size()] : kDecode;
     const Buffer& original = seeds[t][below(random, seeds[t].size())];
     const Buffer mutant = mutated(original, t == kDecode ? record_at(original) : 0, random);
+    if (progress.mutants < first) {
+      continue;
+    }
     if (t == kDecode) {
       ++progress.sealed[static_cast<std::size_t>(kv::fuzz::decode_sealed(view(mutant)).verdict)];
       const auto level = static_cast<kv::SimdLevel>(static_cast<int>(turn) % (highest + 1));
