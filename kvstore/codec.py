@@ -25,8 +25,6 @@ from kvstore.native import (
 from kvstore.record import (
     DTYPES,
     PROFILES,
-    STEPS,
-    UNCALIBRATED_STEPS,
     Coding,
     PlaneInfo,
     Profile,
@@ -36,6 +34,7 @@ from kvstore.record import (
     plane_span,
     planes_of,
     probe,
+    usual_steps,
     with_holders,
 )
 
@@ -84,7 +83,7 @@ class Codec:
         self._layout = layout
         self._profile = profile
         self._calibration = calibration
-        chosen = steps or _usual_steps(profile, calibration)
+        chosen = steps or usual_steps(profile, None if calibration is None else calibration.has_bases)
         self._steps = (chosen.key_mult, chosen.value_mult, chosen.has_channel_values, exact_keys)
         self._dtype = DTYPES.index(spec.dtype)
         self._geometry = Geometry(
@@ -297,10 +296,3 @@ class Codec:
         if rows.dtype != TORCH_DTYPE[self._layout.spec.dtype] or not rows.is_cpu:
             raise ShapeError(f"rows are {self._layout.spec.dtype} on cpu; got {rows.dtype} on {rows.device}")
         return rows.view(torch.int32 if self._layout.spec.itemsize == 4 else torch.int16).numpy().data
-
-
-def _usual_steps(profile: Profile, calibration: Calibration | None) -> Steps:
-    """Those of a profile where nobody says others; without bases `pca` is `q2`."""
-    if profile is Profile.PCA and not (calibration and calibration.has_bases):
-        profile = Profile.Q2
-    return (STEPS if calibration else UNCALIBRATED_STEPS).get(profile, Steps(0, 0))
