@@ -1,63 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibrating a model at hand: runs, sensitivity, and the gate, with tiny random models."""
+"""Calibrating a model at hand: sensitivity, and the gate, with tiny random models."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from kvstore.codec import Codec, Profile
 from kvstore.decision import KL_LIMITS
 from kvstore.engines import calibrating
 from kvstore.engines.anatomy import spec_of
 from kvstore.engines.calibrating import (
-    FITTED_TOKENS,
-    JUDGED_TOKENS,
     NEEDED_TOKENS,
     NUM_FITTED,
-    NUM_JUDGED,
     calibrate_model,
-    runs_of_stream,
     runs_of_text,
 )
 from kvstore.engines.judging import Judge
-from kvstore.engines.loading import LanguageModel
 from kvstore.engines.next_token import NextToken
 from kvstore.engines.past import continue_run, read_run, recomputed, sample_continuation, states_behind, widened
 from kvstore.engines.sensitivity import log_steps
-from kvstore.errors import ConfigError, SpecMismatchError
 from kvstore.layout import BlockLayout
 from kvstore.record import STEPS
-from kvstore.store import Access, Store
 from tests.tiny_models import (
-    BLOCK_TOKENS,
     SIZES,
     VOCABULARY,
-    attached_stream,
     build,
+    language_model_of,
     make_model,
-    policy,
-    settings,
     token_ids,
 )
-
-
-class _Tokenizer:
-    """Every sign is its code point."""
-
-    eos_token_id = None
-
-    def __call__(self, text: str, *, add_special_tokens: bool) -> object:
-        return type("Ids", (), {"input_ids": [ord(sign) for sign in text]})
-
-
-def _language_model(family: str = "llama") -> LanguageModel:
-    return LanguageModel(make_model(family), _Tokenizer(), Path("tiny"))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -185,7 +161,7 @@ def test_the_judge_finds_nothing_in_exact_profiles_and_more_in_coarser_ones() ->
 
 
 def test_weighing_channels_by_sensitivity_costs_less_than_equal_steps() -> None:
-    language_model = _language_model()
+    language_model = language_model_of()
     model = language_model.model
     layout = BlockLayout(spec_of(model), 128)
     runs = list(runs_of_text(language_model, token_ids(NEEDED_TOKENS)[0].tolist()))
@@ -200,7 +176,7 @@ def test_weighing_channels_by_sensitivity_costs_less_than_equal_steps() -> None:
 
 
 def test_profiles_beyond_their_limit_get_exact_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    language_model = _language_model()
+    language_model = language_model_of()
     layout = BlockLayout(spec_of(language_model.model), 128)
     runs = list(runs_of_text(language_model, token_ids(NEEDED_TOKENS)[0].tolist()))
     monkeypatch.setattr(calibrating, "KL_LIMITS", {"q8": 1.0, "q2": 0.0})
@@ -212,7 +188,7 @@ def test_profiles_beyond_their_limit_get_exact_keys(monkeypatch: pytest.MonkeyPa
 
 
 def test_steps_are_as_coarse_as_the_aim_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    language_model = _language_model()
+    language_model = language_model_of()
     layout = BlockLayout(spec_of(language_model.model), 128)
     runs = list(runs_of_text(language_model, token_ids(NEEDED_TOKENS)[0].tolist()))
     usual = STEPS[Profile.Q2]
@@ -226,7 +202,7 @@ def test_steps_are_as_coarse_as_the_aim_allows(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_bases_are_made_and_judged_only_when_asked_for() -> None:
-    language_model = _language_model()
+    language_model = language_model_of()
     layout = BlockLayout(spec_of(language_model.model), 128)
     runs = runs_of_text(language_model, token_ids(NEEDED_TOKENS)[0].tolist())
     calibration, decision = calibrate_model(language_model, runs, layout, "a test")
@@ -234,24 +210,8 @@ def test_bases_are_made_and_judged_only_when_asked_for() -> None:
     assert set(decision.divergence) == set(KL_LIMITS) - {"pca"}
 
 
-def test_runs_are_spread_over_a_text_and_short_texts_are_refused() -> None:
-    language_model = _language_model()
-    ids = token_ids(NEEDED_TOKENS + 1000)[0].tolist()
-    runs = list(runs_of_text(language_model, ids))
-    assert [run.keys.shape[2] for run in runs] == NUM_FITTED * [FITTED_TOKENS] + NUM_JUDGED * [JUDGED_TOKENS]
-    assert [run.continuation.shape[1] for run in runs] == NUM_FITTED * [128] + NUM_JUDGED * [512]
-    assert runs[0].continuation[0].tolist() == ids[FITTED_TOKENS : FITTED_TOKENS + 128]
-    assert runs[NUM_FITTED - 1].continuation[0].tolist() == ids[-128:]
-    said = [tuple(run.continuation[0].tolist()) for run in runs]
-    starts = [next(at for at in range(len(ids)) if tuple(ids[at : at + len(each)]) == each) for each in said]
-    order = sorted(range(len(starts)), key=starts.__getitem__)
-    assert order == [0, 4, 1, 2, 5, 3]  # what is judged lies between what is fitted
-    with pytest.raises(ConfigError, match="too few"):
-        runs_of_text(language_model, ids[: NEEDED_TOKENS - 1])
-
-
 def test_progress_is_told_and_grows_to_the_end() -> None:
-    language_model = _language_model()
+    language_model = language_model_of()
     layout = BlockLayout(spec_of(language_model.model), 128)
     runs = runs_of_text(language_model, token_ids(NEEDED_TOKENS)[0].tolist())
     shares: list[float] = []
@@ -261,47 +221,3 @@ def test_progress_is_told_and_grows_to_the_end() -> None:
     assert shares[0] == 0.0
     assert 0 < shares[1] < 0.1
     assert shares[-1] == 1.0
-
-
-def _store_stream(path: Path, model: PreTrainedModel, num_tokens: int, profile: Profile = Profile.LOSSLESS) -> None:
-    """Store a stream that has read random tokens."""
-    with attached_stream(path, model, settings(policy(), window=256, sinks=0), profile=profile) as attached:
-        for ids in token_ids(num_tokens).split(512, dim=1):
-            model(input_ids=ids, past_key_values=attached.cache())
-        attached.session.commit(partial=True)
-
-
-def test_runs_of_a_stream_hold_what_is_stored_at_their_place(tmp_path: Path) -> None:
-    language_model = _language_model()
-    num_tokens = NUM_FITTED * FITTED_TOKENS + NUM_JUDGED * JUDGED_TOKENS + 3
-    _store_stream(tmp_path, language_model.model, num_tokens)
-    spec = spec_of(language_model.model)
-    layout = BlockLayout(spec, BLOCK_TOKENS)
-    with Store.open(tmp_path, access=Access.READ, layout=layout, host_nbytes=4 << 20) as store:
-        runs = list(runs_of_stream(language_model, store, "s", layout))
-    whole = read_run(language_model.model, token_ids(num_tokens), token_ids(1))
-    for run in runs:
-        window = slice(run.first_token, run.first_token + run.keys.shape[2])
-        # The window moves with the stream; what the first layer makes of a token does not depend on it.
-        torch.testing.assert_close(run.keys[0], whole.keys[0, :, window], rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(run.values[0], whole.values[0, :, window], rtol=1e-3, atol=1e-3)
-        assert int(run.continuation[0, 0]) == ord("\n")
-    assert [run.continuation.shape[1] for run in runs] == NUM_FITTED * [128] + NUM_JUDGED * [512]
-    assert runs[NUM_FITTED - 1].first_token == num_tokens - FITTED_TOKENS
-
-
-def test_streams_of_another_model_lossy_or_short_ones_are_refused(tmp_path: Path) -> None:
-    language_model = _language_model()
-    layout = BlockLayout(spec_of(language_model.model), BLOCK_TOKENS)
-    _store_stream(tmp_path / "short", language_model.model, 64)
-    _store_stream(tmp_path / "lossy", language_model.model, 64, Profile.Q8)
-    for folder, model, error, words in (
-        ("short", language_model, ConfigError, "too few"),
-        ("short", _language_model("qwen3"), SpecMismatchError, "another model"),
-        ("lossy", language_model, ConfigError, "only exact"),
-    ):
-        with (
-            Store.open(tmp_path / folder, access=Access.READ, layout=layout, host_nbytes=4 << 20) as store,
-            pytest.raises(error, match=words),
-        ):
-            runs_of_stream(model, store, "s", layout)

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from kvstore.engines.anatomy import position_rows, rotation_of, spec_of
+from kvstore.engines.loading import LanguageModel
 from kvstore.engines.transformers import Attached, attach
 from kvstore.layout import BlockLayout
 from kvstore.retrieval.policies import POLICIES, Policy
@@ -141,3 +142,17 @@ def attached_stream(
 def feed(model: PreTrainedModel, ids: Tensor, chunks: Sequence[int], **kwargs: Any) -> list[Tensor]:
     """Run ids through a model in chunks: the logits of each."""
     return [model(part, **kwargs).logits for part in ids.split(list(chunks), dim=1)]
+
+
+class _Tokenizer:
+    """Every sign is its code point."""
+
+    eos_token_id = None
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> object:
+        return type("Ids", (), {"input_ids": [ord(sign) for sign in text]})
+
+
+def language_model_of(family: str = "llama") -> LanguageModel:
+    """A tiny random model, with signs for tokens."""
+    return LanguageModel(make_model(family), _Tokenizer(), Path("tiny"))
