@@ -12,8 +12,8 @@ from itertools import cycle, islice
 import torch
 from torch import Tensor
 
+from coders import calibration_of
 from harness import MIN_ITERATIONS, MIN_S, WARM_UPS, Report, Timing, alternate, check, options
-from kvstore.calibration import fit_calibration
 from kvstore.codec import Codec, Profile
 from kvstore.layout import BlockLayout
 from kvstore.native import Arena, build_info
@@ -156,7 +156,7 @@ def measure_batch(report: Report, profile: Profile, num_records: int, stream: to
 def measure_encode(report: Report, profile: Profile, num_records: int, stream: torch.cuda.Stream) -> None:
     """One batch of blocks, until their records are on the host; wall time, as the host assembles them."""
     slots = made_slots()
-    calibration = fit_calibration([(LAYOUT.keys(slot), LAYOUT.values(slot)) for slot in slots])
+    calibration = calibration_of(LAYOUT.spec, [(LAYOUT.keys(slot), LAYOUT.values(slot)) for slot in slots])
     codec = Codec(LAYOUT, profile, calibration)
     rows = torch.stack([torch.stack([LAYOUT.keys(slot), LAYOUT.values(slot)]) for slot in slots]).cuda()
     batch = [rows[number % DISTINCT] for number in range(num_records)]

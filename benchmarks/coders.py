@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from kvstore.codec import Codec, Profile
 from kvstore.layout import BlockLayout
 from kvstore.moments import Moments
 from kvstore.record import STEPS
+from kvstore.spec import ModelSpec
 from real_kv import Corpus
 
 Verb = Callable[[int], object]
@@ -42,11 +43,18 @@ class Coder:
 
 def calibrated(kv: Corpus) -> Calibration:
     """What the corpus itself looks like, by its moments."""
-    spec = kv.layout.spec
-    moments = Moments(spec.num_layers, spec.kv_heads, spec.key_dim, spec.value_dim)
+    samples = []
     for slot, num_tokens, first in zip(kv.slots, kv.num_tokens, kv.first_tokens, strict=True):
         tokens = slice(max(SINK_TOKENS - first, 0), num_tokens)
-        moments.add(kv.layout.keys(slot)[:, :, tokens], kv.layout.values(slot)[:, :, tokens])
+        samples.append((kv.layout.keys(slot)[:, :, tokens], kv.layout.values(slot)[:, :, tokens]))
+    return calibration_of(kv.layout.spec, samples)
+
+
+def calibration_of(spec: ModelSpec, samples: Iterable[tuple[Tensor, Tensor]]) -> Calibration:
+    """Of keys and values [layers, heads, tokens, dim], however few."""
+    moments = Moments(spec.num_layers, spec.kv_heads, spec.key_dim, spec.value_dim)
+    for keys, values in samples:
+        moments.add(keys, values)
     return calibrate(moments, min_tokens=1)
 
 
