@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "core/span.hpp"
@@ -42,6 +43,8 @@ struct Transform {
 
 constexpr int kMaxLogRms = 1000;
 
+struct ChannelTables;
+
 /// Sections 6.2: of one plane; heads and channels in the plane's order.
 struct PlaneParameters {
   std::vector<std::int16_t> log_rms;            ///< [heads]
@@ -50,6 +53,9 @@ struct PlaneParameters {
   std::vector<std::int8_t> log_residual_sigma;  ///< [heads, dim], empty when in-line
   std::vector<float> rho;                       ///< [heads, dim], empty when in-line
   std::vector<std::int8_t> log_step;            ///< [heads, dim], empty when all are 0
+
+  /// Of the plane that was read last with these; channel_tables keeps it, with atomic operations.
+  mutable std::shared_ptr<const ChannelTables> latest_tables;
 
   /// What a channel adds to its step's code.
   [[nodiscard]] int step_offset(std::size_t channel) const noexcept {

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "core/endian.hpp"
+#include "elements/low_bits.hpp"
 
 namespace kv {
 
@@ -23,8 +24,7 @@ PlaneQuantiser::PlaneQuantiser(const PlaneShape& shape,
       grid_(shape.grid(choice.raw_rows, entry.segment_heads)),
       loops_(element_loops(shape.dtype)),
       offsets_(parameters, shape.heads, shape.dim),
-      low_row_nbytes_((shape.dim + 7) / 8),
-      lows_(std::size_t{entry.low_bits} * shape.heads * grid_.tokens * low_row_nbytes_),
+      lows_(std::size_t{entry.low_bits} * shape.heads * grid_.tokens * low_row_nbytes(shape.dim)),
       first_(classes_of(true)),
       rest_(choice.transform.has_dpcm ? classes_of(false) : first_),
       state_(shape.dim) {
@@ -70,7 +70,9 @@ QuantisedSegment PlaneQuantiser::quantise(const Segment& segment, const SourceRo
         note_exceptions(job, entry, segment.num_heads);
       }
       for (std::size_t each = 0; each < rows && entry_.low_bits > 0; ++each) {
-        pack_lows(head, row + each, low_rows_.data() + each * shape_.dim);
+        const std::size_t coded = head * grid_.tokens + row + each;
+        pack_low_bits(low_rows_.data() + each * shape_.dim, shape_.dim, entry_.low_bits,
+                      lows_.data() + coded * entry_.low_bits * low_row_nbytes(shape_.dim));
       }
       token += rows;
     }
@@ -158,21 +160,6 @@ void PlaneQuantiser::list_exceptions(QuantisedSegment& segment) {
                             static_cast<std::uint16_t>(flagged_[at].index));
     std::memcpy(segment.bits.data() + shape_.itemsize() * at, &flagged_[at].bits,
                 shape_.itemsize());
-  }
-}
-
-void PlaneQuantiser::pack_lows(std::size_t head,
-                               std::size_t row,
-                               const std::uint8_t* lows) noexcept {
-  std::uint8_t* to = lows_.data() + (head * grid_.tokens + row) * entry_.low_bits * low_row_nbytes_;
-  for (unsigned bit = 0; bit < entry_.low_bits; ++bit) {
-    for (std::size_t first = 0; first < shape_.dim; first += 8) {
-      std::uint64_t eight = 0;
-      std::memcpy(&eight, lows + first, std::min<std::size_t>(8, shape_.dim - first));
-      // Gathers the lowest bits of eight bytes, the first one lowest.
-      const std::uint64_t lowest = eight >> bit & 0x0101010101010101U;
-      *to++ = static_cast<std::uint8_t>(lowest * 0x0102040810204080U >> 56);
-    }
   }
 }
 

@@ -56,7 +56,6 @@ class PlaneQuantiser {
   void set_transform(std::size_t head, std::size_t row, QuantiseRows& job);
   void note_exceptions(const QuantiseRows& job, std::size_t entry, std::size_t heads);
   void list_exceptions(QuantisedSegment& segment);
-  void pack_lows(std::size_t head, std::size_t row, const std::uint8_t* lows) noexcept;
 
   const PlaneShape& shape_;
   const QuantisedChoice& choice_;
@@ -66,7 +65,6 @@ class PlaneQuantiser {
   SegmentGrid grid_;
   const ElementLoops& loops_;
   RowSteps offsets_;
-  std::size_t low_row_nbytes_;
   std::vector<std::uint8_t> lows_;
   ChannelClasses first_;
   ChannelClasses rest_;

@@ -6,24 +6,13 @@
 
 #include "core/endian.hpp"
 #include "elements/element_loops.hpp"
+#include "elements/low_bits.hpp"
+#include "planes/channel_tables.hpp"
 #include "planes/quantised_plane.hpp"
 #include "planes/sections.hpp"
 
 namespace kv {
 namespace {
-
-// Byte i of kSpread[b] is bit i of b.
-constexpr std::array<std::uint64_t, 256> make_spread() {
-  std::array<std::uint64_t, 256> spread{};
-  for (std::size_t byte = 0; byte < 256; ++byte) {
-    for (unsigned bit = 0; bit < 8; ++bit) {
-      spread[byte] |= std::uint64_t{byte >> bit & 1U} << (8 * bit);
-    }
-  }
-  return spread;
-}
-
-constexpr std::array<std::uint64_t, 256> kSpread = make_spread();
 
 class QuantisedReader final : public PlaneReader {
  public:
@@ -44,7 +33,7 @@ class QuantisedReader final : public PlaneReader {
     if (transform_.is_inline()) {
       parameters_ = &sections_.inline_parameters;
     }
-    derive();
+    tables_ = channel_tables(shape, entry, parameters_);
   }
 
   [[nodiscard]] std::size_t raw_rows() const noexcept override { return entry_.raw_rows; }
@@ -68,7 +57,8 @@ class QuantisedReader final : public PlaneReader {
   }
 
   [[nodiscard]] const std::uint32_t* bases(const Segment& segment, bool is_first) const override {
-    return (is_first || rest_bases_.empty() ? first_bases_ : rest_bases_).data() +
+    const bool has_rest = !is_first && !tables_->rest_bases.empty();
+    return (has_rest ? tables_->rest_bases : tables_->first_bases).data() +
            segment.first_head * grid().padded_dim();
   }
 
@@ -148,27 +138,6 @@ class QuantisedReader final : public PlaneReader {
   }
 
  private:
-  void derive() {
-    const std::size_t channels = grid().heads * grid().dim;
-    first_bases_ = bases_of(true, channels);
-    if (transform_.has_dpcm) {
-      rest_bases_ = bases_of(false, channels);
-    }
-    if (transform_.axis != StepAxis::kToken) {
-      const std::vector<int> codes =
-          channel_codes(*parameters_, transform_.axis, entry_.mult, grid().dim);
-      steps_.resize(codes.size());
-      std::transform(codes.begin(), codes.end(), steps_.begin(),
-                     [](int code) { return step_of(code); });
-    }
-  }
-
-  std::vector<std::uint32_t> bases_of(bool is_first, std::size_t channels) const {
-    const std::vector<std::uint8_t> classes =
-        channel_classes(parameters_, transform_, entry_.mult, entry_.low_bits, channels, is_first);
-    return lane_bases(classes.data(), grid().heads, grid().dim, kNullClass, kReadPage);
-  }
-
   [[nodiscard]] int scale_base(std::size_t head) const noexcept {
     return load_le<std::int16_t>(sections_.scale_bases + 2 * head);
   }
@@ -213,81 +182,58 @@ class QuantisedReader final : public PlaneReader {
                std::ptrdiff_t to_stride) const {
     const std::size_t head = segment.first_head + at;
     const std::size_t channel = head * shape().dim;
-    RowTransform how{};
-    how.mean = transform_.has_mean ? parameters_->mean.data() + channel : nullptr;
-    how.rho = transform_.has_dpcm ? parameters_->rho.data() + channel : nullptr;
-    how.state = transform_.has_dpcm ? state.rebuilt.data() + at * shape().dim : nullptr;
-    const float* row_steps = nullptr;
-    if (transform_.axis == StepAxis::kToken) {
-      row_steps = state.steps.data() + at * segment.num_tokens + row;
+    RestoreRows<std::int8_t> job{};
+    job.quantised = reinterpret_cast<const std::int8_t*>(symbols);
+    job.quantised_stride = stride;
+    job.rows = rows;
+    job.dim = shape().dim;
+    job.target = to;
+    job.target_stride = to_stride;
+    job.transform.mean = transform_.has_mean ? parameters_->mean.data() + channel : nullptr;
+    job.transform.rho = transform_.has_dpcm ? parameters_->rho.data() + channel : nullptr;
+    job.transform.state = transform_.has_dpcm ? state.rebuilt.data() + at * shape().dim : nullptr;
+    const std::size_t coded = segment.first_token + row;
+    if (transform_.axis != StepAxis::kToken) {
+      job.transform.steps = tables_->steps.data() + channel;
+    } else if (!transform_.has_dpcm && offsets_.is_uniform(head)) {
+      job.row_steps = state.steps.data() + at * segment.num_tokens + row;
     } else {
-      how.steps = steps_.data() + channel;
-    }
-    if (row_steps != nullptr && (transform_.has_dpcm || !offsets_.is_uniform(head))) {
-      how.steps = state.row_steps.data();
+      job.transform.steps = state.row_steps.data();
+      job.rows = 1;
       for (std::size_t each = 0; each < rows; ++each) {
         const int scale = state.scales[at * segment.num_tokens + row + each];
         for (std::size_t i = 0; i < shape().dim; ++i) {
           state.row_steps[i] = step_of(offsets_.code(scale, head, i));
         }
-        restore_rows(how, nullptr, segment, at, row + each, 1, symbols + each * stride, stride,
-                     state, to + static_cast<std::ptrdiff_t>(each) * to_stride, to_stride);
+        restore_rows(job, head, coded + each, state);
+        job.quantised += stride;
+        job.target += to_stride;
       }
       return;
     }
-    restore_rows(how, row_steps, segment, at, row, rows, symbols, stride, state, to, to_stride);
+    restore_rows(job, head, coded, state);
   }
 
-  void restore_rows(const RowTransform& how,
-                    const float* row_steps,
-                    const Segment& segment,
-                    std::size_t at,
-                    std::size_t row,
-                    std::size_t rows,
-                    const std::uint8_t* symbols,
-                    std::size_t stride,
-                    SegmentState& state,
-                    std::uint8_t* to,
-                    std::ptrdiff_t to_stride) const {
-    const auto* signed_symbols = reinterpret_cast<const std::int8_t*>(symbols);
+  // `coded`: the first of the rows, counted in the plane.
+  void restore_rows(const RestoreRows<std::int8_t>& job,
+                    std::size_t head,
+                    std::size_t coded,
+                    SegmentState& state) const {
     if (entry_.low_bits == 0) {
-      loops_.restore8(RestoreRows<std::int8_t>{signed_symbols, stride, rows, shape().dim, how,
-                                               row_steps, to, to_stride});
+      loops_.restore8(job);
       return;
     }
     const std::size_t padded = grid().padded_dim();
-    state.widened.resize(std::max(state.widened.size(), rows * padded));
-    for (std::size_t each = 0; each < rows; ++each) {
-      widen(signed_symbols + each * stride, segment.first_head + at,
-            segment.first_token + row + each, state.widened.data() + each * padded);
+    state.widened.resize(std::max(state.widened.size(), job.rows * padded));
+    for (std::size_t row = 0; row < job.rows; ++row) {
+      const std::size_t at = (head * grid().tokens + coded + row) * entry_.low_bits;
+      append_low_bits(job.quantised + row * job.quantised_stride,
+                      sections_.lows + at * low_row_nbytes(job.dim), job.dim, entry_.low_bits,
+                      state.widened.data() + row * padded);
     }
-    loops_.restore16(RestoreRows<std::int16_t>{state.widened.data(), padded, rows, shape().dim, how,
-                                               row_steps, to, to_stride});
-  }
-
-  // Puts the low bits of one row below its symbols.
-  void widen(const std::int8_t* symbols,
-             std::size_t head,
-             std::size_t coded,
-             std::int16_t* widened) const noexcept {
-    const std::uint8_t* lows = sections_.lows + (head * grid().tokens + coded) * entry_.low_bits *
-                                                    sections_.low_row_nbytes;
-    const int scale = 1 << entry_.low_bits;
-    std::array<std::uint8_t, kGroup> expanded;
-    for (std::size_t byte = 0; byte < sections_.low_row_nbytes; byte += kGroup / 8) {
-      const std::size_t bytes = std::min(kGroup / 8, sections_.low_row_nbytes - byte);
-      for (std::size_t at = 0; at < bytes; ++at) {
-        std::uint64_t eight = 0;
-        for (unsigned bit = 0; bit < entry_.low_bits; ++bit) {
-          eight |= kSpread[lows[bit * sections_.low_row_nbytes + byte + at]] << bit;
-        }
-        store_le<std::uint64_t>(expanded.data() + 8 * at, eight);
-      }
-      for (std::size_t i = 0; i < 8 * bytes; ++i) {
-        widened[8 * byte + i] =
-            static_cast<std::int16_t>(symbols[8 * byte + i] * scale + expanded[i]);
-      }
-    }
+    loops_.restore16(RestoreRows<std::int16_t>{state.widened.data(), padded, job.rows, job.dim,
+                                               job.transform, job.row_steps, job.target,
+                                               job.target_stride});
   }
 
   PlaneEntry entry_;
@@ -296,9 +242,7 @@ class QuantisedReader final : public PlaneReader {
   const ElementLoops& loops_;
   RowSteps offsets_;
   QuantisedSections sections_;
-  std::vector<std::uint32_t> first_bases_;
-  std::vector<std::uint32_t> rest_bases_;
-  std::vector<float> steps_;
+  std::shared_ptr<const ChannelTables> tables_;
 };
 
 }  // namespace

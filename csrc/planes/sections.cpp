@@ -3,6 +3,7 @@
 #include "planes/sections.hpp"
 
 #include "core/endian.hpp"
+#include "elements/low_bits.hpp"
 
 namespace kv {
 
@@ -68,9 +69,8 @@ QuantisedSections find_quantised_sections(std::size_t plane,
   }
   const std::uint8_t* counts = walk.take(8 * grid.size()).data();
   found.raw = walk.take(std::uint64_t{grid.heads} * entry.raw_rows * shape.row_nbytes()).data();
-  found.low_row_nbytes = (grid.dim + 7) / 8;
   found.lows =
-      walk.take(std::uint64_t{grid.heads} * grid.tokens * entry.low_bits * found.low_row_nbytes)
+      walk.take(std::uint64_t{grid.heads} * grid.tokens * entry.low_bits * low_row_nbytes(grid.dim))
           .data();
   found.segments.reserve(grid.size());
   for (std::size_t index = 0; index < grid.size(); ++index) {

@@ -61,8 +61,7 @@ struct QuantisedSections {
   const std::uint8_t* scale_bases = nullptr;  ///< i16 [heads], in range
   const std::uint8_t* scales = nullptr;       ///< u8 [heads, coded tokens]
   const std::uint8_t* raw = nullptr;          ///< [heads, raw rows, dim]
-  const std::uint8_t* lows = nullptr;         ///< [heads, coded tokens, low bits, low_row_nbytes]
-  std::size_t low_row_nbytes = 0;
+  const std::uint8_t* lows = nullptr;  ///< [heads, coded tokens, low bits, low_row_nbytes(dim)]
   std::vector<StoredSegment> segments;
 };
 
