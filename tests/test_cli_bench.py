@@ -65,7 +65,7 @@ def test_without_a_source_tree_it_says_where_benchmarks_are(
 def test_the_tree_has_the_promised_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     main(["bench", "nothing"])
 
-    assert "codec, device-decode, disk, quality, retrieval, session" in capsys.readouterr().err
+    assert "codec, device-decode, disk, profiles, quality, retrieval, session" in capsys.readouterr().err
 
 
 def test_rows_carry_their_baseline_and_the_ratio_to_it(report: Report) -> None:
