@@ -12,6 +12,10 @@ class ConfigError(KVStoreError, ValueError):
     """A setting is out of range, contradicts another one, or names something unknown."""
 
 
+class CalibrationError(KVStoreError):
+    """A model cannot be calibrated: too little memory, no gradients, or logits that are not understood."""
+
+
 class ShapeError(KVStoreError, ValueError):
     """A tensor or buffer has the wrong shape, dtype, device, alignment or length."""
 

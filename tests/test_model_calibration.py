@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -22,8 +23,17 @@ from kvstore.engines.calibrating import (
 )
 from kvstore.engines.judging import Judge
 from kvstore.engines.next_token import NextToken
-from kvstore.engines.past import continue_run, read_run, recomputed, sample_continuation, states_behind, widened
+from kvstore.engines.past import (
+    continue_run,
+    frozen,
+    read_run,
+    recomputed,
+    sample_continuation,
+    states_behind,
+    widened,
+)
 from kvstore.engines.sensitivity import log_steps
+from kvstore.errors import CalibrationError
 from kvstore.layout import BlockLayout
 from kvstore.record import STEPS
 from tests.tiny_models import (
@@ -113,6 +123,40 @@ def test_gradients_of_what_is_computed_again_are_the_same() -> None:
             found.append(torch.autograd.grad(states.square().sum(), keys)[0])
     assert torch.equal(*found)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_layer_keeps_the_forward_that_it_has_of_its_own() -> None:
+    model = make_model()
+    layer = model.model.layers[1]
+    own = partial(layer.forward)
+    layer.forward = own
+    with recomputed(model):
+        assert layer.forward is not own
+    assert layer.forward is own
+    assert "forward" not in vars(model.model.layers[0])
+
+
+def test_weights_are_put_back_after_ctrl_c_in_the_middle_of_a_module() -> None:
+    model = make_model(dtype=torch.bfloat16)
+    projection = model.model.layers[1].self_attn.k_proj
+    before = projection.weight
+
+    def interrupt(*args: object) -> None:
+        assert projection.weight.dtype == torch.float32
+        raise KeyboardInterrupt
+
+    projection.forward = interrupt
+    with pytest.raises(KeyboardInterrupt), torch.no_grad(), widened(model):
+        model(input_ids=token_ids(4))
+    assert projection.weight is before
+
+
+def test_weights_that_were_loaded_in_inference_mode_are_refused_and_stay_as_they_were() -> None:
+    with torch.inference_mode():
+        model = make_model()
+    with pytest.raises(CalibrationError, match="inference_mode"), frozen(model):
+        pass
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def _deaf(model: torch.nn.Module, layer: int, channels: slice) -> None:

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvstore.engines.anatomy import attention_modules, decoder_of, position_rows, rotation_of
+from kvstore.errors import CalibrationError
 from kvstore.session.attending import Rotate
 
 
@@ -38,7 +39,13 @@ class Run:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Let gradients pass through a model and not to its weights, also inside inference mode."""
+    """Let gradients pass through a model and not to its weights, also inside inference mode.
+
+    Raises:
+        CalibrationError: the weights were loaded in inference mode, and can never take part in gradients.
+    """
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise CalibrationError(f"{type(model).__name__}: loaded inside torch.inference_mode(); load it outside")
     with ExitStack() as undo:
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -56,8 +63,11 @@ def recomputed(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as undo:
         for layer in decoder_of(model).layers:  # type: ignore[union-attr]
+            if "forward" in vars(layer):  # of its own: libraries that move weights wrap it so
+                undo.callback(setattr, layer, "forward", layer.forward)
+            else:
+                undo.callback(vars(layer).pop, "forward")
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-            undo.callback(layer.__dict__.pop, "forward")
         yield
 
 
@@ -76,6 +86,7 @@ def widened(model: nn.Module) -> Iterator[None]:
                 weights = _Weights()
                 undo.callback(module.register_forward_pre_hook(weights.widen).remove)
                 undo.callback(module.register_forward_hook(weights.restore, always_call=True).remove)
+                undo.callback(weights.put_back, module)  # Ctrl-C in the middle of a module calls no hook
         yield
 
 
@@ -98,6 +109,10 @@ class _Weights:
 
     def restore(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook, called after a failure too."""
+        self.put_back(module)
+
+    def put_back(self, module: nn.Module) -> None:
+        """Give the module its own weights, if it has not got them."""
         module._parameters.update(self._kept)
 
 
