@@ -5,11 +5,20 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import GraniteConfig, GraniteForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PreTrainedConfig,
+)
 
 from kvstore.codec import Codec, Profile
 from kvstore.decision import KL_LIMITS
@@ -93,12 +102,35 @@ def test_distributions_made_in_parts_are_the_models_own(family: str, vocabulary:
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_divided_logits_are_divided() -> None:
-    model = build(GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=8.0))
-    states = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=8.0)),
+        (CohereForCausalLM, CohereConfig(**SIZES)),
+    ],
+    ids=["divided", "multiplied"],
+)
+def test_scaled_logits_are_scaled(model_class: Any, config: PreTrainedConfig) -> None:
+    model = build(model_class, config)
+    run = read_run(model, token_ids(40), token_ids(8, 3))
     with torch.no_grad():
-        wanted = (model.lm_head(states) / 8).log_softmax(-1)
-    torch.testing.assert_close(NextToken(model).logs(states), wanted)
+        wanted = continue_run(model, run.keys, run.values, run.continuation)
+        found = NextToken(model).logs(states_behind(model, run.keys, run.values, run.continuation))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_roundings_of_a_narrow_model_hardly_change_the_scale() -> None:
+    model = build(GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=3.0), torch.bfloat16)
+    states = 8 * torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    narrow = NextToken(model).logs(states)
+    wide = NextToken(model.float()).logs(states)
+    assert 0 < float((narrow - wide).abs().max()) < 2e-3 * float(wide.abs().max())
+
+
+def test_logits_that_are_no_multiple_of_the_tables_are_refused() -> None:
+    model = build(Gemma2ForCausalLM, Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=5.0))
+    with pytest.raises(CalibrationError, match=r"Gemma2.*multiple"):
+        NextToken(model)
 
 
 def test_the_gradient_of_a_label_is_what_autograd_finds() -> None:
