@@ -150,3 +150,20 @@ def test_says_what_is_wrong_with_a_source(command: Command, folder: Path, exact:
     command("calibrate", "--store", exact, "--stream", "other", *model).check_error("no stream 'other'")
     with pytest.raises(SystemExit):
         command("calibrate", "--store", exact, *model)
+
+
+def test_a_calibration_that_fails_is_explained(
+    command: Command, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def out_of_memory(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(torch.autograd, "grad", out_of_memory)
+    source = ("--text", folder / "words.txt", "--model", folder / "model")
+    done = command("calibrate", "--store", tmp_path / "store", *source)
+    assert (done.code, done.out) == (2, "")
+    told = done.err.splitlines()[-1]  # behind the progress
+    assert told.startswith("kvstore: error: the model was not calibrated")
+    assert told.endswith("tried to allocate 2 GiB")

@@ -5,20 +5,10 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    PreTrainedConfig,
-)
 
 from kvstore.codec import Codec, Profile
 from kvstore.decision import KL_LIMITS
@@ -31,7 +21,6 @@ from kvstore.engines.calibrating import (
     runs_of_text,
 )
 from kvstore.engines.judging import Judge
-from kvstore.engines.next_token import NextToken
 from kvstore.engines.past import (
     continue_run,
     frozen,
@@ -46,9 +35,6 @@ from kvstore.errors import CalibrationError
 from kvstore.layout import BlockLayout
 from kvstore.record import STEPS
 from tests.tiny_models import (
-    SIZES,
-    VOCABULARY,
-    build,
     language_model_of,
     make_model,
     token_ids,
@@ -88,60 +74,6 @@ def test_a_widened_model_computes_in_float32_and_is_left_as_it_was() -> None:
             narrow.model.layers[0].mlp.up_proj("no tensor")
     assert {parameter.dtype for parameter in narrow.parameters()} == {torch.bfloat16}
     assert narrow.lm_head.weight is narrow.get_output_embeddings().weight
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("vocabulary", [VOCABULARY, 5000])
-def test_distributions_made_in_parts_are_the_models_own(family: str, vocabulary: int) -> None:
-    model = make_model(family, vocab_size=vocabulary)
-    run = read_run(model, token_ids(40), token_ids(8, 3))
-    with torch.no_grad():
-        wanted = continue_run(model, run.keys, run.values, run.continuation)
-        states = states_behind(model, run.keys, run.values, run.continuation)
-        found = NextToken(model).logs(states)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("model_class", "config"),
-    [
-        (GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=8.0)),
-        (CohereForCausalLM, CohereConfig(**SIZES)),
-    ],
-    ids=["divided", "multiplied"],
-)
-def test_scaled_logits_are_scaled(model_class: Any, config: PreTrainedConfig) -> None:
-    model = build(model_class, config)
-    run = read_run(model, token_ids(40), token_ids(8, 3))
-    with torch.no_grad():
-        wanted = continue_run(model, run.keys, run.values, run.continuation)
-        found = NextToken(model).logs(states_behind(model, run.keys, run.values, run.continuation))
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_roundings_of_a_narrow_model_hardly_change_the_scale() -> None:
-    model = build(GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=3.0), torch.bfloat16)
-    states = 8 * torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-    narrow = NextToken(model).logs(states)
-    wide = NextToken(model.float()).logs(states)
-    assert 0 < float((narrow - wide).abs().max()) < 2e-3 * float(wide.abs().max())
-
-
-def test_logits_that_are_no_multiple_of_the_tables_are_refused() -> None:
-    model = build(Gemma2ForCausalLM, Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=5.0))
-    with pytest.raises(CalibrationError, match=r"Gemma2.*multiple"):
-        NextToken(model)
-
-
-def test_the_gradient_of_a_label_is_what_autograd_finds() -> None:
-    model = make_model(vocab_size=5000)
-    states = torch.randn(6, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    labels = torch.tensor([0, 1, 4095, 4096, 4999, 7])
-    logs = model.lm_head(states).log_softmax(-1)
-    (wanted,) = torch.autograd.grad(logs.gather(1, labels[:, None]).sum(), states)
-    next_token = NextToken(model)
-    found = next_token.gradient(next_token.logs(states.detach()), labels)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_of_what_is_computed_again_are_the_same() -> None:
@@ -297,3 +229,15 @@ def test_progress_is_told_and_grows_to_the_end() -> None:
     assert shares[0] == 0.0
     assert 0 < shares[1] < 0.1
     assert shares[-1] == 1.0
+
+
+def test_distributions_that_are_no_numbers_are_told_by_the_profiles_name() -> None:
+    language_model = language_model_of()
+    layout = BlockLayout(spec_of(language_model.model), 128)
+    ids = token_ids(NEEDED_TOKENS)[0]
+    runs = list(runs_of_text(language_model, ids[ids != 7].repeat(2)[:NEEDED_TOKENS].tolist()))
+    with torch.no_grad():
+        language_model.model.model.embed_tokens.weight[7] = torch.nan
+    runs[-1].continuation[0, -1] = 7
+    with pytest.raises(CalibrationError, match="with q8"):
+        calibrate_model(language_model, runs, layout, "a test")

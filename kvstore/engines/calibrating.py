@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -16,7 +18,7 @@ from kvstore.engines.judging import Judge
 from kvstore.engines.loading import LanguageModel
 from kvstore.engines.past import Run, read_run, sample_continuation
 from kvstore.engines.sensitivity import Sensitivity
-from kvstore.errors import ConfigError, CorruptRecordError
+from kvstore.errors import CalibrationError, ConfigError, CorruptRecordError
 from kvstore.layout import BlockLayout
 from kvstore.moments import Moments
 from kvstore.record import STEPS
@@ -103,6 +105,18 @@ def runs_of_stream(language_model: LanguageModel, store: Store, name: str, layou
     return runs()
 
 
+@contextmanager
+def _failures_named() -> Iterator[None]:
+    """Turn what torch raises into an error of ours: it has no narrower type for most failures."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        raise CalibrationError(
+            f"the model was not calibrated, which takes gradients and more memory than reading does: {error}"
+        ) from error
+
+
+@_failures_named()
 def calibrate_model(
     language_model: LanguageModel,
     runs: Iterable[Run],
@@ -121,6 +135,9 @@ def calibrate_model(
         source: where the runs came from, in words.
         on_step: called several times; calibrating takes about as long as reading ten times the runs' tokens.
         with_bases: whether to make what profile `pca` needs; left out for models of too many channels.
+
+    Raises:
+        CalibrationError: too little memory, no gradients, logits that are not understood or no numbers.
     """
     spec = layout.spec
     progress = _Steps(NUM_FITTED + NUM_JUDGED + _MOST_TRIED * len(KL_LIMITS), on_step)
@@ -152,6 +169,8 @@ def calibrate_model(
             chosen[name] = (tried.key_mult, tried.value_mult)
         if not divergence[name] <= limit:
             exact_keys[name] = judge.divergence(Codec(layout, profile, calibration, tried, exact_keys=True))
+        if not math.isfinite(divergence[name]) or not math.isfinite(exact_keys.get(name, 0.0)):
+            raise CalibrationError(f"the model was not calibrated: with {name} its distributions are no numbers")
     return calibration, Decision(calibration.id, moments.num_tokens, source, divergence, chosen, exact_keys)
 
 

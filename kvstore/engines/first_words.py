@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from kvstore.bases import group_layers
@@ -10,8 +11,11 @@ from kvstore.calibration import MIN_TOKENS
 from kvstore.codec import Profile
 from kvstore.engines.calibrating import NEEDED_TOKENS, OnStep, calibrate_model, runs_of_text
 from kvstore.engines.loading import LanguageModel
+from kvstore.errors import CalibrationError
 from kvstore.layout import BlockLayout
 from kvstore.store import Store
+
+_LOG = logging.getLogger(__name__)
 
 
 class FirstWords:
@@ -41,7 +45,10 @@ class FirstWords:
         self._ids: list[int] = []
 
     def read(self, ids: Sequence[int]) -> None:
-        """Take in what the model has just read; with the last token needed, calibrate: later blocks are coded so."""
+        """Take in what the model has just read; with the last token needed, calibrate: later blocks are coded so.
+
+        Reading goes on where that fails: the writer calibrates from the blocks alone (`tiers.writing.calibrator`).
+        """
         if not self._is_wanted:
             return
         decision = self._store.calibrations.of_model(self._layout.spec)
@@ -51,15 +58,20 @@ class FirstWords:
             return
         self._ids += ids
         if len(self._ids) >= NEEDED_TOKENS:
-            runs = runs_of_text(self._language_model, self._ids)
+            read, self._ids, self._is_wanted = self._ids, [], False
+            self._calibrate(read)
+
+    def _calibrate(self, ids: Sequence[int]) -> None:
+        try:
             made = calibrate_model(
                 self._language_model,
-                runs,
+                runs_of_text(self._language_model, ids),
                 self._layout,
                 "the first words read",
                 self._on_step,
                 with_bases=self._with_bases,
             )
-            self._store.calibrations.keep(self._layout.spec, *made)
-            self._is_wanted = False
-            self._ids = []
+        except CalibrationError as error:
+            _LOG.warning("%s; blocks are coded by what the first ones measured, and nobody judged the profile", error)
+            return
+        self._store.calibrations.keep(self._layout.spec, *made)
