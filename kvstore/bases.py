@@ -25,6 +25,8 @@ _LEAST_SIGMA = 0.11
 _SCALE_UNIT = 4
 """Eighths of an octave: scales of rows of values are told in half octaves (FORMAT.md section 11.2)."""
 _MAX_LEVEL = 32767
+_MAX_LOG_SCALE = 800
+"""As of steps (FORMAT.md section 6.3): squares of larger values are beyond float32."""
 
 
 def group_layers(num_layers: int, layer_channels: int, num_tokens: int) -> int:
@@ -127,7 +129,8 @@ def _finite(rows: Tensor) -> Tensor:
 def _scales(rows: Tensor) -> Tensor:
     """Eighths of octaves of every row's rms, in whole units; 0 for a row of zeros."""
     square = rows.square().mean(3)
-    return torch.where(square > 0, (4 / _SCALE_UNIT * square.log2()).round() * _SCALE_UNIT, 0.0)
+    scales = (4 / _SCALE_UNIT * square.log2()).round() * _SCALE_UNIT
+    return torch.where(square > 0, scales.clamp(-_MAX_LOG_SCALE, _MAX_LOG_SCALE), 0.0)
 
 
 def _pack_scales(mean: Tensor, square: Tensor) -> bytes:
@@ -147,6 +150,7 @@ def _pack_basis(moment: Tensor, weights: Tensor, mult: int, planes: Sequence[Pla
         scales: what stands between deviations and components.
     """
     weight = torch.exp2(weights.double() / -8)
+    moment = moment.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # of values whose squares are beyond float32
     variance, directions = torch.linalg.eigh(moment * weight[:, None] * weight)
     variance, directions = variance.flip(0), directions.flip(1)
     kept = variance.clamp_min(0).sqrt() * 2 ** (mult / 8) > _LEAST_SIGMA

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,34 @@ def test_decisions_without_bases_hold_as_those_of_q2(tmp_path: Path) -> None:
             codec.encode(_slot(1), TOKENS, TOKENS, out)
             planes = Codec.probe(out).planes
             assert tuple(plane.mult for plane in planes[:2]) == mults
+
+
+@pytest.mark.parametrize("large", [1e12, 1e20, 3e38])
+@pytest.mark.parametrize("view", [LAYOUT.keys, LAYOUT.values], ids=["keys", "values"])
+def test_one_large_value_stops_no_writer(tmp_path: Path, view: Callable[[Tensor], Tensor], large: float) -> None:
+    with _open(tmp_path, Access.WRITE) as store:
+        for number in range(ENOUGH + 2):
+            slot = _slot(number)
+            if number == 2:
+                view(slot)[0, 0, 7, 3] = large
+            assert store.put([_key(number)], [slot], [TOKENS]) == [True]
+            store.flush()
+        decision = store.calibrations.of_model(SPEC)
+        assert decision is not None
+        assert store.verify().is_clean
+    assert _fetched(tmp_path, 2).any()
+
+
+def test_a_calibration_that_fails_is_told_once_and_blocks_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(matrix: Tensor) -> None:
+        raise RuntimeError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    with _open(tmp_path, Access.WRITE) as store:
+        for number in range(ENOUGH + 2):
+            assert store.put([_key(number)], [_slot(number)], [TOKENS]) == [True]
+            store.flush()
+    assert ["did not converge" in message for message in caplog.messages] == [True]
+    assert _fetched(tmp_path, ENOUGH + 1).any()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from kvstore.bases import BasisSums
@@ -13,6 +14,8 @@ from kvstore.layout import BlockLayout
 from kvstore.moments import Moments
 from kvstore.tiers.calibrations import Calibrations
 from kvstore.tiers.writing.record_writer import NewRecord
+
+_LOG = logging.getLogger(__name__)
 
 
 class Calibrator:
@@ -51,8 +54,13 @@ class Calibrator:
                 if sums is not None:
                     sums.add(keys[:, :, tokens], values[:, :, tokens])
         if self._moments.num_tokens >= MIN_TOKENS:
-            calibration = calibrate(self._moments, bases=self._bases)
-            decision = Decision(calibration.id, self._moments.num_tokens, "the first blocks written")
+            moments, bases = self._moments, self._bases
+            self._moments = self._bases = None  # first: what fails now would fail again with every block
+            try:
+                calibration = calibrate(moments, bases=bases)
+            except RuntimeError as error:  # torch's and LAPACK's; what was measured is no reason to lose a block
+                _LOG.warning("not calibrated: %s; blocks go on measuring themselves", error)
+                return
+            decision = Decision(calibration.id, moments.num_tokens, "the first blocks written")
             # Somebody with the model at hand may have decided meanwhile, and knows better.
             self._calibrations.keep(spec, calibration, decision, replace=False)
-            self._moments = self._bases = None
