@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from threading import Lock
+
 from kvstore.calibration import CALIBRATION_ID_NBYTES, Calibration
 from kvstore.decision import Decision
-from kvstore.errors import CorruptRecordError
+from kvstore.errors import CorruptRecordError, UnsupportedFormatError
 from kvstore.spec import ModelSpec
 from kvstore.tiers.catalogue import Catalogue, WriteView
 from kvstore.tiers.tables.calibrations import decisions, find_calibration, find_decision, put_decision
@@ -24,6 +26,7 @@ class Calibrations:
         self._catalogue = catalogue
         self._known: dict[bytes, Calibration] = {}
         self._decided: dict[str, Decision] = {}
+        self._keeping = Lock()
 
     def find(self, identity: bytes) -> Calibration | None:
         """The object that a record names; None for a record that names none.
@@ -41,6 +44,15 @@ class Calibrations:
             self._known[identity] = found
         return self._known[identity]
 
+    def has_bases(self, spec: ModelSpec) -> bool:
+        """Whether new blocks of a model can be coded in bases; False also where what was decided cannot be read."""
+        try:
+            decision = self.of_model(spec)
+            found = None if decision is None else self.find(decision.calibration)
+        except (CorruptRecordError, UnsupportedFormatError):
+            return False
+        return found is not None and found.has_bases
+
     def of_model(self, spec: ModelSpec) -> Decision | None:
         """What was decided for a model; None before it is calibrated.
 
@@ -53,7 +65,7 @@ class Calibrations:
                 found = find_decision(view, fingerprint)
             if found is None:
                 return None
-            self._decided[fingerprint] = found
+            return self._decided.setdefault(fingerprint, found)  # another thread may have decided meanwhile
         return self._decided[fingerprint]
 
     def all(self) -> list[tuple[str, Decision]]:
@@ -83,6 +95,7 @@ class Calibrations:
             put_decision(view, fingerprint, calibration, decision)
             return True
 
-        if self._catalogue.write(put):
-            self._known[calibration.id] = calibration
-            self._decided[fingerprint] = decision
+        with self._keeping:  # what is in memory follows in the order of the commits
+            if self._catalogue.write(put):
+                self._known[calibration.id] = calibration
+                self._decided[fingerprint] = decision
