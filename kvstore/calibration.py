@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvstore.bases import BasisSums
+from kvstore.bases import BasisSums, group_layers
 from kvstore.errors import ConfigError, SpecMismatchError
 from kvstore.moments import Moments, PlaneParameters
 from kvstore.native import Calibration as NativeCalibration
@@ -62,6 +62,11 @@ class Calibration:
         wanted = (spec.num_layers, spec.kv_heads, spec.key_dim, spec.value_dim)
         if found != wanted:
             raise SpecMismatchError(f"calibration is of (layers, heads, key dim, value dim) {found}; wanted {wanted}")
+
+
+def can_have_bases(spec: ModelSpec) -> bool:
+    """Whether a layer of a model has few enough channels for bases, by the tokens that a calibration takes."""
+    return group_layers(spec.num_layers, spec.kv_heads * max(spec.key_dim, spec.value_dim), MIN_TOKENS) > 0
 
 
 def calibrate(

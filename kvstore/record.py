@@ -87,16 +87,20 @@ UNCALIBRATED_STEPS = {
 know deviations by few of them (docs/codec-quality.md)."""
 
 
+def effective(profile: Profile, has_bases: bool) -> Profile:
+    """What blocks of a profile are coded as: without bases `pca` is `q2`."""
+    return Profile.Q2 if profile is Profile.PCA and not has_bases else profile
+
+
 def usual_steps(profile: Profile, has_bases: bool | None) -> Steps:
     """Those of a profile where nobody says others.
 
     Args:
-        profile: any; without bases `pca` is `q2`, and profiles without steps have zeros.
+        profile: any; those without steps have zeros.
         has_bases: of the calibration; None when there is none.
     """
-    if profile is Profile.PCA and not has_bases:
-        profile = Profile.Q2
-    return (UNCALIBRATED_STEPS if has_bases is None else STEPS).get(profile, Steps(0, 0))
+    steps = UNCALIBRATED_STEPS if has_bases is None else STEPS
+    return steps.get(effective(profile, bool(has_bases)), Steps(0, 0))
 
 
 class Coding(IntEnum):

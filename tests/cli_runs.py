@@ -35,7 +35,7 @@ _PATIENCE_S = 60.0
 _RECORDER = Path(__file__).parents[1] / "examples" / "record_screen.py"
 
 
-def save_tiny_model(folder: Path, seed: int = 0) -> Path:
+def save_tiny_model(folder: Path, seed: int = 0, head_dim: int = 16) -> Path:
     """Save a random Llama of two layers that reads bytes; models of two seeds differ in their weights only."""
     signs = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {sign: number for number, sign in enumerate([*signs, "<end>"])}
@@ -52,6 +52,7 @@ def save_tiny_model(folder: Path, seed: int = 0) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
+        head_dim=head_dim,
         bos_token_id=None,
         eos_token_id=len(signs),
     )

@@ -116,6 +116,17 @@ def test_calibrates_from_a_text_before_anything_is_stored(command: Command, fold
     with Store.open(store, access=Access.READ) as opened:
         ((fingerprint, decision),) = opened.calibrations.all()
     assert (fingerprint, decision.calibration.hex()) == (shown["model"], shown["calibration"])
+    # What is coded in bases by now stays so when the model is calibrated again.
+    done = command("calibrate", "--store", store, *source[:2], "--model", folder / "model", "--json")
+    assert "pca" in json.loads(done.out)["divergence"]
+
+
+def test_bases_for_more_channels_than_one_holds_are_refused(command: Command, folder: Path, tmp_path: Path) -> None:
+    source = ("--text", folder / "words.txt", "--bases")
+    model = save_tiny_model(tmp_path / "wide", head_dim=1026)
+    done = command("calibrate", "--store", tmp_path / "store", *source, "--model", model)
+    done.check_error("--bases", "1,026 channels", "1,024")
+    assert not (tmp_path / "store").exists()
 
 
 def test_calibrates_from_an_exact_stream_and_from_the_same_words_of_its_video(

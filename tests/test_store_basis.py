@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 
 from kvstore.calibration import MIN_TOKENS
+from kvstore.cli.main import main
 from kvstore.codec import Codec, Coding, Profile
 from kvstore.decision import Decision
 from kvstore.layout import BlockLayout
 from kvstore.spec import BlockKey, ModelSpec, chain_key
-from kvstore.store import Access, FetchRequest, Outcome, Store
+from kvstore.store import Access, FetchRequest, Outcome, Store, StreamHeader
 from kvstore.tiers.codec_shelf import CodecShelf
 from tests.codec_slots import fitted
 
@@ -136,3 +138,22 @@ def test_a_calibration_that_fails_is_told_once_and_blocks_are_stored(
             store.flush()
     assert ["did not converge" in message for message in caplog.messages] == [True]
     assert _fetched(tmp_path, ENOUGH + 1).any()
+
+
+def test_inspecting_tells_what_was_decided_for_what_blocks_are_coded_as(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judged, exact = {"q2": 0.2, "pca": 0.1}, {"q2": 0.01}
+    samples = [(LAYOUT.keys(_slot(0)), LAYOUT.values(_slot(0)))]
+    found = []
+    for with_bases in (False, True):
+        with _open(tmp_path, Access.WRITE) as store:
+            if not with_bases:
+                store.create_stream(StreamHeader("s", SPEC, TOKENS, Profile.PCA, "window=64", {}, 1.0))
+            calibration = fitted(samples, with_bases=with_bases)
+            decision = Decision(calibration.id, TOKENS, "a test", judged, {}, exact)
+            store.calibrations.keep(SPEC, calibration, decision)
+        assert main(["inspect", "--store", str(tmp_path), "--stream", "s", "--json"]) == 0
+        shown = json.loads(capsys.readouterr().out)["calibration"]
+        found.append((shown["coded_as"], shown["divergence"], shown["exact_keys"]))
+    assert found == [("q2", 0.2, True), ("pca", 0.1, False)]

@@ -48,6 +48,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run(options: argparse.Namespace) -> int:
     """Calibrate; see `kvstore.engines.calibrating`."""
+    from kvstore.bases import MAX_CHANNELS
+    from kvstore.calibration import can_have_bases
     from kvstore.cli.stored import find_stream
     from kvstore.engines.anatomy import spec_of
     from kvstore.layout import BlockLayout
@@ -61,6 +63,11 @@ def run(options: argparse.Namespace) -> int:
         progress.note("loading the model")
         language_model = load(options.model)
         spec = spec_of(language_model.model)
+        if options.bases and not can_have_bases(spec):
+            channels = spec.kv_heads * max(spec.key_dim, spec.value_dim)
+            raise ConfigError(
+                f"--bases: a layer of this model has {channels:,} channels, more than the {MAX_CHANNELS:,} of a basis"
+            )
         layout = BlockLayout(spec, block_tokens)
         progress.note("measuring")
         calibration, decision = _calibrate(options, language_model, layout, words, progress)
@@ -92,7 +99,9 @@ def _calibrate(
             progress.show(share, ["calibrating"])
             release_free_memory()
 
-        calibration, decision = calibrate_model(language_model, runs, layout, source, on_step, with_bases=options.bases)
+        # Streams whose blocks are coded in bases by now are not to lose them unasked.
+        with_bases = options.bases or store.calibrations.has_bases(layout.spec)
+        calibration, decision = calibrate_model(language_model, runs, layout, source, on_step, with_bases=with_bases)
         store.calibrations.keep(layout.spec, calibration, decision)
     return calibration, decision
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvstore.cli import arguments, text
 from kvstore.errors import ConfigError, CorruptRecordError
+from kvstore.record import effective
 
 if TYPE_CHECKING:
     from kvstore.cli.stored import Shelf
@@ -81,12 +82,14 @@ def _calibration(shelf: Shelf, header: StreamHeader) -> Json | None:
     decision = shelf.decision(header.spec) if header.profile.is_lossy else None
     if decision is None:
         return None
+    judged = effective(header.profile, shelf.has_bases(header.spec))
     return {
         "object": decision.calibration.hex(),
         "tokens": decision.num_tokens,
         "source": decision.source,
-        "divergence": decision.divergence.get(header.profile),
-        "exact_keys": header.profile in decision.exact_keys,
+        "coded_as": str(judged),
+        "divergence": decision.divergence.get(judged),
+        "exact_keys": judged in decision.exact_keys,
     }
 
 

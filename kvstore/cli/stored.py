@@ -44,6 +44,10 @@ class Shelf:
         """How new blocks of a model are coded by lossy profiles; None before it is calibrated."""
         return self._disk.calibrations.of_model(spec)
 
+    def has_bases(self, spec: ModelSpec) -> bool:
+        """Whether that is with bases."""
+        return self._disk.calibrations.has_bases(spec)
+
     def blocks(self, keys: Sequence[BlockKey]) -> list[Found | None]:
         """Where blocks lie, with the directory of their records; None for one that is not stored.
 

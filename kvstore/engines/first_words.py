@@ -6,8 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from kvstore.bases import group_layers
-from kvstore.calibration import MIN_TOKENS
+from kvstore.calibration import can_have_bases
 from kvstore.codec import Profile
 from kvstore.engines.calibrating import NEEDED_TOKENS, OnStep, calibrate_model, runs_of_text
 from kvstore.engines.loading import LanguageModel
@@ -38,10 +37,7 @@ class FirstWords:
         self._layout = layout
         self._on_step = on_step
         self._is_wanted = profile.is_lossy and language_model.image_processor is None
-        spec = layout.spec
-        layer_channels = spec.kv_heads * max(spec.key_dim, spec.value_dim)
-        has_room = group_layers(spec.num_layers, layer_channels, MIN_TOKENS) > 0
-        self._with_bases = profile is Profile.PCA and has_room
+        self._with_bases = profile is Profile.PCA and can_have_bases(layout.spec)
         self._ids: list[int] = []
 
     def read(self, ids: Sequence[int]) -> None:
@@ -69,7 +65,7 @@ class FirstWords:
                 self._layout,
                 "the first words read",
                 self._on_step,
-                with_bases=self._with_bases,
+                with_bases=self._with_bases or self._store.calibrations.has_bases(self._layout.spec),
             )
         except CalibrationError as error:
             _LOG.warning("%s; blocks are coded by what the first ones measured, and nobody judged the profile", error)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from kvstore.codec import Codec, Profile, RecordInfo, Steps
 from kvstore.decision import Decision
 from kvstore.layout import BlockLayout
+from kvstore.record import effective
 from kvstore.tiers.calibrations import Calibrations
 
 
@@ -43,9 +44,7 @@ class CodecShelf:
         if decision is not None and decision is not followed:
             calibration = self._calibrations.find(decision.calibration)
             assert calibration is not None, "a decision names an object"
-            judged = self._profile
-            if judged is Profile.PCA and not calibration.has_bases:
-                judged = Profile.Q2
+            judged = effective(self._profile, calibration.has_bases)
             steps = Steps(*decision.steps[judged]) if judged in decision.steps else None
             exact_keys = judged in decision.exact_keys
             codec = Codec(self._layout, self._profile, calibration, steps, exact_keys=exact_keys)
