@@ -259,4 +259,5 @@ def test_the_first_ctrl_c_waits_and_the_second_does_not(capfd: pytest.CaptureFix
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
-    assert "Ctrl-C again stops at once" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert all(words in told for words in ("after this screen", "step of calibrating", "Ctrl-C again stops at once"))

@@ -11,7 +11,11 @@ _STDERR = 2
 
 
 class Interruptible:
-    """Lets the first Ctrl-C wait until what is being read is stored; a second one does not wait."""
+    """Lets the first Ctrl-C wait for the next `check`; a second one does not wait.
+
+    An ingest checks when what it reads is stored, and between steps of a calibration: what was read of that screen is
+    read again by the run that goes on.
+    """
 
     def __init__(self) -> None:
         self._is_stopping = False
@@ -35,4 +39,4 @@ class Interruptible:
             raise KeyboardInterrupt
         self._is_stopping = True
         # A signal may arrive inside a buffered write, which must not be entered twice.
-        os.write(_STDERR, b"\nstopping after this screen; Ctrl-C again stops at once\n")
+        os.write(_STDERR, b"\nstopping after this screen, or this step of calibrating; Ctrl-C again stops at once\n")

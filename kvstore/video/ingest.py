@@ -48,7 +48,7 @@ def ingest(
         name: the stream.
         language_model: what reads the video's text, or sees its frames if it has a vision tower.
         config: see `IngestConfig`.
-        on_progress: called after every observation.
+        on_progress: called after every observation, and after every step of a calibration; what it raises stops both.
 
     Raises:
         MediaError: not a readable video.
