@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,14 @@ def test_ctrl_c_still_stops_a_calibration(tmp_path: Path) -> None:
         words = FirstWords(store, language_model, layout, Profile.Q3, interrupt)
         with pytest.raises(KeyboardInterrupt):
             words.read(token_ids(NEEDED_TOKENS)[0].tolist())
+
+
+@pytest.mark.parametrize(("key_dim", "is_told"), [(512, False), (514, True)])
+def test_more_channels_than_a_basis_holds_are_told_before_anything_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, key_dim: int, is_told: bool
+) -> None:
+    language_model = language_model_of()
+    layout = BlockLayout(replace(spec_of(language_model.model), key_dim=key_dim), 128)
+    with Store.open(tmp_path, access=Access.WRITE, layout=layout, profile=Profile.PCA, host_nbytes=4 << 20) as store:
+        FirstWords(store, language_model, layout, Profile.PCA, lambda share: None)
+    assert ["those of q2" in message for message in caplog.messages] == [True] * is_told

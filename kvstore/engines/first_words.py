@@ -39,6 +39,8 @@ class FirstWords:
         self._is_wanted = profile.is_lossy and language_model.image_processor is None
         self._with_bases = profile is Profile.PCA and can_have_bases(layout.spec)
         self._ids: list[int] = []
+        if profile is Profile.PCA and not self._with_bases:
+            _LOG.warning("a layer of the model has more channels than a basis holds; blocks are coded as those of q2")
 
     def read(self, ids: Sequence[int]) -> None:
         """Take in what the model has just read; with the last token needed, calibrate: later blocks are coded so.
