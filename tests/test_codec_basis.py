@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import struct
 from contextlib import suppress
+from itertools import combinations
 
 import pytest
 import torch
@@ -118,6 +119,22 @@ def test_a_layer_range_needs_only_the_bytes_of_its_groups(layers: range) -> None
     for view in (LAYOUT.keys, LAYOUT.values):
         view(wanted)[layers.start : layers.stop] = view(whole)[layers.start : layers.stop]
     assert torch.equal(slot, wanted)
+
+
+@pytest.mark.parametrize("num_tokens", [6, 9])
+def test_layers_of_a_group_that_shrinks_only_as_a_whole_are_read_alone(num_tokens: int) -> None:
+    record = encoded(CODEC, SLOT, num_tokens)
+    info = Codec.probe(record)
+    assert info.planes[0].coding is Coding.BASIS
+    assert info.planes[0].nbytes > info.planes[0].raw_nbytes
+    whole = guarded_slot(LAYOUT)
+    CODEC.decode(record, whole, num_tokens=num_tokens)
+    for first, end in combinations(range(LAYERS + 1), 2):
+        found, wanted = guarded_slot(LAYOUT), guarded_slot(LAYOUT)
+        CODEC.decode(record, found, num_tokens=num_tokens, layers=range(first, end))
+        for view in (LAYOUT.keys, LAYOUT.values):
+            view(wanted)[first:end] = view(whole)[first:end]
+        assert torch.equal(found, wanted)
 
 
 def test_damage_in_another_group_is_not_looked_at_and_in_its_own_is_named() -> None:

@@ -241,7 +241,7 @@ RecordInfo parse_header(ConstBytes record) {
               plane_name(plane) + " needs a calibration, and the header names none");
     offset += entry.padded_nbytes();
   }
-  check_groups(info.planes, 0);
+  check_groups(info.planes);
   KV_EXPECT(info.total_nbytes == offset, CorruptRecord,
             "header states " + std::to_string(info.total_nbytes) +
                 " bytes in all; the planes end at " + std::to_string(offset));

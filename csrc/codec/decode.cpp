@@ -65,7 +65,6 @@ void check_part(const BlockView& block, const RecordPart& part) {
   KV_EXPECT(part.num_leading <= part.planes.size(), ShapeError,
             std::to_string(part.num_leading) + " leading planes of " +
                 std::to_string(part.planes.size()));
-  check_groups(part.planes, part.first_plane);
 }
 
 void check_window(const BlockView& block, const Window& window) {
@@ -174,6 +173,7 @@ OpenGroup open_group(const BlockView& block,
 
 void decode_groups(const BlockView& block,
                    const RecordPart& part,
+                   const std::vector<std::size_t>& holders,
                    const Calibration* calibration,
                    const Window& window,
                    const std::vector<TargetRows>& targets) {
@@ -181,7 +181,7 @@ void decode_groups(const BlockView& block,
   std::map<std::size_t, std::vector<std::size_t>> wanted;
   for (std::size_t index = part.num_leading; index < part.planes.size(); ++index) {
     if (part.planes[index].coding == Coding::kBasis) {
-      wanted[holder_of(part.planes, part.first_plane, index)].push_back(index);
+      wanted[holders[index]].push_back(index);
     }
   }
   std::vector<OpenGroup> open;
@@ -231,10 +231,11 @@ void check_calibration(const BlockView& block, const Calibration* calibration) {
 
 std::vector<StoredStream> open_planes(const BlockView& block, const RecordPart& part) {
   check_part(block, part);
+  const std::vector<std::size_t> holders = holders_of(part.planes, part.first_plane);
   std::vector<bool> is_needed(part.planes.size(), false);
   for (std::size_t index = part.num_leading; index < part.planes.size(); ++index) {
     is_needed[index] = true;
-    is_needed[holder_of(part.planes, part.first_plane, index)] = true;
+    is_needed[holders[index]] = true;
   }
   std::vector<StoredStream> streams;
   for (std::size_t index = 0; index < part.planes.size(); ++index) {
@@ -261,6 +262,7 @@ void decode_planes(const BlockView& block,
                    const Window& window,
                    const std::vector<TargetRows>& targets) {
   check_part(block, part);
+  const std::vector<std::size_t> holders = holders_of(part.planes, part.first_plane);
   check_window(block, window);
   check_calibration(block, calibration);
   KV_EXPECT(targets.size() == part.num_wanted(), ShapeError,
@@ -298,7 +300,7 @@ void decode_planes(const BlockView& block,
             std::to_string(streams.size()) + " streams; the planes of coding split take " +
                 std::to_string(next_stream));
   pending.read();
-  decode_groups(block, part, calibration, window, targets);
+  decode_groups(block, part, holders, calibration, window, targets);
 }
 
 }  // namespace kv

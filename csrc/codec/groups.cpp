@@ -13,28 +13,32 @@ bool is_follower(const PlaneEntry& entry) noexcept {
 
 }  // namespace
 
-std::size_t holder_of(const std::vector<PlaneEntry>& planes,
-                      std::size_t first_plane,
-                      std::size_t index) {
-  std::size_t at = index;
-  while (is_follower(planes[at])) {
-    KV_EXPECT(at >= 2 && planes[at - 2].coding == Coding::kBasis, CorruptRecord,
-              plane_name(first_plane + index) + " has no bytes, and no plane of its group before");
-    at -= 2;
+std::vector<std::size_t> holders_of(const std::vector<PlaneEntry>& planes,
+                                    std::size_t first_plane) {
+  std::vector<std::size_t> holders(planes.size());
+  for (std::size_t index = 0; index < planes.size(); ++index) {
+    holders[index] = index;
+    if (is_follower(planes[index])) {
+      KV_EXPECT(
+          index >= 2 && planes[index - 2].coding == Coding::kBasis, CorruptRecord,
+          plane_name(first_plane + index) + " has no bytes, and no plane of its group before");
+      holders[index] = holders[index - 2];
+    }
   }
-  return at;
+  return holders;
 }
 
-void check_groups(const std::vector<PlaneEntry>& planes, std::size_t first_plane) {
+void check_groups(const std::vector<PlaneEntry>& planes) {
+  const std::vector<std::size_t> holders = holders_of(planes, 0);
   std::vector<std::uint64_t> raw_nbytes(planes.size(), 0);
   for (std::size_t index = 0; index < planes.size(); ++index) {
-    raw_nbytes[holder_of(planes, first_plane, index)] += planes[index].raw_nbytes;
+    raw_nbytes[holders[index]] += planes[index].raw_nbytes;
   }
   for (std::size_t index = 0; index < planes.size(); ++index) {
     KV_EXPECT(planes[index].coding != Coding::kBasis || is_follower(planes[index]) ||
                   planes[index].nbytes < raw_nbytes[index],
               CorruptRecord,
-              plane_name(first_plane + index) + " states " + std::to_string(planes[index].nbytes) +
+              plane_name(index) + " states " + std::to_string(planes[index].nbytes) +
                   " bytes for a group of " + std::to_string(raw_nbytes[index]));
   }
 }

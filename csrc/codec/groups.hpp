@@ -13,16 +13,17 @@
 
 namespace kv {
 
-/// Where in `planes` the plane lies that holds the bytes of `planes[index]`: its own place, except
-/// in a group.
+/// For every one of some consecutive planes, where among them the one lies that holds its bytes:
+/// its own place, except in a group.
 /// @throws CorruptRecord when it is not among them.
-[[nodiscard]] std::size_t holder_of(const std::vector<PlaneEntry>& planes,
-                                    std::size_t first_plane,
-                                    std::size_t index);
+[[nodiscard]] std::vector<std::size_t> holders_of(const std::vector<PlaneEntry>& planes,
+                                                  std::size_t first_plane);
 
 /// Checks that every plane without bytes follows one of its group, and that groups shrink.
+/// @param planes  of a whole directory: a part may end inside a group, which need not shrink so
+/// far.
 /// @throws CorruptRecord.
-void check_groups(const std::vector<PlaneEntry>& planes, std::size_t first_plane);
+void check_groups(const std::vector<PlaneEntry>& planes);
 
 /// The group that `plane` holds the bytes of, by the calibration.
 /// @throws CorruptRecord when the calibration has none that begins there.
