@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvstore.codec import Coding, Profile, Steps
+from kvstore.codec import Codec, Coding, Profile, Steps
 from kvstore.errors import ConfigError, ShapeError
 from kvstore.layout import TORCH_DTYPE, BlockLayout
 from kvstore.native import build_info
 from kvstore.tiers.device_decode import Pages
 from kvstore.tiers.device_encode import DeviceBlock, encode_on_device
-from tests.codec_slots import LATER, make_layout, normal_slot
+from tests.codec_slots import LATER, fitted, make_layout, normal_slot
 from tests.device_blocks import GUARD, Block, make_block, rugged_slot
 
 LOSSY = [profile for profile in Profile if profile.is_lossy]
@@ -164,6 +164,17 @@ def test_what_only_the_host_encodes_is_refused(device: torch.device) -> None:
         codec = make_block(profile, layout=layout, num_tokens=40, is_calibrated=is_calibrated, slot=slot).codec
         with pytest.raises(ConfigError, match="with a calibration"):
             run([DeviceBlock(codec, 40, 0, keys, values)], device)
+
+
+def test_what_is_coded_in_bases_is_left_to_the_host(device: torch.device) -> None:
+    layout = make_layout(heads=2, key_dim=64, value_dim=64, tokens=40)
+    slot = normal_slot(layout)
+    calibration = fitted([(layout.keys(slot), layout.values(slot))] * 13, with_bases=True)
+    assert calibration.has_bases
+    keys, values = rows_of(layout, slot, 40, device)
+
+    with pytest.raises(ConfigError, match="bases"):
+        run([DeviceBlock(Codec(layout, Profile.PCA, calibration), 40, LATER, keys, values)], device)
 
 
 def test_rows_that_are_no_block_are_refused(device: torch.device) -> None:

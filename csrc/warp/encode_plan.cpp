@@ -57,6 +57,10 @@ void EncodePlan::add(const EncodeRequest& request) {
   KV_EXPECT(settings.profile >= Profile::kQ8 && settings.calibration != nullptr &&
                 !settings.has_exact_keys,
             ConfigError, "only lossy keys and values with a calibration are encoded on a device");
+  KV_EXPECT(
+      settings.profile != Profile::kPca || settings.calibration->bases().group_layers == 0,
+      ConfigError,
+      "profile pca with a calibration that has bases is encoded on the host, not on a device");
   check_calibration(request.block, settings.calibration);
   check_places(request.block, geometry.num_planes(), request.sources, request.paging);
   for (const int mult : {settings.key_mult, settings.value_mult}) {

@@ -21,7 +21,7 @@ class DeviceBlock:
     """One block to encode, and where its rows are.
 
     Args:
-        codec: lossy, calibrated, keys too.
+        codec: lossy, calibrated, keys too; not `pca` with bases.
         num_tokens: 1 to the layout's block_tokens.
         first_token: position of the block's first token in its stream.
         keys: one tensor a layer, [kv_heads, num_tokens, key_dim], or [pages, kv_heads, page_tokens, key_dim] with
@@ -52,7 +52,8 @@ def encode_on_device(blocks: Sequence[DeviceBlock], stream: torch.cuda.Stream | 
 
     Raises:
         ShapeError: an argument does not fit.
-        ConfigError: a codec that is not lossy, not calibrated or keeps keys exact; or this build has no CUDA.
+        ConfigError: a codec that is not lossy, not calibrated, keeps keys exact or codes in bases; or this build has no
+            CUDA.
         StoreIOError: the device refused.
     """
     if not blocks:
