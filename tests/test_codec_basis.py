@@ -158,6 +158,18 @@ def test_a_block_that_the_basis_does_not_fit_is_quantised_plane_by_plane() -> No
     assert {plane.coding for plane in Codec.probe(record).planes[::2]} == {Coding.QUANTISED}
 
 
+@pytest.mark.parametrize(
+    ("steps", "wanted"),
+    [(None, STEPS[Profile.Q2]), (Steps(-11, -8), STEPS[Profile.Q2]), (Steps(9, 7), Steps(9, 7))],
+)
+def test_planes_in_no_basis_have_the_steps_of_q2_at_most(steps: Steps | None, wanted: Steps) -> None:
+    noise = torch.randn(2, LAYERS, HEADS, TOKENS, VALUE_DIM, generator=torch.Generator().manual_seed(3))
+    slot = slot_of(noise[0, ..., :KEY_DIM] * 16, noise[1] * torch.exp2(8 * noise[0, ..., :1]))
+    planes = Codec.probe(encoded(Codec(LAYOUT, Profile.PCA, CALIBRATION, steps), slot, TOKENS, LATER)).planes
+    assert {plane.coding for plane in planes} == {Coding.QUANTISED}
+    assert [plane.mult for plane in planes] == [wanted.key_mult, wanted.value_mult] * LAYERS
+
+
 @pytest.mark.parametrize("calibration", [None, fitted([make_text(1, 4096)])])
 def test_without_bases_it_stores_what_q2_does(calibration: Calibration | None) -> None:
     pca, q2 = (encoded(Codec(LAYOUT, each, calibration), SLOT, TOKENS) for each in (Profile.PCA, Profile.Q2))

@@ -19,6 +19,9 @@ namespace {
 constexpr std::size_t kLengthNbytes = 4;
 // Without a calibration, fewer tokens than this do not pay for parameters of their own.
 constexpr std::size_t kFewestMeasured = 16;
+// Steps in a basis are far coarser than a plane alone bears: without one it gets those of q2.
+constexpr int kLeastKeyMult = 1;
+constexpr int kLeastValueMult = -1;
 
 // Hands out the streams of the split planes in order.
 class StreamCursor {
@@ -123,15 +126,18 @@ class RecordWriter {
  private:
   [[nodiscard]] bool is_lossy() const noexcept { return settings_.profile >= Profile::kQ8; }
 
+  [[nodiscard]] bool has_bases() const noexcept {
+    return settings_.profile == Profile::kPca && settings_.calibration != nullptr &&
+           settings_.calibration->bases().group_layers > 0;
+  }
+
   // Writes the group that begins with a plane, if there is one and it shrinks.
   bool write_group(std::size_t plane, std::uint64_t offset, PlaneEntry& entry) {
-    if (settings_.profile != Profile::kPca || settings_.calibration == nullptr ||
-        (settings_.has_exact_keys && plane % 2 == 0)) {
+    if (!has_bases() || (settings_.has_exact_keys && plane % 2 == 0)) {
       return false;
     }
     const Bases& bases = settings_.calibration->bases();
-    if (bases.group_layers == 0 || plane / 2 % bases.group_layers != 0 ||
-        bases.of_plane(plane).rank == 0) {
+    if (plane / 2 % bases.group_layers != 0 || bases.of_plane(plane).rank == 0) {
       return false;
     }
     const GroupShape shape = group_shape(*settings_.calibration, plane, info_.shape(plane));
@@ -196,6 +202,9 @@ class RecordWriter {
     const bool has_calibration = settings_.calibration != nullptr;
     QuantisedChoice choice{};
     choice.mult = is_key ? settings_.key_mult : settings_.value_mult;
+    if (has_bases()) {
+      choice.mult = std::max(choice.mult, is_key ? kLeastKeyMult : kLeastValueMult);
+    }
     choice.raw_rows = raw_rows_;
     choice.parameters = has_calibration ? &settings_.calibration->plane(plane) : nullptr;
     const bool has_mean = is_key || settings_.has_channel_values;

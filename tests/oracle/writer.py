@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -66,10 +66,13 @@ def encode_record(
     segment_tokens = writers_segment_tokens(tokens, key_dim, value_dim)
     raw_rows = min(4, tokens - 1) if first_token == 0 else 0
     groups = _encode_groups(planes, dtype, settings, raw_rows, segment_tokens, calibration)
+    alone = settings
+    if settings.profile is Profile.PCA and calibration and calibration.bases:
+        alone = replace(settings, key_mult=max(settings.key_mult, 1), value_mult=max(settings.value_mult, -1))
     encoded = [
         groups.get(index)
         or _encode_plane(
-            *(bits, dtype, settings, index % 2 == 0, raw_rows, segment_tokens),
+            *(bits, dtype, alone, index % 2 == 0, raw_rows, segment_tokens),
             calibration.planes[index] if calibration else None,
         )
         for index, bits in enumerate(planes)
