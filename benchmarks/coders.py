@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +12,7 @@ import zstandard
 from torch import Tensor
 
 from harness import check
+from kvstore.bases import BasisSums
 from kvstore.calibration import SINK_TOKENS, Calibration, calibrate
 from kvstore.codec import Codec, Profile
 from kvstore.layout import BlockLayout
@@ -41,21 +42,27 @@ class Coder:
     nbytes: int
 
 
-def calibrated(kv: Corpus) -> Calibration:
-    """What the corpus itself looks like, by its moments."""
+def calibrated(kv: Corpus, *, with_bases: bool = False) -> Calibration:
+    """What the corpus itself looks like, by its moments; with bases where it has tokens enough for them."""
     samples = []
     for slot, num_tokens, first in zip(kv.slots, kv.num_tokens, kv.first_tokens, strict=True):
         tokens = slice(max(SINK_TOKENS - first, 0), num_tokens)
         samples.append((kv.layout.keys(slot)[:, :, tokens], kv.layout.values(slot)[:, :, tokens]))
-    return calibration_of(kv.layout.spec, samples)
+    return calibration_of(kv.layout.spec, samples, with_bases=with_bases)
 
 
-def calibration_of(spec: ModelSpec, samples: Iterable[tuple[Tensor, Tensor]]) -> Calibration:
+def calibration_of(
+    spec: ModelSpec, samples: Sequence[tuple[Tensor, Tensor]], *, with_bases: bool = False
+) -> Calibration:
     """Of keys and values [layers, heads, tokens, dim], however few."""
-    moments = Moments(spec.num_layers, spec.kv_heads, spec.key_dim, spec.value_dim)
+    sizes = (spec.num_layers, spec.kv_heads, spec.key_dim, spec.value_dim)
+    moments = Moments(*sizes)
+    bases = BasisSums(*sizes, sum(keys.shape[2] for keys, _ in samples)) if with_bases else None
     for keys, values in samples:
         moments.add(keys, values)
-    return calibrate(moments, min_tokens=1)
+        if bases is not None:
+            bases.add(keys, values)
+    return calibrate(moments, bases=bases, min_tokens=1)
 
 
 def rearranged(kv: Corpus, num_layers: int, kv_heads: int) -> Corpus:
