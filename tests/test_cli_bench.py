@@ -29,6 +29,7 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     notes = tmp_path / "notes.json"
     text = f"import json, sys\njson.dump(sys.argv[1:], open({str(notes)!r}, 'w'))\nsys.exit(3)\n"
     (tmp_path / "bench_two_words.py").write_text(text)
+    (tmp_path / "harness.py").touch()
     return notes
 
 
@@ -60,6 +61,21 @@ def test_without_a_source_tree_it_says_where_benchmarks_are(
     assert main(["bench", "codec"]) == 2
 
     assert "source tree" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_package_is_no_source_tree(scripts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (scripts.parent / "harness.py").unlink()
+
+    assert main(["bench", "two-words"]) == 2
+
+    assert "source tree" in capsys.readouterr().err
+    assert not scripts.exists()
+
+
+def test_without_a_name_it_lists_those_there_are(scripts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench"]) == 2
+
+    assert capsys.readouterr().err == "kvstore: error: which benchmark? Choose from two-words\n"
 
 
 def test_the_tree_has_the_promised_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +121,9 @@ def test_a_row_without_its_baseline_or_with_another_ratio_is_noticed() -> None:
         check_rows([limit, {**row, "ratio": 2.0}])
 
 
-@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("results/*/*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(BENCHMARKS.glob("results/*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 def test_committed_results_can_be_checked(path: Path) -> None:
     found = json.loads(path.read_text(encoding="utf-8"))
 
