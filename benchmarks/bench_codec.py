@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import cycle
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from coders import Coder, Verb, calibrated, codec_coder, copier, rearranged, zstd_coder
 from harness import MIN_S, Report, Timing, alternate, check, cpu, options, wall
+from kvstore.calibration import Calibration
 from kvstore.codec import Codec, Profile, plane_span
 from kvstore.native import build_info, limit_simd
 from real_kv import Corpus, add_options, corpus
@@ -23,6 +25,8 @@ BASELINES = ("memcpy", "zstd-1", "zstd-3")
 QUICK_MIN_S = 0.1
 BLOCKS_IN_TURN = 4
 PARTIAL_LAYERS, PARTIAL_HEADS = 32, 16
+"""Of a model of 8 billion parameters: 32 layers of 1,024 channels."""
+DEEP_BLOCKS = 4
 PARTIAL_LIMIT = 1 / 20
 """Most that one layer of `PARTIAL_LAYERS` may cost of a whole block, in time and in bytes."""
 ALONE = [profile for profile in Profile if profile is not Profile.PCA]
@@ -57,6 +61,19 @@ def report_rates(report: Report, verb: str, amount: float, timings: dict[str, Ti
         report.rate(verb, amount, "GB/s", (name, timings[name]), (baseline, timings[baseline]), **case)
 
 
+def shape_of(kv: Corpus) -> str:
+    """Layers, KV heads and head dim."""
+    spec = kv.layout.spec
+    return f"{spec.num_layers}x{spec.kv_heads}x{spec.key_dim}"
+
+
+def coders_of(kv: Corpus, calibration: Calibration) -> dict[str, Coder]:
+    """All profiles and their baselines; `pca` where the calibration has bases."""
+    profiles = [profile for profile in Profile if profile is not Profile.PCA or calibration.has_bases]
+    coders = {"memcpy": copier(kv)} | {str(profile): codec_coder(kv, profile, calibration) for profile in profiles}
+    return coders | {f"zstd-{level}": zstd_coder(kv, level) for level in (1, 3)}
+
+
 def bench_one_thread(report: Report, kv: Corpus, coders: dict[str, Coder], simd: str, min_s: float) -> None:
     """Both verbs, and decoding into rows, one block a call; processor time."""
     limit_simd(LEVELS[simd])
@@ -69,7 +86,7 @@ def bench_one_thread(report: Report, kv: Corpus, coders: dict[str, Coder], simd:
     for (verb, out), named in verbs.items():
         calls = {name: one_after_another(call, len(kv.slots)) for name, call in named.items()}
         timings = alternate(calls, clock=cpu, min_s=min_s)
-        report_rates(report, verb, amount, timings, out=out, simd=simd, threads=1, clock="cpu")
+        report_rates(report, verb, amount, timings, kv=shape_of(kv), out=out, simd=simd, threads=1, clock="cpu")
     limit_simd(LEVELS["avx512"])
 
 
@@ -104,7 +121,7 @@ def bench_two_threads(report: Report, kv: Corpus, coders: dict[str, Coder], simd
         two = {f"{name} in two": in_two(coder.decode) for name, coder in coders.items()}
         timings = alternate(one | two, clock=wall, min_s=min_s)
     amount = sum(kv.num_tokens[block] for block in blocks) * kv.layout.spec.token_nbytes / 1e9
-    case: dict[str, Any] = {"out": "slot", "simd": simd, "threads": 2, "clock": "wall"}
+    case: dict[str, Any] = {"kv": shape_of(kv), "out": "slot", "simd": simd, "threads": 2, "clock": "wall"}
     report_rates(report, "decode", amount, {name: timings[f"{name} in two"] for name in coders}, **case)
     for name in coders:
         gain = timings[name].p10_s / timings[f"{name} in two"].p10_s
@@ -147,23 +164,25 @@ def main() -> None:
     case = {"origin": kv.origin, "blocks": len(kv.slots), "block_tokens": kv.layout.block_tokens}
     report = Report(settings, {**case, "dtype": kv.layout.spec.dtype, "calibrated": "by moments of these blocks"})
     calibration = calibrated(kv, with_bases=True)
-    coders = {"memcpy": copier(kv)}
+    coders = coders_of(kv, calibration)
     if not calibration.has_bases:
         print("# pca is left out: too few tokens, or too many channels a layer, for bases; it would be q2")
-    profiles = [profile for profile in Profile if profile is not Profile.PCA or calibration.has_bases]
-    coders |= {str(profile): codec_coder(kv, profile, calibration) for profile in profiles}
-    coders |= {f"zstd-{level}": zstd_coder(kv, level) for level in (1, 3)}
     smaller = {name: kv.raw_nbytes / coder.nbytes for name, coder in coders.items()}
     for name, baseline in pairs(coders):
         report.value("size", "raw/stored", (name, smaller[name]), (baseline, smaller[baseline]))
     found = build_info()["simd"].split(",")
     levels = ["plain", *(level for level in LEVELS if level in found)]
-    deep = rearranged(kv, PARTIAL_LAYERS, PARTIAL_HEADS)
+    few = slice(DEEP_BLOCKS)
+    first = replace(kv, slots=kv.slots[few], num_tokens=kv.num_tokens[few])
+    deep = rearranged(first, PARTIAL_LAYERS, PARTIAL_HEADS)
     for profile in ALONE:
         bench_partial(report, deep, profile, levels[-1], min_s)
     for simd in reversed(levels):
         bench_one_thread(report, kv, coders, simd, min_s)
-    bench_two_threads(report, kv, coders, levels[-1], min_s)
+    deep_coders = coders_of(deep, calibrated(deep))
+    bench_one_thread(report, deep, deep_coders, levels[-1], min_s)
+    for blocks, coded in ((kv, coders), (deep, deep_coders)):
+        bench_two_threads(report, blocks, coded, levels[-1], min_s)
     report.write()
 
 
