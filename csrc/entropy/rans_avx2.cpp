@@ -113,7 +113,7 @@ KV_TARGET_AVX2 void read_together(const ReadJob* jobs,
   }
   for (std::size_t row = 0; row < rows; ++row) {
     for (std::size_t group = 0; group < groups; ++group) {
-#pragma GCC unroll 2
+#pragma GCC unroll 1
       for (std::size_t i = 0; i < kCount; ++i) {
         RansReader& reader = *jobs[i].reader;
         if (__builtin_expect(reader.next > reader.limit, 0)) {

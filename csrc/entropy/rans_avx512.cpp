@@ -79,7 +79,8 @@ KV_AVX512_INLINE void store_pairs(__m512i even, __m512i odd, std::uint8_t* symbo
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(symbols), _mm512_cvtepi32_epi16(pairs));
 }
 
-// kCount segments in lock step: one waits for its look-ups while the others work.
+// kCount segments in lock step: one waits for its look-ups while the others work. Loops over them
+// are not unrolled: that much code would not stay where CPUs keep decoded instructions.
 template <std::size_t kCount>
 KV_TARGET_AVX512 void read_together(const ReadJob* jobs,
                                     std::size_t rows,
@@ -101,7 +102,7 @@ KV_TARGET_AVX512 void read_together(const ReadJob* jobs,
       __m512i even_low[kCount];
       __m512i even_high[kCount];
       Places places[kCount];
-#pragma GCC unroll 4
+#pragma GCC unroll 1
       for (std::size_t i = 0; i < kCount; ++i) {
         if (__builtin_expect(next[i] > limit[i], 0)) {
           jobs[i].reader->next = next[i];
@@ -110,16 +111,16 @@ KV_TARGET_AVX512 void read_together(const ReadJob* jobs,
           limit[i] = jobs[i].reader->limit;
         }
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 1
       for (std::size_t i = 0; i < kCount; ++i) {
         find_places(low[i], high[i], jobs[i].bases + group * kGroup, places[i]);
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 1
       for (std::size_t i = 0; i < kCount; ++i) {
         read_step(low[i], high[i], jobs[i].table, places[i], next[i], even_low[i], even_high[i]);
         find_places(low[i], high[i], jobs[i].bases + group * kGroup + kLanes, places[i]);
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 1
       for (std::size_t i = 0; i < kCount; ++i) {
         __m512i odd_low;
         __m512i odd_high;
