@@ -198,7 +198,7 @@ void write_segments(const SegmentGrid& grid,
   for (std::size_t index = 0; index < grid.size() && !writer.is_full(); ++index) {
     const Segment segment = grid.at(index);
     const CutSegment cut = cut_segment(segment, quantiser, classes);
-    scratch.resize(std::max(scratch.size(), 2 * cut.symbols.size()));
+    scratch.resize(std::max(scratch.size(), 2 * cut.symbols.size() + RansWriter::kSpareNbytes));
     RansWriter coder(Bytes(scratch.data(), scratch.size()));
     coder.write_groups(cut.symbols.data(), class_tables().write.data(),
                        bases.data() + segment.first_head * kGroup, kClassWritePage - 1,

@@ -3,6 +3,7 @@
 // smaller.
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <string>
 
 #include "codec/groups.hpp"
@@ -147,7 +148,8 @@ class RecordWriter {
     }
     const std::uint64_t raw_nbytes = sources.size() * info_.shape(plane).raw_nbytes();
     const Bytes room =
-        out_.sub(offset, std::min<std::uint64_t>(raw_nbytes - 1, out_.size() - offset));
+        out_.sub(offset, std::min<std::uint64_t>({raw_nbytes - 1, out_.size() - offset,
+                                                  std::numeric_limits<std::uint32_t>::max()}));
     const int mult = plane % 2 == 0 ? settings_.key_mult : settings_.value_mult;
     entry.nbytes = write_basis_group(shape, mult, raw_rows_, sources, entry, room);
     if (entry.nbytes == 0) {

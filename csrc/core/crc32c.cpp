@@ -158,7 +158,8 @@ KV_TARGET_CRC std::uint32_t crc32c_instruction(ConstBytes bytes, std::uint32_t s
   const std::uint8_t* data = bytes.data();
   std::size_t left = bytes.size();
   std::uint32_t crc = ~seed;
-  if (left >= 2 * kFoldedNbytes && cpu_features().has_vector_clmul) {
+  if (left >= 2 * kFoldedNbytes && cpu_features().has_vector_clmul &&
+      simd_level() == SimdLevel::kAvx512) {
     std::uint8_t folded[kFoldedNbytes];
     const std::size_t nbytes = left / kFoldedNbytes * kFoldedNbytes;
     fold(data, nbytes, crc, folded);

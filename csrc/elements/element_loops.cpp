@@ -3,6 +3,7 @@
 // makes the vectors. Nothing may be fused (the build says -ffp-contract=off), so all agree.
 #include "elements/element_loops.hpp"
 
+#include <algorithm>
 #include <array>
 
 #include "core/cpu.hpp"

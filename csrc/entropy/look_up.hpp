@@ -3,8 +3,6 @@
 // which some CPUs run from microcode and others slow down for safety.
 #pragma once
 
-#include <immintrin.h>
-
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -14,6 +12,7 @@
 #include "entropy/rans.hpp"
 
 #ifdef KV_X86
+#include <immintrin.h>
 
 namespace kv {
 

@@ -46,9 +46,10 @@ std::shared_ptr<const ChannelTables> channel_tables(const PlaneShape& shape,
       return latest;
     }
   }
-  auto made = std::make_shared<const ChannelTables>(make_tables(shape, entry, parameters));
+  const std::shared_ptr<const ChannelTables> made =
+      std::make_shared<const ChannelTables>(make_tables(shape, entry, parameters));
   if (is_shared) {
-    std::atomic_store(&parameters->latest_tables, std::shared_ptr<const ChannelTables>(made));
+    std::atomic_store(&parameters->latest_tables, made);
   }
   return made;
 }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The reader of quantised planes.
 #include <algorithm>
-#include <array>
 #include <cstring>
 
 #include "core/endian.hpp"
