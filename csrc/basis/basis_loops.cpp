@@ -12,13 +12,27 @@
 namespace kv {
 namespace {
 
-// Vectors that compilers cut to what the target has; unlike arrays, they stay in registers.
-constexpr std::size_t kWidth = 16;
-using Floats = float __attribute__((vector_size(4 * kWidth)));
-using Words = std::uint32_t __attribute__((vector_size(4 * kWidth)));
+// Vectors of as many lanes as a target has; unlike arrays, they stay in registers. Sums are the
+// same for any number of lanes: none is over lanes.
+template <std::size_t kLanes>
+struct Vectors;
+template <>
+struct Vectors<4> {
+  using Floats = float __attribute__((vector_size(16)));
+  using Words = std::uint32_t __attribute__((vector_size(16)));
+};
+template <>
+struct Vectors<8> {
+  using Floats = float __attribute__((vector_size(32)));
+  using Words = std::uint32_t __attribute__((vector_size(32)));
+};
+template <>
+struct Vectors<16> {
+  using Floats = float __attribute__((vector_size(64)));
+  using Words = std::uint32_t __attribute__((vector_size(64)));
+};
 
 constexpr std::size_t kSums = 4;
-constexpr std::size_t kTokenVectors = kTokenTile / kWidth;
 
 // Not by value: functions that return vectors differ between targets.
 template <typename Vector>
@@ -26,7 +40,10 @@ KV_INLINE void load(const void* from, Vector& loaded) noexcept {
   std::memcpy(&loaded, from, sizeof(loaded));
 }
 
+template <std::size_t kWidth>
 KV_INLINE void forward_any(const ForwardSums& given) noexcept {
+  using Floats = typename Vectors<kWidth>::Floats;
+  constexpr std::size_t kTokenVectors = kTokenTile / kWidth;
   for (std::size_t first = 0; first < given.rank; first += kSums) {
     const std::size_t count = std::min(kSums, given.rank - first);
     Floats sums[kSums][kTokenVectors] = {};
@@ -59,8 +76,10 @@ KV_INLINE void forward_any(const ForwardSums& given) noexcept {
 }
 
 // `kPairs` vectors of pairs of one row's channels: the even ones are the low halves of words.
-template <std::size_t kPairs>
+template <std::size_t kPairs, std::size_t kWidth>
 KV_INLINE void inverse_part(const InverseSums& given, std::size_t first) noexcept {
+  using Floats = typename Vectors<kWidth>::Floats;
+  using Words = typename Vectors<kWidth>::Words;
   Floats even[kPairs] = {};
   Floats odd[kPairs] = {};
   for (std::size_t k = 0; k < given.count; ++k) {
@@ -92,16 +111,17 @@ KV_INLINE void inverse_part(const InverseSums& given, std::size_t first) noexcep
   }
 }
 
+template <std::size_t kWidth>
 KV_INLINE void inverse_any(const InverseSums& given) noexcept {
   std::size_t at = 0;
   for (; at + 8 * kWidth <= given.dim; at += 8 * kWidth) {
-    inverse_part<4>(given, at);
+    inverse_part<4, kWidth>(given, at);
   }
   for (; at + 4 * kWidth <= given.dim; at += 4 * kWidth) {
-    inverse_part<2>(given, at);
+    inverse_part<2, kWidth>(given, at);
   }
   for (; at + 2 * kWidth <= given.dim; at += 2 * kWidth) {
-    inverse_part<1>(given, at);
+    inverse_part<1, kWidth>(given, at);
   }
   for (; at < given.dim; ++at) {
     float sum = 0.0F;
@@ -168,11 +188,11 @@ KV_INLINE bool compare_row(const float* __restrict sums,
 }
 
 // One set of functions for a target of the compiler.
-#define KV_BASIS_LOOPS(NAME, TARGET)                                                              \
+#define KV_BASIS_LOOPS(NAME, TARGET, LANES)                                                       \
   template <typename Type>                                                                        \
   struct NAME {                                                                                   \
-    TARGET static void forward(const ForwardSums& sums) noexcept { forward_any(sums); }           \
-    TARGET static void inverse(const InverseSums& sums) noexcept { inverse_any(sums); }           \
+    TARGET static void forward(const ForwardSums& sums) noexcept { forward_any<LANES>(sums); }    \
+    TARGET static void inverse(const InverseSums& sums) noexcept { inverse_any<LANES>(sums); }    \
     TARGET static bool weigh(const std::uint8_t* source,                                          \
                              const RowWeights& weights,                                           \
                              float* weighted) noexcept {                                          \
@@ -195,10 +215,10 @@ KV_INLINE bool compare_row(const float* __restrict sums,
     static constexpr BasisLoops kLoops{&forward, &inverse, &weigh, &restore, &compare};           \
   };
 
-KV_BASIS_LOOPS(BaselineLoops, )
+KV_BASIS_LOOPS(BaselineLoops, , 4)
 #ifdef KV_X86
-KV_BASIS_LOOPS(Avx2Loops, KV_TARGET_AVX2)
-KV_BASIS_LOOPS(Avx512Loops, KV_TARGET_AVX512)
+KV_BASIS_LOOPS(Avx2Loops, KV_TARGET_AVX2, 8)
+KV_BASIS_LOOPS(Avx512Loops, KV_TARGET_AVX512, 16)
 #endif
 #undef KV_BASIS_LOOPS
 
