@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads it when it is first imported, and any test may be the one that does.
     os.environ["TRITON_INTERPRET"] = "1"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Shells have what runs in the background ignore Ctrl-C, and its children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _RECORDER = Path(__file__).parents[1] / "examples" / "record_screen.py"
 
