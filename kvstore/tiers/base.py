@@ -13,23 +13,32 @@ class Tier(StrEnum):
     DEVICE = "device"
     HOST = "host"
     DISK = "disk"
+    REMOTE = "remote"
 
 
 class Outcome(StrEnum):
     """What became of one block of a batch.
 
-    `HOST` and `DISK` say which tier served it. After `MISS` and `DAMAGED` the destination holds undefined bytes.
+    `HOST`, `DISK` and `REMOTE` say which tier served a read. After any other outcome of a read the destination holds
+    undefined bytes. `STORED` is the good end of a write; `FULL` a write that found no room. `TIMED_OUT`, `CANCELLED`
+    and `UNAVAILABLE` (the tier failed, or is bypassed since it kept failing) end reads and writes alike.
     """
 
     HOST = "host"
     DISK = "disk"
+    REMOTE = "remote"
+    STORED = "stored"
     MISS = "miss"
     DAMAGED = "damaged"
+    FULL = "full"
+    TIMED_OUT = "timed out"
+    CANCELLED = "cancelled"
+    UNAVAILABLE = "unavailable"
 
     @property
     def is_hit(self) -> bool:
-        """True when the destination holds the block."""
-        return self in (Outcome.HOST, Outcome.DISK)
+        """True when the destination of a read holds the block."""
+        return self in (Outcome.HOST, Outcome.DISK, Outcome.REMOTE)
 
 
 @dataclass(frozen=True, slots=True, order=True)
