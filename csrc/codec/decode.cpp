@@ -11,6 +11,7 @@
 #include "core/crc32c.hpp"
 #include "core/endian.hpp"
 #include "elements/byte_split.hpp"
+#include "elements/whole_lines.hpp"
 #include "planes/exponent_plane.hpp"
 #include "planes/quantised_plane.hpp"
 
@@ -301,6 +302,7 @@ void decode_planes(const BlockView& block,
                 std::to_string(next_stream));
   pending.read();
   decode_groups(block, part, holders, calibration, window, targets);
+  finish_lines();
 }
 
 }  // namespace kv

@@ -8,7 +8,7 @@
 // GCC's own header passes vectors without a value where none is needed, and warns of it.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
+#include "elements/whole_lines.hpp"
 
 namespace kv {
 namespace {
@@ -41,7 +41,11 @@ struct Avx2 {
     const __m256i biased = _mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF));
     return _mm256_srli_epi32(_mm256_add_epi32(biased, odd), 16);
   }
-  static KV_AVX2_INLINE void store(Floats low, Floats high, std::uint8_t* to) noexcept {
+  static KV_AVX2_INLINE void store(Floats low,
+                                   Floats high,
+                                   std::uint8_t* to,
+                                   bool /*past_caches*/) noexcept {
+    // Half a line at a time is what memory is slow at: always through the caches.
     // Packing works in halves of 128 bits: the quarters have to be put in order.
     const __m256i packed = _mm256_packus_epi32(rounded(low), rounded(high));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0xD8));
@@ -74,12 +78,16 @@ struct Avx512 {
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
   }
-  static KV_AVX512_INLINE void store(Floats low, Floats high, std::uint8_t* to) noexcept {
+  static KV_AVX512_INLINE void store(Floats low,
+                                     Floats high,
+                                     std::uint8_t* to,
+                                     bool past_caches) noexcept {
     alignas(64) static constexpr std::uint16_t kUpperHalves[32] = {
         1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
         33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(rounded(low), _mm512_load_si512(kUpperHalves),
-                                                      rounded(high)));
+    store_line(
+        to, _mm512_permutex2var_epi16(rounded(low), _mm512_load_si512(kUpperHalves), rounded(high)),
+        past_caches);
   }
 };
 
@@ -89,6 +97,7 @@ struct Avx512 {
   TARGET std::size_t NAME(const RestoreRows<Quantised>& given) noexcept {                \
     using V = VECTOR;                                                                    \
     const RowTransform& how = given.transform;                                           \
+    const bool past_caches = fills_lines(given.target, given.target_stride);             \
     std::size_t first = 0;                                                               \
     for (; first + 2 * V::kLanes <= given.dim; first += 2 * V::kLanes) {                 \
       typename V::Floats steps[2];                                                       \
@@ -119,7 +128,7 @@ struct Avx512 {
             values[half] = V::sum(values[half], means[half]);                            \
           }                                                                              \
         }                                                                                \
-        V::store(values[0], values[1], target);                                          \
+        V::store(values[0], values[1], target, past_caches);                             \
         quantised += given.quantised_stride;                                             \
         target += given.target_stride;                                                   \
       }                                                                                  \

@@ -4,15 +4,7 @@
 
 #include "core/cpu.hpp"
 #include "core/endian.hpp"
-
-#ifdef KV_X86
-// GCC's own header passes vectors without a value where none is needed, and warns of it.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
+#include "elements/whole_lines.hpp"
 
 namespace kv {
 namespace {
@@ -124,14 +116,15 @@ KV_TARGET_AVX512 void merge_rows_of_vectors(const MergeRows& given) noexcept {
   const std::uint8_t* low = given.streams[0];
   const std::uint8_t* high = given.streams[1];
   std::uint8_t* target = given.target;
+  const bool past_caches = fills_lines(target, given.target_stride);
   for (std::size_t row = 0; row < given.rows; ++row) {
     for (std::size_t at = 0; at < given.count; at += kVector) {
       const __m512i lows = _mm512_loadu_si512(low + at);
       const __m512i highs = _mm512_loadu_si512(high + at);
       const __m512i first = _mm512_permutex2var_epi8(lows, pairs, highs);
       const __m512i second = _mm512_permutex2var_epi8(lows, later, highs);
-      _mm512_storeu_si512(target + 2 * at, _mm512_shrdi_epi16(first, first, 1));
-      _mm512_storeu_si512(target + 2 * at + kVector, _mm512_shrdi_epi16(second, second, 1));
+      store_line(target + 2 * at, _mm512_shrdi_epi16(first, first, 1), past_caches);
+      store_line(target + 2 * at + kVector, _mm512_shrdi_epi16(second, second, 1), past_caches);
     }
     low += given.low_stride;
     high += given.high_stride;
