@@ -73,21 +73,22 @@ class ByteStreams:
         return is_split, streams
 
     def inflate(
-        self, data: memoryview, spans: list[tuple[int, int]], planes: Sequence[PlaneInfo], first_plane: int
+        self, data: memoryview, spans: list[tuple[int, int]], planes: Sequence[PlaneInfo], layers: range
     ) -> list[Buffer]:
         """Decompress the streams of the split planes.
 
         Args:
             data: part of a record.
             spans: where the streams lie in it, checked by native code.
-            planes: directory entries of the part.
-            first_plane: number of the first one.
+            planes: the record's directory.
+            layers: which of it are in the part.
 
         Raises:
             CorruptRecordError: a frame is damaged, or states another length than its plane has.
         """
         itemsize = self._spec.itemsize
-        split = [(first_plane + i, p.raw_nbytes // itemsize) for i, p in enumerate(planes) if p.coding is Coding.SPLIT]
+        wanted = range(2 * layers.start, 2 * layers.stop)
+        split = [(at, planes[at].raw_nbytes // itemsize) for at in wanted if planes[at].coding is Coding.SPLIT]
         streams: list[Buffer] = []
         for index, (offset, nbytes) in enumerate(spans):
             plane, elements = split[index // itemsize]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,11 +30,10 @@ from kvstore.record import (
     RecordInfo,
     Steps,
     header_nbytes,
+    layer_bounds,
     plane_span,
-    planes_of,
     probe,
     usual_steps,
-    with_holders,
 )
 
 if TYPE_CHECKING:
@@ -225,10 +223,9 @@ class Codec:
             ShapeError: an argument does not fit.
         """
         self._check(info)
-        self._check_calibration(info, planes_of(info, layers))
-        held = with_holders(info, layers)
-        first, num_leading = 2 * held.start, 2 * (layers.start - held.start)
-        part = RecordPart(first, planes_of(info, held), info.segment_tokens, memoryview(data), data_offset, num_leading)
+        first, end = layer_bounds(layers)
+        self._check_calibration(info, first, end)
+        part = info.directory.part(first, end, data, data_offset)
         return self._geometry, self._dtype, self._checked(info.num_tokens), part, self._native_calibration
 
     def writer(
@@ -249,7 +246,7 @@ class Codec:
         """Verify a part of a record; returns what decoding it takes."""
         geometry, dtype, num_tokens, part, _ = self.part(info, data, data_offset, layers)
         found = open_planes(geometry, dtype, num_tokens, part)
-        streams = self._streams.inflate(memoryview(data), found, planes_of(info, layers), 2 * layers.start)
+        streams = self._streams.inflate(memoryview(data), found, info.planes, layers) if found else []
         return geometry, dtype, num_tokens, part, streams
 
     @property
@@ -269,10 +266,10 @@ class Codec:
                 f"record is lossy ({info.profile}); a {self._profile} codec does not answer with it"
             )
 
-    def _check_calibration(self, info: RecordInfo, planes: Sequence[PlaneInfo]) -> None:
+    def _check_calibration(self, info: RecordInfo, first: int, end: int) -> None:
         """Refuse planes that were written with a calibration which this codec does not have."""
         own = None if self._calibration is None else self._calibration.id
-        if info.calibration_id != own and any(plane.is_calibrated for plane in planes):
+        if info.calibration_id != own and info.directory.needs_calibration(first, end):
             raise SpecMismatchError(
                 f"record was written with calibration {info.calibration_id.hex()}; this codec has "
                 f"{'none' if own is None else own.hex()}"

@@ -7,8 +7,8 @@ CapacityError from the system, CorruptRecordError and UnsupportedFormatError fro
 
 Records (kvstore.codec is their face):
     Calibration(data, id_bytes): a parsed calibration object, shared by all threads.
-    RecordPart(first_plane, entries, segment_tokens, data, data_offset, num_leading): consecutive planes, and the bytes
-        they are in; the leading ones are not wanted, but hold bytes of others.
+    PlaneDirectory: of a record that was probed. `span` and `part` of layers [first, end) include what earlier layers
+        hold for them; `entries` are the fields of every plane, as kvstore.record.PlaneInfo names them.
     decode_rows(..., wanted, keys, values): wanted is (first_head, num_heads, first_token, num_tokens); keys and values
         are [layers, heads, tokens, dim] of any strides, rows contiguous.
     DecodePlan(requests): records that warps decode, on a device or in lock step on the host; a request is (geometry,
@@ -53,6 +53,7 @@ try:
         EncodePlan,
         Geometry,
         IoPool,
+        PlaneDirectory,
         RecordPart,
         Ticket,
         build_info,
@@ -86,6 +87,7 @@ __all__ = [
     "EncodePlan",
     "Geometry",
     "IoPool",
+    "PlaneDirectory",
     "RecordPart",
     "Ticket",
     "build_info",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +12,8 @@ from kvstore.native import probe_record
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+    from kvstore.native import PlaneDirectory
 
 DTYPES = ("bfloat16", "float16", "float32")
 """Element types by their number in the format."""
@@ -129,11 +131,6 @@ class PlaneInfo(NamedTuple):
     segment_heads: int
 
     @property
-    def is_calibrated(self) -> bool:
-        """True when the plane cannot be read without the calibration that the header names."""
-        return self.coding is Coding.BASIS or (self.coding is Coding.QUANTISED and self.transform >> 4 & 3 == 1)
-
-    @property
     def is_follower(self) -> bool:
         """True when an earlier layer's plane of the same side holds this one's bytes too."""
         return self.coding is Coding.BASIS and self.nbytes == 0
@@ -141,7 +138,7 @@ class PlaneInfo(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RecordInfo:
-    """Header and directory of a record; `planes` in the order K0, V0, K1, V1, ..."""
+    """Header and directory of a record."""
 
     version: tuple[int, int]
     profile: Profile
@@ -156,7 +153,12 @@ class RecordInfo:
     calibration_id: bytes
     header_nbytes: int
     total_nbytes: int
-    planes: tuple[PlaneInfo, ...]
+    directory: PlaneDirectory = field(compare=False, repr=False)
+
+    @property
+    def planes(self) -> tuple[PlaneInfo, ...]:
+        """The directory's entries, made anew at every call, in the order K0, V0, K1, V1, ..."""
+        return tuple(PlaneInfo(*entry[:3], Coding(entry[3]), *entry[4:]) for entry in self.directory.entries())
 
 
 def header_nbytes(num_layers: int) -> int:
@@ -178,9 +180,7 @@ def plane_span(info: RecordInfo, layers: range) -> tuple[int, int]:
     Raises:
         ShapeError: `layers` is empty, has gaps, or goes beyond the record's layers.
     """
-    planes = planes_of(info, with_holders(info, layers))
-    end = planes[-1].offset + -(-planes[-1].nbytes // _PLANE_ALIGNMENT) * _PLANE_ALIGNMENT
-    return planes[0].offset, end - planes[0].offset
+    return info.directory.span(*layer_bounds(layers))
 
 
 def probe(record: Buffer) -> RecordInfo:
@@ -195,7 +195,7 @@ def probe(record: Buffer) -> RecordInfo:
     """
     found = probe_record(record)
     version, profile, layers, heads, key_dim, value_dim, dtype, tokens, cut, first, calibration, *_ = found
-    header, total, entries = found[-3:]
+    header, total, directory = found[-3:]
     return RecordInfo(
         version=version,
         profile=PROFILES[profile],
@@ -210,30 +210,16 @@ def probe(record: Buffer) -> RecordInfo:
         calibration_id=calibration,
         header_nbytes=header,
         total_nbytes=total,
-        planes=tuple(PlaneInfo(*entry[:3], Coding(entry[3]), *entry[4:]) for entry in entries),
+        directory=directory,
     )
 
 
-def with_holders(info: RecordInfo, layers: range) -> range:
-    """Widen a run of layers to begin with those whose planes hold bytes of its own.
+def layer_bounds(layers: range) -> tuple[int, int]:
+    """First layer and the one behind the last.
 
     Raises:
-        ShapeError: see `planes_of`.
+        ShapeError: `layers` has gaps, or numbers below zero.
     """
-    first = planes_of(info, layers)[:2]
-    start = layers.start
-    while start > 0 and any(plane.is_follower for plane in first):
-        start -= 1
-        first = info.planes[2 * start : 2 * start + 2]
-    return range(start, layers.stop)
-
-
-def planes_of(info: RecordInfo, layers: range) -> tuple[PlaneInfo, ...]:
-    """Directory entries of consecutive layers, at least one.
-
-    Raises:
-        ShapeError: `layers` is empty, has gaps, or goes beyond the record's layers.
-    """
-    if layers.step != 1 or not 0 <= layers.start < layers.stop <= info.num_layers:
-        raise ShapeError(f"layers {layers} of {info.num_layers}; they must be consecutive, at least one")
-    return info.planes[2 * layers.start : 2 * layers.stop]
+    if layers.step != 1 or min(layers.start, layers.stop) < 0:
+        raise ShapeError(f"layers {layers}: they must be consecutive, at least one")
+    return layers.start, layers.stop

@@ -20,26 +20,15 @@ using py::literals::operator""_a;
 namespace kv::bindings {
 namespace {
 
-EntryTuple tuple_from(const PlaneEntry& entry) {
-  return EntryTuple{
-      entry.offset,   entry.nbytes,      entry.raw_nbytes,   static_cast<unsigned>(entry.coding),
-      entry.crc32c,   entry.transform,   entry.mult,         entry.low_bits,
-      entry.raw_rows, entry.scale_class, entry.segment_heads};
-}
-
 py::tuple probe_record(const py::buffer& record) {
   const HeldBuffer held(record, false);
   const RecordInfo info = parse_header(held.readable());
-  py::list planes;
-  for (const PlaneEntry& entry : info.planes) {
-    planes.append(py::cast(tuple_from(entry)));
-  }
   const auto* id = reinterpret_cast<const char*>(info.calibration.data());
   return py::make_tuple(py::make_tuple(info.major, info.minor), static_cast<unsigned>(info.profile),
                         info.num_layers, info.kv_heads, info.key_dim, info.value_dim,
                         static_cast<unsigned>(info.dtype), info.num_tokens, info.segment_tokens,
                         info.first_token, py::bytes(id, info.calibration.size()),
-                        info.header_nbytes(), info.total_nbytes, planes);
+                        info.header_nbytes(), info.total_nbytes, PlaneDirectory(info));
 }
 
 Calibration make_calibration(const py::buffer& data, const py::buffer& id) {
@@ -193,11 +182,12 @@ void decode_rows(const Geometry& geometry,
 void bind_codec(py::module_& module) {
   py::class_<Calibration>(module, "Calibration")
       .def(py::init(&make_calibration), "data"_a, "id_bytes"_a);
-  py::class_<PartArguments>(module, "RecordPart")
-      .def(py::init<std::size_t, std::vector<EntryTuple>, std::size_t, py::buffer, std::uint64_t,
-                    std::size_t>(),
-           "first_plane"_a, "entries"_a, "segment_tokens"_a, "data"_a, "data_offset"_a,
-           "num_leading"_a);
+  py::class_<PartArguments>(module, "RecordPart");
+  py::class_<PlaneDirectory>(module, "PlaneDirectory")
+      .def("entries", &PlaneDirectory::entries)
+      .def("span", &PlaneDirectory::span, "first"_a, "end"_a)
+      .def("needs_calibration", &PlaneDirectory::needs_calibration, "first"_a, "end"_a)
+      .def("part", &PlaneDirectory::part, "first"_a, "end"_a, "data"_a, "data_offset"_a);
   module.def("probe_record", &probe_record, "record"_a);
   module.def(
       "record_bound",

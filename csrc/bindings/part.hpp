@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Parts of records as Python describes them.
+// Directories of records, and parts of records, as Python holds them.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -26,30 +26,47 @@ using EntryTuple = std::tuple<std::uint64_t,
                               std::uint8_t,
                               std::uint16_t>;
 
-/// A part of a record; `data` is any buffer.
+/// Layers of a record; `data` is any buffer.
 struct PartArguments {
-  std::size_t first_plane;
-  std::vector<EntryTuple> entries;
-  std::size_t segment_tokens;
+  RecordPart planes;  ///< without its bytes
   pybind11::buffer data;
-  std::uint64_t data_offset;
-  std::size_t num_leading;
 
   /// @param bytes  those of `data`.
   [[nodiscard]] RecordPart part(ConstBytes bytes) const {
-    RecordPart made{first_plane, {}, segment_tokens, bytes, data_offset, num_leading};
-    made.planes.reserve(entries.size());
-    for (const EntryTuple& tuple : entries) {
-      PlaneEntry entry;
-      unsigned coding = 0;
-      std::tie(entry.offset, entry.nbytes, entry.raw_nbytes, coding, entry.crc32c, entry.transform,
-               entry.mult, entry.low_bits, entry.raw_rows, entry.scale_class, entry.segment_heads) =
-          tuple;
-      entry.coding = coding_from(coding);
-      made.planes.push_back(entry);
-    }
+    RecordPart made = planes;
+    made.data = bytes;
     return made;
   }
+};
+
+/// The directory of a probed record. Python passes it back unread: making tuples of its planes
+/// costs as much as decoding some of them.
+class PlaneDirectory {
+ public:
+  explicit PlaneDirectory(const RecordInfo& info)
+      : planes_(info.planes), segment_tokens_(info.segment_tokens) {}
+
+  [[nodiscard]] std::vector<EntryTuple> entries() const;
+
+  /// Offset and nbytes of what holds layers [first, end): their planes, padding included, and those
+  /// before them of the same groups.
+  /// @throws ShapeError unless there are such layers, at least one. The others likewise.
+  [[nodiscard]] std::tuple<std::uint64_t, std::uint64_t> span(std::size_t first,
+                                                              std::size_t end) const;
+  /// True when layers [first, end) cannot be read without a calibration.
+  [[nodiscard]] bool needs_calibration(std::size_t first, std::size_t end) const;
+
+  /// @param data  bytes of the record from `data_offset` on.
+  [[nodiscard]] PartArguments part(std::size_t first,
+                                   std::size_t end,
+                                   pybind11::buffer data,
+                                   std::uint64_t data_offset) const;
+
+ private:
+  void check(std::size_t first, std::size_t end) const;
+
+  std::vector<PlaneEntry> planes_;
+  std::size_t segment_tokens_;
 };
 
 }  // namespace kv::bindings

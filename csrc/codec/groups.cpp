@@ -13,6 +13,13 @@ bool is_follower(const PlaneEntry& entry) noexcept {
 
 }  // namespace
 
+std::size_t first_holder(const std::vector<PlaneEntry>& planes, std::size_t layer) noexcept {
+  while (layer > 0 && (is_follower(planes[2 * layer]) || is_follower(planes[2 * layer + 1]))) {
+    --layer;
+  }
+  return layer;
+}
+
 std::vector<std::size_t> holders_of(const std::vector<PlaneEntry>& planes,
                                     std::size_t first_plane) {
   std::vector<std::size_t> holders(planes.size());

@@ -19,6 +19,11 @@ namespace kv {
 [[nodiscard]] std::vector<std::size_t> holders_of(const std::vector<PlaneEntry>& planes,
                                                   std::size_t first_plane);
 
+/// The first layer whose planes hold bytes of those of `layer`: its own, except in a group.
+/// @param planes  of a whole directory.
+[[nodiscard]] std::size_t first_holder(const std::vector<PlaneEntry>& planes,
+                                       std::size_t layer) noexcept;
+
 /// Checks that every plane without bytes follows one of its group, and that groups shrink.
 /// @param planes  of a whole directory: a part may end inside a group, which need not shrink so
 /// far.
