@@ -17,14 +17,22 @@ class Access(StrEnum):
 
 
 class Durability(StrEnum):
-    """What an acknowledged write survives.
+    """What a write survives once it is acknowledged, and when that is; docs/durability.md has the reasons.
 
     `NONE` survives the death of the process (`kill -9`), not of the machine. `COMMIT` also survives a power cut:
-    extents are synced before the catalogue names them, and the catalogue syncs each commit.
+    extents are synced before the catalogue names them, and the catalogue syncs each commit. Both acknowledge an
+    `append` with the `flush` that follows it, and a `put` when it returns. `SYNC` is `COMMIT` whose every `append`
+    returns acknowledged: it needs no `flush`, and waits for the device each time.
     """
 
     NONE = "none"
     COMMIT = "commit"
+    SYNC = "sync"
+
+    @property
+    def survives_power_cut(self) -> bool:
+        """Whether what is acknowledged has been synced to the device."""
+        return self is not Durability.NONE
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,7 +168,7 @@ class Store:
         """Append blocks to a stream and move its cursor, behind the caller's back.
 
         Slots are copied before the call returns; it waits while the host tier is full of unwritten blocks. The blocks
-        of one call and its cursor become visible together. `flush` makes sure of them.
+        of one call and its cursor become visible together. `flush` makes sure of them; durability `sync` needs none.
 
         Args:
             name: the stream.

@@ -23,6 +23,7 @@ from kvstore.layout import BlockLayout
 from kvstore.spec import BlockKey, chain_key
 from kvstore.store import (
     Access,
+    Durability,
     FetchRequest,
     NewBlock,
     Outcome,
@@ -283,3 +284,11 @@ def test_a_host_budget_below_two_slots_is_refused_and_leaves_the_store_free(tmp_
     with pytest.raises(ConfigError, match="two"):
         open_store(tmp_path, host_slots=1)
     open_store(tmp_path).close()
+
+
+def test_with_durability_sync_an_append_is_durable_on_return(tmp_path: Path) -> None:
+    with open_store(tmp_path, durability=Durability.SYNC) as store:
+        store.create_stream(HEADER)
+        for index in range(3):
+            store.append("lecture", make_blocks(1, index), {"next": index + 1})
+            assert store.manifest("lecture").cursor == {"next": index + 1}

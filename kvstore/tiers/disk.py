@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from kvstore.config import Access, Durability, StoreConfig
+from kvstore.config import Access, StoreConfig
 from kvstore.errors import CapacityError, KVStoreError, StoreNotFoundError
 from kvstore.policy import choose_victims, eviction_target
 from kvstore.spec import BlockKey
@@ -77,7 +77,7 @@ class DiskTier:
             self.catalogue = Catalogue(
                 folder / "catalogue",
                 writable=self.is_writable,
-                durable=config.durability is Durability.COMMIT,
+                durable=config.durability.survives_power_cut,
             )
             cleanup.callback(self.catalogue.close)
             self.calibrations = Calibrations(self.catalogue)
@@ -209,7 +209,7 @@ class DiskTier:
             is_new = not folder.exists()
             for part in (folder, folder / "catalogue", folder / "extents"):
                 part.mkdir(parents=True, exist_ok=True)
-            if self.config.durability is Durability.COMMIT:
+            if self.config.durability.survives_power_cut:
                 sync_folder(folder)
                 if is_new:  # who may write an old store need not be allowed to read the folder around it
                     sync_folder(folder.parent)

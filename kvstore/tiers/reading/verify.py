@@ -14,13 +14,14 @@ from torch import Tensor
 from kvstore.codec import Codec, RecordInfo
 from kvstore.errors import CorruptRecordError, KVStoreError
 from kvstore.layout import BlockLayout
-from kvstore.native import Arena, IoPool, crc32c
+from kvstore.native import Arena, IoPool
 from kvstore.spec import BlockKey, ModelSpec
 from kvstore.tiers.base import Extent
 from kvstore.tiers.catalogue import ReadView, Table
 from kvstore.tiers.disk import DiskTier, Found
+from kvstore.tiers.reading.extent_check import record_in
 from kvstore.tiers.tables.blocks import allocated_extents, find_block, has_block
-from kvstore.tiers.tables.records import EXTENT_HEADER_NBYTES, Entry, check_key, unpack_extent_header
+from kvstore.tiers.tables.records import Entry, check_key
 from kvstore.tiers.tables.streams import StreamRow, find_state, find_stream, read_entries, stream_rows
 
 _KEYS_PER_READ = 1024
@@ -192,18 +193,12 @@ class Verifier:
         file = self._disk.files.file(extent.file_id)
         self._pool.submit_read(file, self._arena, [(extent.offset, 0, extent.nbytes)]).wait()
         self._report.nbytes += extent.nbytes
-        data = memoryview(self._arena)[: extent.nbytes]
-        header = unpack_extent_header(data)
-        if (header.key, header.generation, header.record_nbytes) != (key, record.generation, record.record_nbytes):
-            raise CorruptRecordError("the extent holds another record than the catalogue says")
-        body = data[EXTENT_HEADER_NBYTES : EXTENT_HEADER_NBYTES + record.record_nbytes]
+        body = record_in(memoryview(self._arena)[: extent.nbytes], key, record)
         info = Codec.probe(body)
         if found.directory != bytes(body[: info.header_nbytes]):
             raise CorruptRecordError("the plane directory in the catalogue is not the one in the record")
         codec, slot = self._codec(info)
         codec.decode(body, slot, num_tokens=record.num_tokens)
-        if crc32c(body) != header.record_crc32c:
-            raise CorruptRecordError("the record's checksum does not match")
 
     def _codec(self, info: RecordInfo) -> tuple[Codec, Tensor]:
         """A decoder and a slot for records of one geometry; plain `put` blocks have no stream that describes them."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kvstore.config import Durability
 from kvstore.errors import ConfigError, ShapeError
 from kvstore.layout import BlockLayout
 from kvstore.tiers.disk import DiskTier
@@ -97,6 +98,8 @@ class Appender:
                 for lease in leases:
                     lease.release()
             progress.next_index += len(blocks)
+        if self._disk.config.durability is Durability.SYNC:
+            self._writer.flush()
 
     def forget(self, name: str) -> None:
         """Drop what is known about a stream: it was removed."""

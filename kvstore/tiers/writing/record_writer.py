@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvstore.codec import Codec
-from kvstore.config import Durability
 from kvstore.errors import CapacityError, KVStoreError
 from kvstore.native import Arena, IoPool, Ticket, crc32c
 from kvstore.spec import BlockKey
@@ -93,7 +92,7 @@ class RecordWriter:
     def write(
         self, blocks: Sequence[NewRecord], keep: Collection[BlockKey]
     ) -> tuple[list[WrittenRecord], CapacityError | None]:
-        """Write blocks to extents; with durability `commit` they are synced on return.
+        """Write blocks to extents; unless durability is `none` they are synced on return.
 
         Args:
             blocks: distinct keys.
@@ -121,7 +120,7 @@ class RecordWriter:
             began_s = time.perf_counter()
             for pending in tickets:
                 _wait_all(pending)
-            if written and self._disk.config.durability is Durability.COMMIT:
+            if written and self._disk.config.durability.survives_power_cut:
                 self._disk.files.sync(each.record.extent.file_id for each in written)
             self._count(written, time.perf_counter() - began_s)
             is_kept = True
