@@ -57,16 +57,23 @@ def test_used_ranges_behind_the_end_lengthen_the_range() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 40), st.integers(0, 100)), max_size=80))
-def test_no_byte_has_two_owners_and_none_is_lost(steps: list[tuple[bool, int, int]]) -> None:
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 40), st.integers(0, 100)), max_size=80), st.integers(2, 5))
+def test_no_byte_has_two_owners_and_none_is_lost(steps: list[tuple[bool, int, int]], bucket_ranges: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvstore.tiers.free_space._MAX_BUCKET_RANGES", bucket_ranges)
+        _check_free_space(steps)
+
+
+def _check_free_space(steps: list[tuple[bool, int, int]]) -> None:
     space = FreeSpace(200)
     owned: list[tuple[int, int]] = []
+    free = space.ranges()
     for is_allocation, nbytes, choice in steps:
         if is_allocation:
             offset = space.allocate(nbytes)
-            if offset is None:
-                assert all(size < nbytes for _, size in space.ranges())
-            else:
+            fitting = [start for start, size in free if size >= nbytes]
+            assert offset == (fitting[0] if fitting else None), "the lowest that fits"
+            if offset is not None:
                 owned.append((offset, nbytes))
         elif owned:
             space.release(*owned.pop(choice % len(owned)))
@@ -75,6 +82,22 @@ def test_no_byte_has_two_owners_and_none_is_lost(steps: list[tuple[bool, int, in
         assert sum(size for _, size in pieces) == 200
         free = space.ranges()
         assert all(a + size < b for (a, size), (b, _) in pairwise(free)), "not joined"
+        assert space.first_free == (free[0][0] if free else None)
+
+
+@pytest.mark.parametrize(("below", "found"), [(None, 10), (21, 10), (20, 10), (19, None)])
+def test_space_can_be_asked_for_in_front_of_a_place(below: int | None, found: int | None) -> None:
+    space = FreeSpace.around([(0, 10), (30, 10)], 100)
+    assert space.allocate(10, below) == found
+
+
+def test_a_million_holes_are_searched_in_buckets() -> None:
+    space = FreeSpace.around(((2 * page, 1) for page in range(1_000_000)), 2_000_000)
+    assert space.allocate(2) is None
+    space.release(1_500_000, 1)
+    assert space.allocate(3) == 1_499_999
+    assert space.allocate(1) == 1
+    assert len(space.ranges()) == 1_000_000 - 3
 
 
 def _allocator(folder: Path, allocated: list[Extent]) -> ExtentAllocator:

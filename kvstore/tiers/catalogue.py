@@ -74,6 +74,12 @@ class ReadView:
                     return
                 yield key, value
 
+    def scan_back(self, table: Table, before: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        """Yield key and value in reverse key order: from the last key, or the last one less than `before`."""
+        with self._txn.cursor(db=self._tables[table]) as cursor:
+            if cursor.prev() if before is not None and cursor.set_range(before) else cursor.last():
+                yield from cursor.iterprev()
+
     def count(self, table: Table) -> int:
         """Return how many keys `table` holds."""
         return self._txn.stat(self._tables[table])["entries"]
@@ -123,8 +129,7 @@ class Catalogue:
             raise StoreNotFoundError(f"{folder}: no store here; create it by opening it for writing")
         is_new = writable and not self._data_path.exists()
         # A reader without write permission cannot register in the lock file; it goes without.
-        registers = writable or os.access(folder, os.W_OK)
-        if registers:
+        if registers := writable or os.access(folder, os.W_OK):
             reserve(folder / "lock.mdb", _LOCK_NBYTES)
         with self._mapped_errors():
             try:
@@ -268,10 +273,6 @@ class Catalogue:
         with self._mapped_errors(), self._gate.exclusive():
             self._env.set_mapsize(map_nbytes)
 
-    def _has_no_room(self) -> bool:
-        nbytes = free_nbytes(self._folder)
-        return nbytes is not None and nbytes < _FULL_BELOW_NBYTES
-
     @contextmanager
     def _mapped_errors(self) -> Iterator[None]:
         try:
@@ -283,7 +284,8 @@ class Catalogue:
         text = f"{self._folder}: {error}"
         if isinstance(error, lmdb.MapFullError):
             return CapacityError(text)
-        if error.code in FULL_ERRNOS or (error.code == errno.EIO and self._writable and self._has_no_room()):
+        free = free_nbytes(self._folder) if error.code == errno.EIO and self._writable else None
+        if error.code in FULL_ERRNOS or (free is not None and free < _FULL_BELOW_NBYTES):
             return CapacityError(f"{self._folder}: {describe_full(self._folder)}")
         if isinstance(error, lmdb.VersionMismatchError):
             return UnsupportedFormatError(text)

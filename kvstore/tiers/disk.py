@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 from kvstore.config import Access, StoreConfig
@@ -23,17 +23,21 @@ from kvstore.tiers.extents import ExtentAllocator, ExtentFiles, sync_folder
 from kvstore.tiers.lock import WriterLock
 from kvstore.tiers.room import describe_full, refusal
 from kvstore.tiers.tables.blocks import (
-    allocated_extents,
     delete_unreferenced,
     find_block,
     find_directory,
     oldest_first,
+    taken_extents,
     touch,
 )
 from kvstore.tiers.tables.meta import begin_epoch, check_format
 from kvstore.tiers.tables.records import BlockRecord
 
 _MAX_TOUCHES = 65536
+# What one commit does is bounded, however large the store is: nobody waits for more.
+_MAX_TOUCHES_PER_COMMIT = 4096
+_MAX_VICTIMS_PER_COMMIT = 4096
+_MAX_EVICTION_NBYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,7 @@ class DiskTier:
             if self.is_writable:
                 self._numbers = count(self.catalogue.write(lambda view: begin_epoch(view, time.time())))
                 with self.catalogue.read() as view:
-                    self.allocator = ExtentAllocator(self.files, (extent for extent, _ in allocated_extents(view)))
+                    self.allocator = ExtentAllocator(self.files, taken_extents(view))
             else:
                 with self.catalogue.read() as view:
                     check_format(view)
@@ -144,7 +148,8 @@ class DiskTier:
             extent = self.allocator.allocate(nbytes, self._extent_limit())
             if extent is not None:
                 return extent
-            if not self._evict(eviction_target(nbytes, self.allocator.used_nbytes), keep):
+            target_nbytes = min(eviction_target(nbytes, self.allocator.used_nbytes), max(nbytes, _MAX_EVICTION_NBYTES))
+            if not self._evict(target_nbytes, keep):
                 raise CapacityError(f"{self.folder}: no room for {nbytes} bytes: {self._describe_lack(nbytes)}")
 
     def usage(self) -> DiskUsage:
@@ -153,14 +158,15 @@ class DiskTier:
         if self.is_writable:
             return DiskUsage(self.allocator.used_nbytes, self.allocator.file_nbytes, catalogue_nbytes)
         with self.catalogue.read() as view:
-            used_nbytes = sum(extent.nbytes for extent, _ in allocated_extents(view))
+            used_nbytes = sum(extent.nbytes for extent in taken_extents(view))
         return DiskUsage(used_nbytes, sum(self.files.sizes().values()), catalogue_nbytes)
 
     def take_uses(self) -> list[tuple[BlockKey, int]]:
-        """Take the remembered uses, oldest first, each with a stamp for `blocks.touch`."""
+        """Take remembered uses, oldest first and not too many at once, each with a stamp for `blocks.touch`."""
         with self._touched_lock:
-            keys = list(self._touched)
-            self._touched.clear()
+            keys = list(islice(self._touched, _MAX_TOUCHES_PER_COMMIT))
+            for key in keys:
+                del self._touched[key]
         return [(key, self.next_number()) for key in keys]
 
     def close(self) -> None:
@@ -179,7 +185,8 @@ class DiskTier:
         def evict(view: WriteView) -> list[Extent]:
             for key, stamp in uses:
                 touch(view, key, stamp)
-            victims = choose_victims(oldest_first(view), target_nbytes=target_nbytes, keep=keep)
+            candidates = islice(oldest_first(view), _MAX_VICTIMS_PER_COMMIT + len(keep))
+            victims = choose_victims(candidates, target_nbytes=target_nbytes, keep=keep)
             extents = [delete_unreferenced(view, victim.key) for victim in victims]
             return [extent for extent in extents if extent is not None]
 

@@ -121,6 +121,11 @@ class ExtentAllocator:
         with self._lock:
             return sum(space.nbytes for space in self._spaces.values())
 
+    def lengths(self) -> dict[int, int]:
+        """Return every file's length, as the allocator knows it."""
+        with self._lock:
+            return {file_id: space.nbytes for file_id, space in self._spaces.items()}
+
     def free_ranges(self) -> dict[int, list[tuple[int, int]]]:
         """Return every file's free (offset, nbytes), sorted."""
         with self._lock:
@@ -143,6 +148,26 @@ class ExtentAllocator:
                 if offset is not None:
                     return Extent(file_id, offset, nbytes)
             return self._allocate_grown(nbytes, limit_nbytes)
+
+    def allocate_before(self, extent: Extent) -> Extent | None:
+        """Hand out as many bytes nearer to the front than `extent`; None when no hole there has them."""
+        with self._lock:
+            for file_id, space in self._spaces.items():
+                if file_id > extent.file_id:
+                    break
+                offset = space.allocate(extent.nbytes, extent.offset if file_id == extent.file_id else None)
+                if offset is not None:
+                    return Extent(file_id, offset, extent.nbytes)
+            return None
+
+    def has_hole_before(self, extent: Extent) -> bool:
+        """Whether anything nearer to the front than `extent` is free."""
+        with self._lock:
+            for file_id, space in self._spaces.items():
+                first = space.first_free
+                if first is not None and (file_id, first) < (extent.file_id, extent.offset):
+                    return True
+            return False
 
     def release(self, extents: Iterable[Extent]) -> None:
         """Take extents back, after the commit that stopped naming them."""

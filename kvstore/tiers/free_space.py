@@ -3,27 +3,47 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 
 from kvstore.errors import CorruptRecordError
+
+_MAX_BUCKET_RANGES = 1024
+
+
+class _Bucket:
+    """A run of neighbouring free ranges, never empty inside a `FreeSpace`."""
+
+    __slots__ = ("offsets", "sizes")
+
+    def __init__(self, offsets: list[int], sizes: list[int]) -> None:
+        self.offsets = offsets
+        self.sizes = sizes
 
 
 class FreeSpace:
     """Which bytes of `[0, nbytes)` are free. Ranges are disjoint, sorted, and never touch each other.
 
-    First fit by address keeps a stream's blocks side by side, so that reads of neighbours merge into one.
-    Not thread-safe.
+    First fit by address keeps a stream's blocks side by side, so that reads of neighbours merge into one, and has the
+    best bound of all policies that move nothing: blocks of 1 to n pages that take M bytes at most need less than
+    M * (1 + log2 n) bytes of file, and no policy does better than half of that (Robson, JACM 1974 and Computer
+    Journal 1977). What it really takes is far less, and compaction takes it back.
+
+    Ranges lie in buckets that know their largest one, so a call looks at one entry per bucket and at one bucket:
+    O(sqrt n) for up to a million ranges. Not thread-safe.
 
     Args:
         nbytes: length of the address range; all of it is free.
     """
 
     def __init__(self, nbytes: int = 0) -> None:
-        self._offsets: list[int] = [0] if nbytes else []
-        self._sizes: list[int] = [nbytes] if nbytes else []
+        self._buckets: list[_Bucket] = []
+        self._firsts: list[int] = []
+        self._largest: list[int] = []
         self._nbytes = nbytes
         self._free_nbytes = nbytes
+        if nbytes:
+            self._insert(0, 0, 0, nbytes)
 
     @staticmethod
     def around(used: Iterable[tuple[int, int]], nbytes: int) -> FreeSpace:
@@ -61,31 +81,43 @@ class FreeSpace:
     @property
     def tail_nbytes(self) -> int:
         """Bytes of the free range that reaches the end; 0 when the last byte is used."""
-        if self._offsets and self._offsets[-1] + self._sizes[-1] == self._nbytes:
-            return self._sizes[-1]
+        if self._buckets:
+            last = self._buckets[-1]
+            if last.offsets[-1] + last.sizes[-1] == self._nbytes:
+                return last.sizes[-1]
         return 0
+
+    @property
+    def first_free(self) -> int | None:
+        """Lowest free offset; None when all is used."""
+        return self._firsts[0] if self._firsts else None
 
     def ranges(self) -> list[tuple[int, int]]:
         """Return the free ranges as (offset, nbytes), sorted."""
-        return list(zip(self._offsets, self._sizes, strict=True))
+        return [pair for bucket in self._buckets for pair in zip(bucket.offsets, bucket.sizes, strict=True)]
 
-    def allocate(self, nbytes: int) -> int | None:
-        """Take `nbytes` from the first range that has them; None when no range does. One pass over the ranges."""
+    def allocate(self, nbytes: int, below: int | None = None) -> int | None:
+        """Take `nbytes` from the first range that has them; None when no range does.
+
+        Args:
+            nbytes: how many.
+            below: the bytes must end at or before this offset.
+        """
         assert nbytes > 0, f"allocate {nbytes} bytes"
-        if nbytes > self._free_nbytes:
+        number = next((number for number, largest in enumerate(self._largest) if largest >= nbytes), None)
+        if number is None:
             return None
-        for position, size in enumerate(self._sizes):
-            if size < nbytes:
-                continue
-            offset = self._offsets[position]
-            if size == nbytes:
-                del self._offsets[position], self._sizes[position]
-            else:
-                self._offsets[position] += nbytes
-                self._sizes[position] -= nbytes
-            self._free_nbytes -= nbytes
-            return offset
-        return None
+        bucket = self._buckets[number]
+        position = next(position for position, size in enumerate(bucket.sizes) if size >= nbytes)
+        offset, size = bucket.offsets[position], bucket.sizes[position]
+        if below is not None and offset + nbytes > below:
+            return None
+        if size == nbytes:
+            self._remove(number, position)
+        else:
+            self._change(number, position, offset + nbytes, size - nbytes)
+        self._free_nbytes -= nbytes
+        return offset
 
     def release(self, offset: int, nbytes: int) -> None:
         """Give a range back and join it with free neighbours.
@@ -95,25 +127,28 @@ class FreeSpace:
         """
         if not 0 <= offset < offset + nbytes <= self._nbytes:
             raise CorruptRecordError(f"{nbytes} bytes at {offset} lie outside of {self._nbytes}")
-        position = bisect_left(self._offsets, offset)
+        number = max(0, bisect_right(self._firsts, offset) - 1)
+        bucket = self._buckets[number] if self._buckets else _Bucket([], [])
+        position = bisect_left(bucket.offsets, offset)
         end = offset + nbytes
-        before_end = self._offsets[position - 1] + self._sizes[position - 1] if position > 0 else -1
-        after = self._offsets[position] if position < len(self._offsets) else self._nbytes + 1
+        before_end = bucket.offsets[position - 1] + bucket.sizes[position - 1] if position > 0 else -1
+        next_number, next_position = (number, position) if position < len(bucket.offsets) else (number + 1, 0)
+        has_next = next_number < len(self._buckets)
+        after = self._buckets[next_number].offsets[next_position] if has_next else self._nbytes + 1
         if offset < before_end or after < end:
             raise CorruptRecordError(f"of {nbytes} bytes at {offset}, some are free already")
         self._free_nbytes += nbytes
-        joins_before, joins_after = before_end == offset, end == after
-        if joins_before and joins_after:
-            self._sizes[position - 1] += nbytes + self._sizes[position]
-            del self._offsets[position], self._sizes[position]
-        elif joins_before:
-            self._sizes[position - 1] += nbytes
-        elif joins_after:
-            self._offsets[position] = offset
-            self._sizes[position] += nbytes
+        if end == after:
+            nbytes += self._buckets[next_number].sizes[next_position]
+            if before_end != offset:
+                self._change(next_number, next_position, offset, nbytes)
+                return
+            self._remove(next_number, next_position)
+        if before_end == offset:
+            start = bucket.offsets[position - 1]
+            self._change(number, position - 1, start, offset + nbytes - start)
         else:
-            self._offsets.insert(position, offset)
-            self._sizes.insert(position, nbytes)
+            self._insert(number, position, offset, nbytes)
 
     def extend(self, nbytes: int) -> None:
         """Lengthen the address range to `nbytes`; the new bytes are free."""
@@ -127,7 +162,52 @@ class FreeSpace:
         """Shorten the address range by its free tail; returns the new length."""
         tail = self.tail_nbytes
         if tail:
-            del self._offsets[-1], self._sizes[-1]
+            self._remove(len(self._buckets) - 1, len(self._buckets[-1].offsets) - 1)
             self._nbytes -= tail
             self._free_nbytes -= tail
         return self._nbytes
+
+    def _insert(self, number: int, position: int, offset: int, size: int) -> None:
+        if not self._buckets:
+            self._buckets.append(_Bucket([offset], [size]))
+            self._firsts.append(offset)
+            self._largest.append(size)
+            return
+        bucket = self._buckets[number]
+        bucket.offsets.insert(position, offset)
+        bucket.sizes.insert(position, size)
+        self._firsts[number] = bucket.offsets[0]
+        self._largest[number] = max(self._largest[number], size)
+        if len(bucket.offsets) > _MAX_BUCKET_RANGES:
+            self._split(number)
+
+    def _split(self, number: int) -> None:
+        bucket = self._buckets[number]
+        half = len(bucket.offsets) // 2
+        upper = _Bucket(bucket.offsets[half:], bucket.sizes[half:])
+        del bucket.offsets[half:], bucket.sizes[half:]
+        self._largest[number] = max(bucket.sizes)
+        self._buckets.insert(number + 1, upper)
+        self._firsts.insert(number + 1, upper.offsets[0])
+        self._largest.insert(number + 1, max(upper.sizes))
+
+    def _remove(self, number: int, position: int) -> None:
+        bucket = self._buckets[number]
+        size = bucket.sizes[position]
+        del bucket.offsets[position], bucket.sizes[position]
+        if not bucket.offsets:
+            del self._buckets[number], self._firsts[number], self._largest[number]
+            return
+        self._firsts[number] = bucket.offsets[0]
+        if size == self._largest[number]:
+            self._largest[number] = max(bucket.sizes)
+
+    def _change(self, number: int, position: int, offset: int, size: int) -> None:
+        bucket = self._buckets[number]
+        old = bucket.sizes[position]
+        bucket.offsets[position], bucket.sizes[position] = offset, size
+        self._firsts[number] = bucket.offsets[0]
+        if size > self._largest[number]:
+            self._largest[number] = size
+        elif old == self._largest[number]:
+            self._largest[number] = max(bucket.sizes)

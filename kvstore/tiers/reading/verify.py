@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -15,14 +15,14 @@ from kvstore.codec import Codec, RecordInfo
 from kvstore.errors import CorruptRecordError, KVStoreError
 from kvstore.layout import BlockLayout
 from kvstore.native import Arena, IoPool
-from kvstore.spec import BlockKey, ModelSpec
-from kvstore.tiers.base import Extent
+from kvstore.spec import BLOCK_KEY_NBYTES, BlockKey, ModelSpec
 from kvstore.tiers.catalogue import ReadView, Table
 from kvstore.tiers.disk import DiskTier, Found
 from kvstore.tiers.reading.extent_check import record_in
-from kvstore.tiers.tables.blocks import allocated_extents, find_block, has_block
-from kvstore.tiers.tables.records import Entry, check_key
-from kvstore.tiers.tables.streams import StreamRow, find_state, find_stream, read_entries, stream_rows
+from kvstore.tiers.tables.blocks import has_block
+from kvstore.tiers.tables.records import Entry
+from kvstore.tiers.tables.streams import StreamRow, every_stream, find_state, find_stream, read_entries
+from kvstore.tiers.upkeep.accounting import ByteAccount, TableCheck
 
 _KEYS_PER_READ = 1024
 _MAX_EXTENT_NBYTES = 4 << 30
@@ -52,7 +52,8 @@ class VerifyReport:
         nbytes: bytes read.
         num_streams: manifests walked.
         faults: damaged or missing blocks, once per stream entry that needs them.
-        structure: contradictions between the tables.
+        structure: contradictions between the tables, and bytes that nobody owns.
+        account: where the bytes of the extent files are; None for a single stream.
     """
 
     num_blocks: int = 0
@@ -60,6 +61,7 @@ class VerifyReport:
     num_streams: int = 0
     faults: list[BlockFault] = field(default_factory=list)
     structure: list[str] = field(default_factory=list)
+    account: ByteAccount | None = None
 
     @property
     def is_clean(self) -> bool:
@@ -109,7 +111,10 @@ class Verifier:
                     if not has_block(view, entry.key):
                         reasons[entry.key] = "the block is not stored"
                 self._name_faults(row, entries, reasons)
-            self._check_tables(view, needed)
+            tables = TableCheck(self._disk, view, needed)
+            tables.run()
+        self._report.structure.extend(tables.problems)
+        self._report.account = tables.account
         self._report.faults.extend(BlockFault(key, reason) for key, reason in reasons.items() if key not in needed)
         return self._report
 
@@ -120,16 +125,17 @@ class Verifier:
                 keys = [key for key, _ in islice(view.scan(Table.BLOCKS, start=start), _KEYS_PER_READ)]
             if not keys:
                 return
-            for key in keys:
-                yield check_key(key)
+            # What is no key is no block either; the check of the tables reports it.
+            yield from (BlockKey(key) for key in keys if len(key) == BLOCK_KEY_NBYTES)
             start = keys[-1] + b"\0"
 
     def _rows(self, view: ReadView) -> list[StreamRow]:
         rows: list[StreamRow] = []
-        try:
-            rows.extend(stream_rows(view))
-        except KVStoreError as error:
-            self._report.structure.append(str(error))
+        for _, row in every_stream(view):
+            if isinstance(row, StreamRow):
+                rows.append(row)
+            else:
+                self._report.structure.append(str(row))
         return rows
 
     def _entries(self, view: ReadView, row: StreamRow) -> list[Entry]:
@@ -221,43 +227,3 @@ class Verifier:
             codec = Codec(layout, info.profile, self._disk.calibrations.find(info.calibration_id))
             self._codecs = {shape: (codec, torch.empty(layout.slot_nbytes, dtype=torch.uint8))}
         return self._codecs[shape]
-
-    def _check_tables(self, view: ReadView, needed: Counter[BlockKey]) -> None:
-        problems = self._report.structure
-        end = Extent(-1, 0, 0)
-        named: dict[int, list[tuple[int, int]]] = {}
-        for extent, key in allocated_extents(view):
-            if extent.file_id == end.file_id and extent.offset < end.end:
-                problems.append(f"file {extent.file_id}: extents at {end.offset} and {extent.offset} overlap")
-            end = extent
-            named.setdefault(extent.file_id, []).append((extent.offset, extent.nbytes))
-            record = find_block(view, key)
-            if record is None or record.extent != extent:
-                problems.append(f"file {extent.file_id}: the extent at {extent.offset} belongs to no block")
-        counts = {table: view.count(table) for table in (Table.BLOCKS, Table.DIRECTORIES, Table.EXTENTS)}
-        if len(set(counts.values())) > 1:
-            problems.append("tables differ in length: " + ", ".join(f"{t.name} {n}" for t, n in counts.items()))
-        self._check_references(view, needed)
-        if self._disk.is_writable:
-            self._check_free_list(named)
-
-    def _check_references(self, view: ReadView, needed: Counter[BlockKey]) -> None:
-        problems = self._report.structure
-        num_idle = 0
-        for packed_key, _ in view.scan(Table.BLOCKS):
-            key = check_key(packed_key)
-            record = find_block(view, key)
-            references = record.references if record is not None else 0
-            num_idle += references == 0
-            if references != needed[key]:
-                problems.append(f"block {key.hex()[:16]}: {references} references counted, {needed[key]} found")
-        if num_idle != view.count(Table.LRU):
-            problems.append(f"{num_idle} blocks may be evicted, {view.count(Table.LRU)} are listed")
-
-    def _check_free_list(self, named: dict[int, list[tuple[int, int]]]) -> None:
-        for file_id, free in self._disk.allocator.free_ranges().items():
-            pieces = sorted(free + named.get(file_id, []))
-            if any(offset < before + nbytes for (before, nbytes), (offset, _) in pairwise(pieces)):
-                self._report.structure.append(f"file {file_id}: the free list overlaps an extent")
-            if sum(nbytes for _, nbytes in pieces) != max((o + n for o, n in pieces), default=0):
-                self._report.structure.append(f"file {file_id}: bytes that are neither free nor named")

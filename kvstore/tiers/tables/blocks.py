@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
-from kvstore.errors import CorruptRecordError
+from kvstore.errors import CorruptRecordError, UnsupportedFormatError
 from kvstore.policy import Candidate
 from kvstore.spec import BlockKey
 from kvstore.tiers.base import Extent
@@ -15,6 +16,7 @@ from kvstore.tiers.catalogue import ReadView, Table, WriteView
 from kvstore.tiers.tables.records import (
     BlockRecord,
     check_key,
+    is_extent,
     pack_block,
     pack_extent,
     unpack_block,
@@ -122,6 +124,42 @@ def allocated_extents(view: ReadView, start: bytes = b"") -> Iterator[tuple[Exte
     """Yield every allocated extent and its block, in disk order."""
     for key, value in view.scan(Table.EXTENTS, start=start):
         yield unpack_extent(key, value)
+
+
+def taken_extents(view: ReadView) -> Iterator[Extent]:
+    """Yield what must not be written to, in disk order: all that either table says, where they contradict each other.
+
+    A damaged row of one table must not make room of what the other one knows.
+    """
+    is_whole = view.count(Table.EXTENTS) == view.count(Table.BLOCKS)
+    if is_whole and all(is_extent(*row) for row in view.scan(Table.EXTENTS)):
+        yield from (extent for extent, _ in allocated_extents(view))
+        return
+    taken = {unpack_extent(*row)[0] for row in view.scan(Table.EXTENTS) if is_extent(*row)}
+    for _, value in view.scan(Table.BLOCKS):
+        with suppress(CorruptRecordError, UnsupportedFormatError):
+            taken.add(unpack_block(value).extent)
+    yield from sorted(taken)
+
+
+def allocated_backwards(view: ReadView, before: Extent | None = None) -> Iterator[tuple[Extent, BlockKey]]:
+    """Yield extents and their blocks from the end of the disk, or from the one in front of `before`, backwards.
+
+    Rows that are damaged are left out.
+    """
+    start = None if before is None else pack_extent(before, BlockKey(bytes(32)))[0]
+    for key, value in view.scan_back(Table.EXTENTS, start):
+        if is_extent(key, value):
+            yield unpack_extent(key, value)
+
+
+def move_block(view: WriteView, key: BlockKey, moved: BlockRecord) -> None:
+    """Name the new place of a block whose bytes have been copied there; all else stays."""
+    old = find_block(view, key)
+    assert old is not None, "nothing changes the store between a copy and its commit"
+    _drop_extent(view, old)
+    view.put(Table.BLOCKS, key, pack_block(replace(old, extent=moved.extent)))
+    view.put(Table.EXTENTS, *pack_extent(moved.extent, key))
 
 
 def _delete(view: WriteView, key: BlockKey, record: BlockRecord) -> Extent:

@@ -196,9 +196,14 @@ def pack_extent(extent: Extent, key: BlockKey) -> tuple[bytes, bytes]:
     return _EXTENT_KEY.pack(extent.file_id, extent.offset), _EXTENT_VALUE.pack(extent.nbytes, key)
 
 
+def is_extent(key: bytes, value: bytes) -> bool:
+    """Whether `unpack_extent` takes a row."""
+    return len(key) == _EXTENT_KEY.size and len(value) == _EXTENT_VALUE.size
+
+
 def unpack_extent(key: bytes, value: bytes) -> tuple[Extent, BlockKey]:
     """Inverse of `pack_extent`; raises `CorruptRecordError` for a wrong length."""
-    if len(key) != _EXTENT_KEY.size or len(value) != _EXTENT_VALUE.size:
+    if not is_extent(key, value):
         raise CorruptRecordError(f"extent table: key of {len(key)} and value of {len(value)} bytes")
     file_id, offset = _EXTENT_KEY.unpack(key)
     nbytes, block_key = _EXTENT_VALUE.unpack(value)

@@ -8,7 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from kvstore.errors import ConfigError, CorruptRecordError, StreamNotFoundError, UnsupportedFormatError
+from kvstore.errors import (
+    ConfigError,
+    CorruptRecordError,
+    KVStoreError,
+    StreamNotFoundError,
+    UnsupportedFormatError,
+)
 from kvstore.spec import BlockKey
 from kvstore.tiers.base import Extent
 from kvstore.tiers.catalogue import ReadView, Table, WriteView
@@ -54,12 +60,21 @@ def find_stream(view: ReadView, name: str) -> StreamRow:
 
 def stream_rows(view: ReadView) -> Iterator[StreamRow]:
     """Yield all streams by name; raises `CorruptRecordError` at a damaged one."""
+    for _, row in every_stream(view):
+        if not isinstance(row, StreamRow):
+            raise row
+        yield row
+
+
+def every_stream(view: ReadView) -> Iterator[tuple[bytes, StreamRow | KVStoreError]]:
+    """Yield all streams by their keys; a damaged one as the error that says so."""
     for key, value in view.scan(Table.STREAMS):
         try:
-            name = key.decode()
-        except UnicodeDecodeError as error:
-            raise CorruptRecordError(f"stream name {key!r} is not UTF-8") from error
-        yield _unpack_stream(name, value)
+            yield key, _unpack_stream(key.decode(), value)
+        except UnicodeDecodeError:
+            yield key, CorruptRecordError(f"stream name {key!r} is not UTF-8")
+        except KVStoreError as error:
+            yield key, error
 
 
 def ensure_stream(view: WriteView, header: StreamHeader) -> None:
