@@ -24,7 +24,7 @@ CUDA_UNITS := $(filter csrc/cuda/%.cu csrc/cuda/%.cpp,$(CSRC))
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -o -m1 GPU)
 MARKS := not slow$(if $(HAS_GPU),, and not gpu)
 
-.PHONY: help venv demo test test-slow coverage lint lint-python lint-types lint-cpp fmt bench cuda-check mutate fuzz clean
+.PHONY: help venv demo test test-slow torture coverage lint lint-python lint-types lint-cpp fmt bench cuda-check mutate fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ test: venv  ## all quick tests; GPU tests where there is a GPU
 
 test-slow: venv  ## the tests that take minutes
 	$(BIN)/pytest -m "slow$(if $(HAS_GPU),, and not gpu)"
+
+torture: venv  ## 500 kills of a busy writer; 8 readers beside one for 5 minutes; both print what they met
+	$(BIN)/pytest -m slow -s tests/test_crash.py tests/test_reader_torture.py
 
 coverage: venv  ## quick tests with branch coverage of the Python code
 	$(BIN)/coverage run -m pytest -m "$(MARKS)"
