@@ -80,7 +80,7 @@ def test_blocks_are_evicted_in_order_of_their_last_use(catalogue: Catalogue) -> 
 
     catalogue.write(fill)
     with catalogue.read() as view:
-        assert [candidate.key for candidate in oldest_first(view)] == [_key(2), _key(3), _key(1)]
+        assert [candidate.key for candidate in oldest_first(view, {})] == [_key(2), _key(3), _key(1)]
 
 
 def test_a_replaced_block_keeps_its_references_and_gives_its_extent_back(catalogue: Catalogue) -> None:
@@ -100,7 +100,7 @@ def test_a_block_in_a_stream_is_not_deleted(catalogue: Catalogue) -> None:
     catalogue.write(lambda view: append_entries(view, 1, [replace(ENTRY, index=0, key=_key(1))], [b""], b"{}"))
     assert catalogue.write(lambda view: delete_unreferenced(view, _key(1))) is None
     with catalogue.read() as view:
-        assert list(oldest_first(view)) == []
+        assert list(oldest_first(view, {})) == []
 
 
 def _two_streams_that_share_block_one(catalogue: Catalogue) -> None:

@@ -217,3 +217,16 @@ class BlocksAgainstDict(RuleBasedStateMachine):
 
 BlocksAgainstDict.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
 test_any_sequence_of_calls_agrees_with_a_dict = BlocksAgainstDict.TestCase
+
+
+def test_a_full_store_makes_room_for_the_next_batch_in_the_commit_of_this_one(tmp_path: Path) -> None:
+    with open_store(tmp_path, disk_nbytes=CATALOGUE_NBYTES + 40 * EXTENT_NBYTES) as store:
+        for first in range(0, 60, 2):
+            assert all(_put(store, first, first + 1))
+        evicted = store.stats().disk.evicted_blocks
+        assert evicted > 0
+        free = store._disk.allocator.file_nbytes - store._disk.allocator.used_nbytes
+        assert free >= 2 * EXTENT_NBYTES
+        assert all(_put(store, 60, 61))
+        assert store.stats().disk.evicted_blocks == evicted + 2
+        assert _exists(store, 58, 59, 60, 61) == [True] * 4

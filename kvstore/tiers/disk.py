@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count, islice
@@ -23,7 +23,7 @@ from kvstore.tiers.extents import ExtentAllocator, ExtentFiles, sync_folder
 from kvstore.tiers.lock import WriterLock
 from kvstore.tiers.room import describe_full, refusal
 from kvstore.tiers.tables.blocks import (
-    delete_unreferenced,
+    delete_block,
     find_block,
     find_directory,
     oldest_first,
@@ -38,6 +38,10 @@ _MAX_TOUCHES = 65536
 _MAX_TOUCHES_PER_COMMIT = 4096
 _MAX_VICTIMS_PER_COMMIT = 4096
 _MAX_EVICTION_NBYTES = 256 << 20
+# Kept free of extents: the commit that names what filled the store may lengthen the catalogue.
+_CATALOGUE_GROWTH_NBYTES = 128 << 10
+_MOST_AHEAD = 8
+"""Room for the next batch is made ahead where the store has room for this many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ class DiskTier:
             self.calibrations = Calibrations(self.catalogue)
             self.files = ExtentFiles(folder / "extents", writable=self.is_writable)
             self._touched: dict[BlockKey, None] = {}
+            self._allocated_nbytes = 0
             self._touched_lock = threading.Lock()
             if self.is_writable:
                 self._numbers = count(self.catalogue.write(lambda view: begin_epoch(view, time.time())))
@@ -147,10 +152,26 @@ class DiskTier:
         while True:
             extent = self.allocator.allocate(nbytes, self._extent_limit())
             if extent is not None:
+                self._allocated_nbytes += nbytes
                 return extent
             target_nbytes = min(eviction_target(nbytes, self.allocator.used_nbytes), max(nbytes, _MAX_EVICTION_NBYTES))
             if not self._evict(target_nbytes, keep):
                 raise CapacityError(f"{self.folder}: no room for {nbytes} bytes: {self._describe_lack(nbytes)}")
+
+    def commit(self, work: Callable[[WriteView], Sequence[Extent]], keep: Collection[BlockKey]) -> None:
+        """Run the one transaction of a batch; in a full store it also makes the room that the next batch will want.
+
+        Called under `mutation`.
+
+        Args:
+            work: changes the tables, and only them; returns the extents that are free once that is committed.
+            keep: blocks not to evict.
+
+        Raises:
+            CapacityError: the catalogue cannot grow; nothing has changed.
+            KVStoreError: what `work` raised; nothing has changed.
+        """
+        self._commit(work, self._lack_nbytes(), keep)
 
     def usage(self) -> DiskUsage:
         """Say where the bytes on disk are."""
@@ -160,14 +181,6 @@ class DiskTier:
         with self.catalogue.read() as view:
             used_nbytes = sum(extent.nbytes for extent in taken_extents(view))
         return DiskUsage(used_nbytes, sum(self.files.sizes().values()), catalogue_nbytes)
-
-    def take_uses(self) -> list[tuple[BlockKey, int]]:
-        """Take remembered uses, oldest first and not too many at once, each with a stamp for `blocks.touch`."""
-        with self._touched_lock:
-            keys = list(islice(self._touched, _MAX_TOUCHES_PER_COMMIT))
-            for key in keys:
-                del self._touched[key]
-        return [(key, self.next_number()) for key in keys]
 
     def close(self) -> None:
         """Give free tails of the extent files back, close everything, let the next writer in."""
@@ -179,21 +192,45 @@ class DiskTier:
             if self.is_writable:
                 self.allocator.trim(0)
 
-    def _evict(self, target_nbytes: int, keep: Collection[BlockKey]) -> bool:
-        uses = self.take_uses()
+    def _take_uses(self) -> list[tuple[BlockKey, int]]:
+        """Take remembered uses, oldest first and not too many at once, each with a stamp for `blocks.touch`."""
+        with self._touched_lock:
+            keys = list(islice(self._touched, _MAX_TOUCHES_PER_COMMIT))
+            for key in keys:
+                del self._touched[key]
+        return [(key, self.next_number()) for key in keys]
 
-        def evict(view: WriteView) -> list[Extent]:
+    def _evict(self, target_nbytes: int, keep: Collection[BlockKey]) -> bool:
+        """Evict in a commit of its own; `commit` evicts ahead, so that this is rare."""
+        return self._commit(lambda view: [], target_nbytes, keep) > 0
+
+    def _commit(
+        self, work: Callable[[WriteView], Sequence[Extent]], evict_nbytes: int, keep: Collection[BlockKey]
+    ) -> int:
+        uses = self._take_uses()
+
+        def run(view: WriteView) -> tuple[list[Extent], int]:
             for key, stamp in uses:
                 touch(view, key, stamp)
-            candidates = islice(oldest_first(view), _MAX_VICTIMS_PER_COMMIT + len(keep))
-            victims = choose_victims(candidates, target_nbytes=target_nbytes, keep=keep)
-            extents = [delete_unreferenced(view, victim.key) for victim in victims]
-            return [extent for extent in extents if extent is not None]
+            freed = list(work(view))
+            idle: dict[BlockKey, BlockRecord] = {}
+            candidates = islice(oldest_first(view, idle), _MAX_VICTIMS_PER_COMMIT + len(keep))
+            victims = choose_victims(candidates, target_nbytes=evict_nbytes, keep=keep)
+            freed += [delete_block(view, victim.key, idle[victim.key]) for victim in victims]
+            return freed, len(victims)
 
-        freed = self.catalogue.write(evict)
+        freed, num_evicted = self.catalogue.write(run)
         self.allocator.release(freed)
-        self.meter.add(TierStats(evicted_blocks=len(freed)))
-        return bool(freed)
+        self.meter.add(TierStats(evicted_blocks=num_evicted))
+        return num_evicted
+
+    def _lack_nbytes(self) -> int:
+        """Bytes to evict now so that as much fits next as was allocated since the last commit."""
+        limit = self._extent_limit()
+        wanted, self._allocated_nbytes = self._allocated_nbytes, 0
+        if limit is None or wanted > limit // _MOST_AHEAD:
+            return 0  # the file system says when it is full; a small store is used to the last block
+        return max(0, min(wanted, self.allocator.used_nbytes + wanted - limit))
 
     def _describe_lack(self, nbytes: int) -> str:
         """Say which is full, the budget or the file system."""
@@ -209,7 +246,7 @@ class DiskTier:
     def _extent_limit(self) -> int | None:
         if self.config.disk_nbytes is None:
             return None
-        return max(0, self.config.disk_nbytes - self.catalogue.nbytes)
+        return max(0, self.config.disk_nbytes - self.catalogue.nbytes - _CATALOGUE_GROWTH_NBYTES)
 
     def _claim(self, folder: Path) -> WriterLock:
         try:

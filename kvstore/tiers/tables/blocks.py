@@ -90,7 +90,16 @@ def drop_reference(view: WriteView, key: BlockKey) -> Extent | None:
     if record.references > 1:
         view.put(Table.BLOCKS, key, pack_block(replace(record, references=record.references - 1)))
         return None
-    return _delete(view, key, record)
+    return delete_block(view, key, record)
+
+
+def delete_block(view: WriteView, key: BlockKey, record: BlockRecord) -> Extent:
+    """Remove a block whose record has just been looked up; returns its extent, to be freed after the commit."""
+    _forget_stamp(view, record)
+    _drop_extent(view, record)
+    view.delete(Table.BLOCKS, key)
+    view.delete(Table.DIRECTORIES, key)
+    return record.extent
 
 
 def delete_unreferenced(view: WriteView, key: BlockKey) -> Extent | None:
@@ -98,7 +107,7 @@ def delete_unreferenced(view: WriteView, key: BlockKey) -> Extent | None:
     record = find_block(view, key)
     if record is None or record.references > 0:
         return None
-    return _delete(view, key, record)
+    return delete_block(view, key, record)
 
 
 def touch(view: WriteView, key: BlockKey, stamp: int) -> None:
@@ -111,13 +120,20 @@ def touch(view: WriteView, key: BlockKey, stamp: int) -> None:
     view.put(Table.LRU, _STAMP.pack(stamp), key)
 
 
-def oldest_first(view: ReadView) -> Iterator[Candidate]:
-    """Yield the blocks that may be evicted, least recently used first."""
+def oldest_first(view: ReadView, records: dict[BlockKey, BlockRecord]) -> Iterator[Candidate]:
+    """Yield the blocks that may be evicted, least recently used first; damaged entries are passed over.
+
+    Args:
+        view: the transaction.
+        records: gains the record of every block that was yielded.
+    """
     for _, value in view.scan(Table.LRU):
-        key = check_key(value)
-        record = find_block(view, key)
-        if record is not None and record.references == 0:
-            yield Candidate(key, record.extent.nbytes)
+        with suppress(CorruptRecordError, UnsupportedFormatError):
+            key = check_key(value)
+            record = find_block(view, key)
+            if record is not None and record.references == 0:
+                records[key] = record
+                yield Candidate(key, record.extent.nbytes)
 
 
 def allocated_extents(view: ReadView, start: bytes = b"") -> Iterator[tuple[Extent, BlockKey]]:
@@ -160,14 +176,6 @@ def move_block(view: WriteView, key: BlockKey, moved: BlockRecord) -> None:
     _drop_extent(view, old)
     view.put(Table.BLOCKS, key, pack_block(replace(old, extent=moved.extent)))
     view.put(Table.EXTENTS, *pack_extent(moved.extent, key))
-
-
-def _delete(view: WriteView, key: BlockKey, record: BlockRecord) -> Extent:
-    _forget_stamp(view, record)
-    _drop_extent(view, record)
-    view.delete(Table.BLOCKS, key)
-    view.delete(Table.DIRECTORIES, key)
-    return record.extent
 
 
 def _drop_extent(view: WriteView, record: BlockRecord) -> None:

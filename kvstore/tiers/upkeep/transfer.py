@@ -166,7 +166,7 @@ class RecordTransfer:
             try:
                 is_full = self._place(list(new.values()), keep, placed)
                 self._write_placed(placed)
-                self._name(placed)
+                self._name(placed, keep)
             except BaseException:
                 self._disk.allocator.release(each.record.extent for each in placed)
                 raise
@@ -205,12 +205,13 @@ class RecordTransfer:
             self._disk.files.sync(transfers)
         self._disk.meter.add(TierStats(written_blocks=len(placed), written_nbytes=at))
 
-    def _name(self, placed: Sequence[_Placed]) -> None:
-        def name(view: WriteView) -> list[Extent | None]:
-            return [insert_block(view, each.block.key, each.record, each.directory) for each in placed]
+    def _name(self, placed: Sequence[_Placed], keep: Collection[BlockKey]) -> None:
+        def name(view: WriteView) -> list[Extent]:
+            replaced = [insert_block(view, each.block.key, each.record, each.directory) for each in placed]
+            return [extent for extent in replaced if extent is not None]
 
         if placed:
-            self._disk.catalogue.write(name)
+            self._disk.commit(name, keep)
 
 
 def wait_all(tickets: Sequence[Ticket]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ from kvstore.tiers.base import Extent
 from kvstore.tiers.catalogue import WriteView
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier
-from kvstore.tiers.tables.blocks import find_block, insert_block, touch
+from kvstore.tiers.tables.blocks import find_block, insert_block
 from kvstore.tiers.tables.streams import append_entries
 from kvstore.tiers.writing.calibrator import Calibrator
 from kvstore.tiers.writing.jobs import AppendPiece, GrowingAppend, PutJob
@@ -223,7 +223,7 @@ class Writer:
         if full is not None:
             self._records.discard(written)
             raise full
-        self._name(written, complete)
+        self._name(written, complete, keep)
         self._calibrator.measure(unstored)
 
     def _commit_put(self, put: PutJob) -> None:
@@ -238,10 +238,10 @@ class Writer:
             for key, slot, num_tokens in zip(put.keys, put.slots, put.num_tokens, strict=True)
         ]
         unstored = self._unstored(new)
-        keep = {entry.key for growing in self._open.values() for entry in growing.entries}
+        keep = {entry.key for growing in self._open.values() for entry in growing.entries}.union(put.keys)
         try:
-            written, _ = self._records.write(unstored, keep | set(put.keys))
-            self._name(written, ())
+            written, _ = self._records.write(unstored, keep)
+            self._name(written, (), keep)
         except CapacityError:
             written = []
         self._calibrator.measure(unstored[: len(written)])
@@ -254,13 +254,12 @@ class Writer:
         with self._disk.catalogue.read() as view:
             return [block for key, block in distinct.items() if key in self._damaged or find_block(view, key) is None]
 
-    def _name(self, written: Sequence[WrittenRecord], appends: Sequence[GrowingAppend]) -> None:
+    def _name(
+        self, written: Sequence[WrittenRecord], appends: Sequence[GrowingAppend], keep: Collection[BlockKey]
+    ) -> None:
         """The one transaction of a batch; extents are kept only if it commits."""
-        uses = self._disk.take_uses()
 
         def name(view: WriteView) -> list[Extent]:
-            for key, stamp in uses:
-                touch(view, key, stamp)
             replaced = [insert_block(view, new.key, new.record, new.directory) for new in written]
             for each in appends:
                 append_entries(view, each.stream_id, each.entries, each.summaries, each.cursor_json)
@@ -268,10 +267,9 @@ class Writer:
 
         is_committed = False
         try:
-            replaced = self._disk.catalogue.write(name)
+            self._disk.commit(name, keep)
             is_committed = True
         finally:
             if not is_committed:
                 self._records.discard(written)
-        self._disk.allocator.release(replaced)
         self._damaged.difference_update(each.key for each in written)
