@@ -108,13 +108,22 @@ class KVStore:
             )
         return Stream(self.blocks, header, config)
 
-    def put(self, keys: Sequence[BlockKey], slots: Sequence[Tensor], num_tokens: Sequence[int]) -> list[bool]:
+    def put(
+        self,
+        keys: Sequence[BlockKey],
+        slots: Sequence[Tensor],
+        num_tokens: Sequence[int],
+        *,
+        timeout_s: float | None = None,
+    ) -> list[Outcome]:
         """Store plain blocks, for engines with a policy of their own; see `Store.put`."""
-        return self.blocks.put(keys, slots, num_tokens)
+        return self.blocks.put(keys, slots, num_tokens, timeout_s=timeout_s)
 
-    def get(self, keys: Sequence[BlockKey], slots: Sequence[Tensor]) -> list[Outcome]:
+    def get(
+        self, keys: Sequence[BlockKey], slots: Sequence[Tensor], *, timeout_s: float | None = None
+    ) -> list[Outcome]:
         """Bring plain blocks into slots; see `Store.get`."""
-        return self.blocks.get(keys, slots)
+        return self.blocks.get(keys, slots, timeout_s=timeout_s)
 
 
 class Stream:

@@ -11,13 +11,16 @@ from dataclasses import dataclass, fields, replace
 class TierStats:
     """Counts of one tier since the store was opened.
 
-    `hits`, `misses`, `damaged` count look-ups of blocks; `*_blocks` and `*_nbytes` count what moved; `*_s` are
-    seconds summed over threads, so they may exceed wall time.
+    `hits`, `misses`, `damaged`, `unavailable` count look-ups of blocks; `*_blocks` and `*_nbytes` count what moved;
+    `shared_reads` count blocks that came with the read of another batch; `*_s` are seconds summed over threads, so they
+    may exceed wall time.
     """
 
     hits: int = 0
     misses: int = 0
     damaged: int = 0
+    unavailable: int = 0
+    shared_reads: int = 0
     read_blocks: int = 0
     written_blocks: int = 0
     evicted_blocks: int = 0

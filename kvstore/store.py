@@ -8,29 +8,25 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from torch import Tensor
-
 from kvstore.codec import Profile
 from kvstore.config import Access, Durability, StoreConfig
-from kvstore.errors import BusyError, ConfigError, ReadOnlyError
+from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
 from kvstore.native import IoPool
-from kvstore.spec import BlockKey
 from kvstore.stats import StoreStats
 from kvstore.tiers.base import Outcome, Tier
-from kvstore.tiers.data_path import DataPath, WritePath
+from kvstore.tiers.data_path import DataPath
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.manifest import JSON, Manifest, StreamHeader, check_spec
-from kvstore.tiers.reading.fetcher import FetchReport, FetchRequest
+from kvstore.tiers.moving.block_calls import BlockCalls
+from kvstore.tiers.reading.request import FetchReport, FetchRequest
 from kvstore.tiers.reading.verify import BlockFault, Verifier, VerifyReport
-from kvstore.tiers.removal import remove_blocks, remove_stream
-from kvstore.tiers.slots import check_blocks, check_keys, check_layers, check_slot
-from kvstore.tiers.tables.blocks import has_block
+from kvstore.tiers.removal import remove_stream
+from kvstore.tiers.slots import check_keys, check_layers, check_slot
 from kvstore.tiers.tables.records import Entry
 from kvstore.tiers.tables.streams import ensure_stream, find_stream, read_manifest, read_summaries, stream_rows
 from kvstore.tiers.usage import collect_stats
 from kvstore.tiers.writing.appender import NewBlock
-from kvstore.tiers.writing.jobs import PutJob
 
 __all__ = [
     "Access",
@@ -52,7 +48,7 @@ __all__ = [
 ]
 
 
-class Store:
+class Store(BlockCalls):
     """One open store folder; make it with `Store.open`, close it with `with`. Thread-safe.
 
     One process writes, any number read beside it and see what it has committed; changing calls raise `ReadOnlyError`
@@ -65,12 +61,9 @@ class Store:
     """
 
     def __init__(self, disk: DiskTier, pool: IoPool, data: DataPath | None) -> None:
+        super().__init__(disk, data)
         self.calibrations = disk.calibrations  # of models' keys and values: what lossy profiles code with
-        self._disk = disk
         self._pool = pool
-        self._data = data
-        self._pid = os.getpid()
-        self._is_open = True
 
     @staticmethod
     def open(
@@ -133,11 +126,6 @@ class Store:
             if self._data is not None:
                 cleanup.callback(self._data.close)
 
-    @property
-    def is_writable(self) -> bool:
-        """Whether this process may write."""
-        return self._disk.is_writable
-
     def create_stream(self, header: StreamHeader) -> Manifest:
         """Create a stream, or resume one: a stream with an equal header, but for the time, is returned as it stands.
 
@@ -192,7 +180,8 @@ class Store:
     def fetch(self, requests: Sequence[FetchRequest]) -> FetchReport:
         """Bring blocks into their slots, in one batch: neighbours on disk are read together, decoding overlaps I/O.
 
-        Blocks read whole stay in the host tier. A fault concerns its item only: its outcome is `MISS` or `DAMAGED`.
+        Blocks read whole stay in the host tier. A fault concerns its item only: it ends as `MISS`, `DAMAGED`, or
+        `UNAVAILABLE` when the device is at fault. A block that another batch is reading is waited for, not read again.
 
         Raises:
             ShapeError: a slot or a layer range does not fit.
@@ -212,46 +201,6 @@ class Store:
             raise ConfigError(f"summaries: first {first}, count {count}; neither can be negative")
         with self._disk.catalogue.read() as view:
             return read_summaries(view, find_stream(view, name).stream_id, first, count)
-
-    def put(self, keys: Sequence[BlockKey], slots: Sequence[Tensor], num_tokens: Sequence[int]) -> list[bool]:
-        """Store plain blocks until the budget needs their room; durable on return, idempotent.
-
-        Args:
-            keys: one per block.
-            slots: [slot_nbytes] uint8 CPU, contiguous, each.
-            num_tokens: tokens in each.
-
-        Returns:
-            Per block: True when it is stored, False when there is no room.
-
-        Raises:
-            ShapeError: an argument does not fit.
-            StoreIOError: the device failed.
-        """
-        writer, layout = self._writing().writer, self._moving().layout
-        check_blocks(keys, slots, num_tokens, layout)
-        stored = writer.put(PutJob(tuple(keys), tuple(slots), tuple(num_tokens)))
-        self._disk.note_use(key for key, is_stored in zip(keys, stored, strict=True) if is_stored)
-        return stored
-
-    def get(self, keys: Sequence[BlockKey], slots: Sequence[Tensor]) -> list[Outcome]:
-        """Bring plain blocks into slots: `fetch` without the details."""
-        return self.fetch([FetchRequest(key, slot) for key, slot in zip(keys, slots, strict=True)]).outcomes
-
-    def exists(self, keys: Sequence[BlockKey]) -> list[bool]:
-        """Say per block whether memory or disk holds it; does not count as a use."""
-        self._check_open()
-        check_keys(keys)
-        with self._disk.catalogue.read() as view:
-            on_disk = [has_block(view, key) for key in keys]
-        host = None if self._data is None else self._data.host
-        return [on or (host is not None and host.contains(key)) for key, on in zip(keys, on_disk, strict=True)]
-
-    def remove(self, keys: Sequence[BlockKey]) -> list[bool]:
-        """Remove plain blocks; those that a stream needs stay. Returns per block whether it was removed."""
-        self._check_open(writing=True)
-        check_keys(keys)
-        return remove_blocks(self._disk, self._data, keys)
 
     def remove_stream(self, name: str) -> int:
         """Remove a stream and the blocks that only it needs, in one transaction; returns the bytes freed.
@@ -278,23 +227,3 @@ class Store:
         """Count what each tier moved, held, found and missed since the store was opened."""
         self._check_open()
         return collect_stats(self._disk, self._data)
-
-    def _check_open(self, *, writing: bool = False) -> None:
-        if not self._is_open:
-            raise BusyError(f"{self._disk.folder}: the store is closed")
-        if os.getpid() != self._pid:
-            raise BusyError(f"{self._disk.folder}: opened by process {self._pid}; open it again in the forked child")
-        if writing and not self._disk.is_writable:
-            raise ReadOnlyError(f"{self._disk.folder}: open for reading; open it with Access.WRITE")
-
-    def _moving(self) -> DataPath:
-        self._check_open()
-        if self._data is None:
-            raise ConfigError(f"{self._disk.folder}: opened without a layout, so no block can be moved")
-        return self._data
-
-    def _writing(self) -> WritePath:
-        self._check_open(writing=True)
-        write = self._moving().write
-        assert write is not None, "a store open for writing has a write path"
-        return write

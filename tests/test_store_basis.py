@@ -52,7 +52,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("store")
     with _open(path, Access.WRITE) as store:
         for number in range(ENOUGH + 3):
-            assert store.put([_key(number)], [_slot(number)], [TOKENS]) == [True]
+            assert store.put([_key(number)], [_slot(number)], [TOKENS]) == [Outcome.STORED]
             store.flush()
     return path
 
@@ -117,7 +117,7 @@ def test_one_large_value_stops_no_writer(tmp_path: Path, view: Callable[[Tensor]
             slot = _slot(number)
             if number == 2:
                 view(slot)[0, 0, 7, 3] = large
-            assert store.put([_key(number)], [slot], [TOKENS]) == [True]
+            assert store.put([_key(number)], [slot], [TOKENS]) == [Outcome.STORED]
             store.flush()
         decision = store.calibrations.of_model(SPEC)
         assert decision is not None
@@ -134,7 +134,7 @@ def test_a_calibration_that_fails_is_told_once_and_blocks_are_stored(
     monkeypatch.setattr(torch.linalg, "eigh", fails)
     with _open(tmp_path, Access.WRITE) as store:
         for number in range(ENOUGH + 2):
-            assert store.put([_key(number)], [_slot(number)], [TOKENS]) == [True]
+            assert store.put([_key(number)], [_slot(number)], [TOKENS]) == [Outcome.STORED]
             store.flush()
     assert ["did not converge" in message for message in caplog.messages] == [True]
     assert _fetched(tmp_path, ENOUGH + 1).any()

@@ -32,7 +32,7 @@ CATALOGUE_NBYTES = 1 << 19
 """More than the catalogue of a small store takes."""
 
 
-def _put(store: Store, *numbers: int) -> list[bool]:
+def _put(store: Store, *numbers: int) -> list[Outcome]:
     return store.put([block_key(n) for n in numbers], [make_slot(n) for n in numbers], [40] * len(numbers))
 
 
@@ -42,8 +42,8 @@ def _exists(store: Store, *numbers: int) -> list[bool]:
 
 def test_put_blocks_come_back_and_putting_again_changes_nothing(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
-        assert _put(store, 1, 2, 1) == [True] * 3
-        assert _put(store, 2) == [True]
+        assert _put(store, 1, 2, 1) == [Outcome.STORED] * 3
+        assert _put(store, 2) == [Outcome.STORED]
         assert store.stats().num_blocks == 2
     with open_store(tmp_path) as store:
         slots = [empty_slot(), empty_slot()]
@@ -69,7 +69,7 @@ def test_blocks_that_a_stream_needs_are_neither_removed_nor_evicted(tmp_path: Pa
         store.flush()
         assert store.remove([block_key(0)]) == [False]
         for number in range(100, 140):
-            assert _put(store, number) == [True]
+            assert _put(store, number) == [Outcome.STORED]
         assert _exists(store, 0, 1, 2) == [True] * 3
         requests = requests_for(make_blocks(3))
         assert all(outcome.is_hit for outcome in store.fetch(requests).outcomes)
@@ -83,7 +83,7 @@ def test_the_least_recently_used_block_leaves_first(tmp_path: Path) -> None:
         budget = store.stats().usage.catalogue_nbytes + 4 * EXTENT_NBYTES + EXTENT_NBYTES // 2
     with open_store(tmp_path, host_slots=2, disk_nbytes=budget) as store:
         store.get([block_key(0)], [empty_slot()])
-        assert _put(store, 50) == [True]
+        assert _put(store, 50) == [Outcome.STORED]
     with open_store(tmp_path) as store:
         assert _exists(store, 0, 1, 2, 3, 50) == [True, False, True, True, True]
         assert store.verify().is_clean
@@ -94,7 +94,7 @@ def test_the_budget_holds_and_old_blocks_make_room(tmp_path: Path, blocks: int) 
     budget = CATALOGUE_NBYTES + blocks * EXTENT_NBYTES
     with open_store(tmp_path, disk_nbytes=budget) as store:
         for number in range(40):
-            assert _put(store, number) == [True]
+            assert _put(store, number) == [Outcome.STORED]
             assert store.stats().usage.total_nbytes <= budget
         assert store.stats().disk.evicted_blocks > 0
         assert store.verify().is_clean
@@ -102,15 +102,16 @@ def test_the_budget_holds_and_old_blocks_make_room(tmp_path: Path, blocks: int) 
 
 def test_a_block_that_cannot_fit_is_refused_and_the_others_stay(tmp_path: Path) -> None:
     with open_store(tmp_path, disk_nbytes=EXTENT_NBYTES) as store:
-        assert _put(store, 1, 2) == [False, False]
+        assert _put(store, 1, 2) == [Outcome.FULL] * 2
         assert _exists(store, 1) == [False]
         assert store.verify().is_clean
 
 
 def test_a_batch_larger_than_the_budget_is_stored_in_part(tmp_path: Path) -> None:
     with open_store(tmp_path, disk_nbytes=CATALOGUE_NBYTES) as store:
-        stored = _put(store, *range(60))
-        assert 0 < sum(stored) < 60
+        outcomes = _put(store, *range(60))
+        assert set(outcomes) == {Outcome.STORED, Outcome.FULL}
+        stored = [outcome is Outcome.STORED for outcome in outcomes]
         assert _exists(store, *range(60)) == stored
         assert store.verify().is_clean
 
@@ -161,7 +162,7 @@ class BlocksAgainstDict(RuleBasedStateMachine):
     @rule(number=numbers)
     def put(self, number: int) -> None:
         num_tokens = 3 * number + 1
-        if self.store.put([block_key(number)], [make_slot(number)], [num_tokens]) == [True]:
+        if self.store.put([block_key(number)], [make_slot(number)], [num_tokens]) == [Outcome.STORED]:
             self.known[number] = num_tokens
 
     @rule(number=numbers)

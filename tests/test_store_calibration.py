@@ -130,7 +130,7 @@ def test_plain_blocks_calibrate_their_model_too(tmp_path: Path) -> None:
     count = ENOUGH + 1
     with _open(tmp_path) as store:
         for number in range(count):
-            assert store.put([_key(number)], [_slot(number)], [TOKENS]) == [True]
+            assert store.put([_key(number)], [_slot(number)], [TOKENS]) == [Outcome.STORED]
     infos = _infos(tmp_path, count)
     assert [any(info.calibration_id) for info in infos] == [False] * ENOUGH + [True]
     assert infos[0].planes[0].mult > infos[-1].planes[0].mult  # what knows less must be finer

@@ -89,7 +89,7 @@ def test_a_damaged_block_is_replaced_when_it_is_stored_again(tmp_path: Path) -> 
     _flip(tmp_path, _offset(tmp_path, 1) + 1000)
     with open_store(tmp_path) as store:
         assert store.fetch(requests_for(make_blocks(3))).outcomes[1] is Outcome.DAMAGED
-        assert store.put([block_key(1)], [make_slot(1)], [40]) == [True]
+        assert store.put([block_key(1)], [make_slot(1)], [40]) == [Outcome.STORED]
         assert store.verify().is_clean
     with open_store(tmp_path, Access.READ) as store:
         assert store.fetch(requests_for(make_blocks(3))).outcomes == [Outcome.DISK] * 3

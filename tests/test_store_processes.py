@@ -116,7 +116,7 @@ def test_a_forked_child_is_told_to_open_its_own_and_does_no_harm(tmp_path: Path)
             finally:
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert store.put([block_key(2)], [make_slot(2)], [40]) == [True]
+        assert store.put([block_key(2)], [make_slot(2)], [40]) == [Outcome.STORED]
         assert store.verify().is_clean
 
 

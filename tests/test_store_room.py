@@ -73,12 +73,12 @@ def test_a_full_file_system_is_a_capacity_error_and_nothing_is_damaged(small_dis
         count = _append_until_full(store, 200, "the file system is full, ")
         assert count > 10
         assert store.verify().is_clean
-        assert store.put([block_key(900)], [make_slot(900)], [40]) == [False]
+        assert store.put([block_key(900)], [make_slot(900)], [40]) == [Outcome.FULL]
         assert store.fetch(requests_for(make_blocks(count))).outcomes.count(Outcome.DAMAGED) == 0
     with open_store(small_disk) as store:
         assert len(store.manifest("lecture").entries) == count
         store.remove_stream("lecture")
-        assert store.put([block_key(900)], [make_slot(900)], [40]) == [True]
+        assert store.put([block_key(900)], [make_slot(900)], [40]) == [Outcome.STORED]
 
 
 def _leave_free(folder: Path, nbytes: int) -> Path:
@@ -103,7 +103,7 @@ def test_a_full_file_system_makes_no_store_and_kills_nobody(small_disk: Path) ->
             open_store(small_disk / "store")
         ballast.unlink()
     with open_store(small_disk / "store") as store:
-        assert store.put([block_key(1)], [make_slot(1)], [40]) == [True]
+        assert store.put([block_key(1)], [make_slot(1)], [40]) == [Outcome.STORED]
 
 
 def test_a_full_file_system_lets_a_writer_in_to_make_room(small_disk: Path) -> None:

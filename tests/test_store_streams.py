@@ -122,7 +122,7 @@ def test_reading_one_layer_moves_fewer_bytes_than_the_block(tmp_path: Path) -> N
         tmp_path, access=Access.WRITE, layout=layout, profile=Profile.RAW, host_nbytes=4 * layout.slot_nbytes
     ) as store:
         key = chain_key(None, b"", "layers")
-        assert store.put([key], [slot], [40]) == [True]
+        assert store.put([key], [slot], [40]) == [Outcome.STORED]
         report = store.fetch([FetchRequest(key, slot, range(7, 8))])
         assert report.outcomes == [Outcome.DISK]
         assert 0 < report.bytes_read[Tier.DISK] <= layout.slot_nbytes // 4

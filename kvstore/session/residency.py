@@ -14,7 +14,6 @@ from torch import Tensor
 from kvstore.errors import CapacityError
 from kvstore.spec import BlockKey
 from kvstore.store import FetchRequest, Store
-from kvstore.tiers.base import Outcome
 from kvstore.tiers.device import DevicePool
 
 
@@ -150,7 +149,7 @@ class Residency:
         for tier, nbytes in fetched.bytes_read.items():
             report.bytes_read[str(tier)] = report.bytes_read.get(str(tier), 0) + nbytes
         for item, (key, outcome) in enumerate(zip(missing, fetched.outcomes, strict=True)):
-            if outcome in (Outcome.MISS, Outcome.DAMAGED):
+            if not outcome.is_hit:
                 report.lost[key] = fetched.reasons.get(item, str(outcome))
                 self._drop(key)
                 continue

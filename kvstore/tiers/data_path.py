@@ -14,6 +14,7 @@ from kvstore.tiers.codec_shelf import CodecShelf
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.manifest import StreamHeader, check_spec
+from kvstore.tiers.moving.mover import Mover
 from kvstore.tiers.reading.fetcher import Fetcher
 from kvstore.tiers.writing.appender import Appender
 from kvstore.tiers.writing.calibrator import Calibrator
@@ -63,6 +64,9 @@ class DataPath:
                 writer = Writer(disk, self.host, records, calibrator, self.fetcher.damaged)
                 building.callback(writer.close)
                 self.write = WritePath(records, writer, Appender(disk, self.host, writer, layout))
+            writing = None if self.write is None else self.write.writer
+            self.mover = Mover(self.host, self.fetcher, writing, layout.slot_nbytes)
+            building.callback(self.mover.close)
             self._cleanup = building.pop_all()
 
     def check_header(self, header: StreamHeader) -> None:

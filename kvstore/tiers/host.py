@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -109,30 +110,39 @@ class HostTier:
             key: the block to come.
             check: called before each wait; raises to give up.
         """
+        lease = self.reserve_within(key, check, None)
+        assert lease is not None, "waited without a limit"
+        return lease
+
+    def reserve_within(self, key: BlockKey, check: Callable[[], object], wait_s: float | None) -> Lease | None:
+        """Like `reserve`, but for `wait_s` seconds at most; None when they passed without a slot."""
+        until_s = None if wait_s is None else time.monotonic() + wait_s
         with self._changed:
             while True:
                 check()
                 lease = self._take(key)
-                if lease is not None:
+                left_s = None if until_s is None else until_s - time.monotonic()
+                if lease is not None or (left_s is not None and left_s <= 0):
                     return lease
-                self._changed.wait()
+                self._changed.wait(left_s)
 
     def contains(self, key: BlockKey) -> bool:
         """True when a slot holds `key`; does not count as a use."""
         with self._changed:
             return key in self._index
 
-    def forget(self, key: BlockKey) -> None:
-        """Stop finding `key`; its slot is free as soon as no lease is left."""
+    def forget(self, key: BlockKey) -> bool:
+        """Stop finding `key`; its slot is free as soon as no lease is left. True when it was there."""
         with self._changed:
             slot_idx = self._index.pop(key, None)
             if slot_idx is None:
-                return
+                return False
             del self._key_of[slot_idx]
             if slot_idx in self._idle:
                 del self._idle[slot_idx]
                 self._free.append(slot_idx)
                 self._changed.notify_all()
+            return True
 
     def wake(self) -> None:
         """Make everyone who waits in `reserve` run its check again."""

@@ -42,6 +42,15 @@ def check_keys(keys: Iterable[BlockKey]) -> None:
             raise ShapeError(f"a block key has {BLOCK_KEY_NBYTES} bytes, got {len(key)}")
 
 
+def check_gets(keys: Sequence[BlockKey], slots: Sequence[Tensor], layout: BlockLayout) -> None:
+    """Raise `ShapeError` unless keys and slots are as many and fit the layout."""
+    if len(keys) != len(slots):
+        raise ShapeError(f"{len(keys)} keys, {len(slots)} slots")
+    check_keys(keys)
+    for slot in slots:
+        check_slot(slot, layout)
+
+
 def check_blocks(
     keys: Sequence[BlockKey], slots: Sequence[Tensor], num_tokens: Sequence[int], layout: BlockLayout
 ) -> None:

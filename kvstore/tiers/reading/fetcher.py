@@ -1,83 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moves blocks from disk and host into the slots of a caller: plan, merge, read, decode while more is being read.
+"""Moves blocks from disk and host into the slots of callers; a block that several want at once is read once.
 
-A fault concerns the item that has it, never the batch: the item is read alone, looked up again, and ends as a miss or
-as damaged.
+A fault concerns the item that has it, never the batch. Bytes land in staging memory; a slot is written only while its
+item is claimed, so a read that comes too late never touches it.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvstore.codec import Codec, plane_span
-from kvstore.errors import CorruptRecordError, KVStoreError
+from kvstore.errors import KVStoreError
 from kvstore.layout import BlockLayout
 from kvstore.native import IoPool
 from kvstore.spec import BlockKey
 from kvstore.stats import Meter, TierStats
 from kvstore.tiers.base import Outcome, Tier
 from kvstore.tiers.codec_shelf import CodecShelf
-from kvstore.tiers.disk import DiskTier, Found
+from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier
-from kvstore.tiers.reading.extent_reader import ExtentReader
-from kvstore.tiers.reading.plan import Piece, part_piece, whole_piece
-from kvstore.tiers.tables.records import EXTENT_HEADER_NBYTES, extent_nbytes, unpack_extent_header
-
-_MAX_ROUNDS = 3
+from kvstore.tiers.moving.ticket import BatchTicket
+from kvstore.tiers.reading.block_reader import BlockReader, Sought
+from kvstore.tiers.reading.flights import Flight, Flights, Seat
+from kvstore.tiers.reading.request import FetchReport, FetchRequest
 
 
 @dataclass(frozen=True, slots=True)
-class FetchRequest:
-    """One block to be brought.
-
-    Args:
-        key: the block.
-        slot: [slot_nbytes] uint8 CPU, contiguous; where it goes.
-        layers: layers to bring, a range with step 1; None for all. Other layers of the slot stay as they are.
-    """
-
-    key: BlockKey
-    slot: Tensor
-    layers: range | None = None
-
-
-@dataclass(slots=True)
-class FetchReport:
-    """What became of a batch.
-
-    Args:
-        outcomes: one per request, in order.
-        bytes_read: bytes copied from the host tier and bytes read from disk, padding and merged gaps included.
-        load_s: wall seconds of the whole batch.
-        decode_s: seconds of checking and decoding, summed over threads.
-        reasons: why an item is damaged, by its position in the batch.
-    """
-
-    outcomes: list[Outcome]
-    bytes_read: dict[Tier, int] = field(default_factory=lambda: {Tier.HOST: 0, Tier.DISK: 0})
-    load_s: float = 0.0
-    decode_s: float = 0.0
-    reasons: dict[int, str] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Item:
-    """One request on its way: where its bytes are, and the fault of its last attempt."""
-
-    request: FetchRequest
-    found: Found | None = None
-    layers: range | None = None
-    fault: str | None = None
-    decode_s: float = 0.0
+class _Batch:
+    requests: Sequence[FetchRequest]
+    ticket: BatchTicket
+    report: FetchReport
+    is_kept: bool
 
 
 class Fetcher:
-    """Fetches batches of blocks. Thread-safe; several batches share the staging memory.
+    """Fetches batches of blocks. Thread-safe.
 
     Args:
         disk: the disk tier.
@@ -93,197 +55,183 @@ class Fetcher:
     ) -> None:
         self._disk = disk
         self._host = host
-        self._codecs = codecs
         self._layout = layout
-        self._reader = ExtentReader(disk.files, pool, decoders, extent_nbytes(codecs.bound(layout.block_tokens)))
+        self._reader = BlockReader(disk, codecs, layout, pool, decoders)
+        self._flights = Flights()
+        self._demand = threading.Condition()
+        self._num_demands = 0
         self.host_meter = Meter()
-        self.damaged: set[BlockKey] = set()
-        """Blocks seen damaged: the writer replaces them when they are appended again."""
 
-    def fetch(self, requests: Sequence[FetchRequest]) -> FetchReport:
-        """Bring blocks into their slots; see `Store.fetch`."""
-        began_s = time.perf_counter()
-        report = FetchReport([Outcome.MISS] * len(requests))
-        items: dict[int, _Item] = {}
-        for position, request in enumerate(requests):
-            if self._copy_from_host(request, report):
-                report.outcomes[position] = Outcome.HOST
-            else:
-                items[position] = _Item(request, layers=self._part(request))
-        if items:
-            self._fetch_from_disk(items, report)
-        report.load_s = time.perf_counter() - began_s
-        self._count(report)
+    @property
+    def damaged(self) -> set[BlockKey]:
+        """Blocks seen damaged: the writer replaces them when they are appended again."""
+        return self._reader.damaged
+
+    def fetch(
+        self,
+        requests: Sequence[FetchRequest],
+        ticket: BatchTicket | None = None,
+        positions: Sequence[int] | None = None,
+    ) -> FetchReport:
+        """Bring blocks into their slots; see `Store.fetch`.
+
+        Args:
+            requests: a batch.
+            ticket: one item per request.
+            positions: which requests to serve now, None for all; they have their outcomes on return, however it ends.
+        """
+        served = range(len(requests)) if positions is None else positions
+        with self._demand:
+            self._num_demands += 1
+        try:
+            report = self._fetch(requests, served, ticket or BatchTicket(len(requests)), is_kept=True)
+        finally:
+            with self._demand:
+                self._num_demands -= 1
+                self._demand.notify_all()
+        num_host = report.outcomes.count(Outcome.HOST)
+        self.host_meter.add(
+            TierStats(
+                hits=num_host,
+                misses=len(served) - num_host,
+                read_blocks=num_host,
+                read_nbytes=report.bytes_read[Tier.HOST],
+            )
+        )
+        self._disk.meter.add(
+            TierStats(hits=report.outcomes.count(Outcome.DISK), misses=report.outcomes.count(Outcome.MISS))
+        )
         self._disk.note_use(
-            request.key for request, outcome in zip(requests, report.outcomes, strict=True) if outcome.is_hit
+            requests[position].key for position, outcome in zip(served, report.outcomes, strict=True) if outcome.is_hit
         )
         return report
+
+    def prefetch(self, requests: Sequence[FetchRequest], ticket: BatchTicket) -> FetchReport:
+        """Like `fetch`, into slots of the host tier: neither a use of the blocks nor a look-up that hits or misses."""
+        return self._fetch(requests, range(len(requests)), ticket, is_kept=False)
+
+    def wait_for_demand(self) -> None:
+        """Wait until no `fetch` is under way."""
+        with self._demand:
+            self._demand.wait_for(lambda: self._num_demands == 0)
 
     def close(self) -> None:
         """Give the staging memory back."""
         self._reader.close()
 
-    def _part(self, request: FetchRequest) -> range | None:
-        """Layers to read alone; None when the whole block is wanted."""
-        if request.layers is None or len(request.layers) == self._layout.spec.num_layers:
-            return None
-        return request.layers
+    def _fetch(
+        self, requests: Sequence[FetchRequest], positions: Sequence[int], ticket: BatchTicket, *, is_kept: bool
+    ) -> FetchReport:
+        began_s = time.perf_counter()
+        report = FetchReport([])
+        batch = _Batch(requests, ticket, report, is_kept)
+        try:
+            wanted = [position for position in positions if not self._copy_from_host(batch, position)]
+            while wanted:  # again for those that waited for another batch in vain
+                wanted = [position for position in self._fetch_from_disk(batch, wanted) if ticket.is_open(position)]
+                wanted = [position for position in wanted if not self._copy_from_host(batch, position)]
+        except KVStoreError as error:  # the catalogue cannot be read: nothing is known of what is still open
+            report.reasons.update({item: str(error) for item in positions if ticket.is_open(item)})
+        finally:  # also when a thread dies of a bug: nobody is left waiting
+            outcomes = report.outcomes = ticket.settle_rest(Outcome.UNAVAILABLE, positions)
+        report.load_s = time.perf_counter() - began_s
+        self._disk.meter.add(
+            TierStats(
+                damaged=outcomes.count(Outcome.DAMAGED),
+                unavailable=outcomes.count(Outcome.UNAVAILABLE),
+                read_nbytes=report.bytes_read[Tier.DISK],
+                read_s=report.load_s if report.bytes_read[Tier.DISK] else 0.0,
+                decode_s=report.decode_s,
+            )
+        )
+        return report
 
-    def _copy_from_host(self, request: FetchRequest, report: FetchReport) -> bool:
+    def _copy_from_host(self, batch: _Batch, position: int) -> bool:
+        """True when the item has ended: copied, or too late."""
+        request = batch.requests[position]
         lease = self._host.pin(request.key)
         if lease is None:
             return False
         with lease:
-            start, nbytes = self._layer_bytes(request.layers)
-            request.slot[start : start + nbytes].copy_(lease.slot[start : start + nbytes])
-        report.bytes_read[Tier.HOST] += nbytes
+            if batch.ticket.claim(position):
+                batch.report.bytes_read[Tier.HOST] += self._copy(lease.slot, request.slot, request.layers)
+                batch.ticket.unclaim(position, Outcome.HOST)
         return True
 
-    def _layer_bytes(self, layers: range | None) -> tuple[int, int]:
-        if layers is None:
-            return 0, self._layout.slot_nbytes
-        per_layer = self._layout.block_tokens * self._layout.spec.token_nbytes // self._layout.spec.num_layers
-        return layers.start * per_layer, len(layers) * per_layer
+    def _copy(self, source: Tensor, target: Tensor, layers: range | None) -> int:
+        start, nbytes = 0, self._layout.slot_nbytes
+        if layers is not None:
+            per_layer = self._layout.block_tokens * self._layout.spec.token_nbytes // self._layout.spec.num_layers
+            start, nbytes = layers.start * per_layer, len(layers) * per_layer
+        target[start : start + nbytes].copy_(source[start : start + nbytes])
+        return nbytes
 
-    def _fetch_from_disk(self, items: dict[int, _Item], report: FetchReport) -> None:
-        pending = self._look_up(items, report)
-        for attempt in range(_MAX_ROUNDS):
-            self._read(pending, report)
-            faulty = {position: item for position, item in pending.items() if item.fault is not None}
-            for position in pending.keys() - faulty.keys():
-                report.outcomes[position] = Outcome.DISK
-            if not faulty:
-                break
-            # The extent may have been freed and used again since the look-up: then the catalogue says so now.
-            seen = {position: item.found for position, item in faulty.items()}
-            pending = self._look_up(faulty, report)
-            for position, item in list(pending.items()):
-                if item.found == seen[position] or attempt == _MAX_ROUNDS - 1:
-                    del pending[position]
-                    self._give_up(position, item, item.found != seen[position], report)
-        report.decode_s = sum(item.decode_s for item in items.values())
-
-    def _give_up(self, position: int, item: _Item, is_moving: bool, report: FetchReport) -> None:
-        if is_moving:
-            report.outcomes[position] = Outcome.MISS
-            return
-        report.outcomes[position] = Outcome.DAMAGED
-        report.reasons[position] = item.fault or "unreadable"
-        self.damaged.add(item.request.key)
-
-    def _look_up(self, items: dict[int, _Item], report: FetchReport) -> dict[int, _Item]:
-        """Find items in the catalogue; returns those to read, and settles the others."""
-        positions = list(items)
-        found = self._disk.look_up(
-            [items[position].request.key for position in positions],
-            [items[position].layers is not None for position in positions],
-        )
-        readable: dict[int, _Item] = {}
-        for position, result in zip(positions, found, strict=True):
-            if isinstance(result, KVStoreError):
-                items[position].fault = str(result)
-                self._give_up(position, items[position], False, report)
-            elif result is None:
-                report.outcomes[position] = Outcome.MISS
+    def _fetch_from_disk(self, batch: _Batch, positions: Sequence[int]) -> list[int]:
+        """Read what nobody else is reading, then wait for what others read; returns those that others failed at."""
+        own: dict[int, Sought] = {}
+        flights: dict[int, Flight] = {}
+        others: dict[int, Flight] = {}
+        for position in positions:
+            request = batch.requests[position]
+            whole = request.layers is None or len(request.layers) == self._layout.spec.num_layers
+            layers = None if whole else request.layers
+            seat = Seat(batch.ticket, position, request.slot)
+            flight, is_first = self._flights.board((request.key, layers), seat)
+            if is_first:
+                own[position], flights[position] = Sought(request.key, layers), flight
             else:
-                items[position].found = result
-                readable[position] = items[position]
-        return readable
-
-    def _read(self, items: dict[int, _Item], report: FetchReport) -> None:
-        pieces: list[Piece] = []
-        for position, item in items.items():
-            item.fault = None
-            try:
-                pieces.append(self._piece(position, item))
-            except KVStoreError as error:
-                item.fault = str(error)
-
-        def fail(piece: Piece, error: KVStoreError) -> None:
-            items[piece.item].fault = str(error)
-
-        report.bytes_read[Tier.DISK] += self._reader.read(
-            pieces, lambda piece, data: self._decode(items[piece.item], piece, data), fail
-        )
-
-    def _piece(self, position: int, item: _Item) -> Piece:
-        assert item.found is not None, "a piece is planned after the look-up"
-        extent = item.found.record.extent
-        if extent.nbytes > self._reader.capacity_nbytes:
-            raise CorruptRecordError(f"extent of {extent.nbytes} bytes: larger than any block of this layout")
-        if item.layers is None:
-            return whole_piece(position, extent)
-        if item.found.directory is None:
-            raise CorruptRecordError("the catalogue holds the block and not its plane directory")
-        offset, nbytes = plane_span(Codec.probe(item.found.directory), item.layers)
-        return part_piece(position, extent, offset, nbytes)
-
-    def _decode(self, item: _Item, piece: Piece, data: memoryview) -> None:
-        """Check and decode one item from the bytes of its piece; its fault is kept, not raised."""
-        began_s = time.perf_counter()
+                others[position] = flight
         try:
-            assert item.found is not None, "decoded after the look-up"
-            if item.layers is None:
-                self._decode_whole(item.request, item.found, data)
-            else:
-                assert item.found.directory is not None, "planned with its directory"
-                info = Codec.probe(item.found.directory)
-                skipped = EXTENT_HEADER_NBYTES - (piece.start - item.found.record.extent.offset)
-                offset = max(0, -skipped)
-                codec = self._codecs.decoder(info)
-                codec.decode_planes(info, data[max(0, skipped) :], offset, item.request.slot, layers=item.layers)
-        except KVStoreError as error:
-            item.fault = str(error)
-        item.decode_s += time.perf_counter() - began_s
-        if item.layers is None and item.fault is None:
-            self._admit(item.request)
+            for position in flights:  # what landed between the look into the host tier and now
+                if self._copy_from_host(batch, position):
+                    del own[position]
+            self._read(batch, own, flights)
+        finally:
+            self._flights.end(flights.values())
+        for flight in others.values():
+            flight.ended.wait(batch.ticket.left_s)
+        return list(others)
 
-    def _decode_whole(self, request: FetchRequest, found: Found, data: memoryview) -> None:
-        record = found.record
-        header = unpack_extent_header(data)
-        if (header.key, header.generation, header.record_nbytes) != (
-            request.key,
-            record.generation,
-            record.record_nbytes,
-        ):
-            raise CorruptRecordError("the extent holds another record than the catalogue says")
-        body = data[EXTENT_HEADER_NBYTES : EXTENT_HEADER_NBYTES + record.record_nbytes]
-        info = Codec.probe(body)
-        if info.num_tokens != record.num_tokens:
-            raise CorruptRecordError(f"record holds {info.num_tokens} tokens; {record.num_tokens} were expected")
-        self._codecs.decoder(info).decode_planes(info, body, 0, request.slot, layers=range(info.num_layers))
+    def _read(self, batch: _Batch, items: dict[int, Sought], flights: dict[int, Flight]) -> None:
+        def deliver(position: int, decode: Callable[[Tensor], None]) -> None:
+            self._deliver(items[position], flights[position], decode, is_kept=batch.is_kept)
 
-    def _admit(self, request: FetchRequest) -> None:
-        """Keep a copy in the host tier if a slot can be had without waiting."""
-        if self._host.contains(request.key):
+        batch.report.bytes_read[Tier.DISK] += self._reader.read(items, deliver) if items else 0
+        for position, item in items.items():
+            batch.report.decode_s += item.decode_s
+            if item.outcome is not None:
+                if item.outcome is not Outcome.MISS:
+                    batch.report.reasons[position] = str(item.fault)
+                batch.ticket.settle(position, item.outcome)
+        self._disk.meter.add(TierStats(read_blocks=sum(item.is_delivered for item in items.values())))
+
+    def _deliver(self, item: Sought, flight: Flight, decode: Callable[[Tensor], None], *, is_kept: bool) -> None:
+        """Decode into the first slot that is still wanted, keep a copy, hand copies to all who waited."""
+        seat = self._flights.claim(flight)
+        if seat is None:
             return
-        lease = self._host.try_reserve(request.key)
+        outcome = None
+        try:
+            decode(seat.slot)
+            if is_kept and item.layers is None:
+                self._admit(item.key, seat.slot)
+            others = [other for other in self._flights.land(flight) if other is not seat]
+            served = [other for other in others if other.ticket.claim(other.item)]
+            for other in served:
+                self._copy(seat.slot, other.slot, item.layers)
+                other.ticket.unclaim(other.item, Outcome.DISK)
+            self._disk.meter.add(TierStats(shared_reads=len(served)))
+            outcome = Outcome.DISK
+        finally:
+            seat.ticket.unclaim(seat.item, outcome)
+
+    def _admit(self, key: BlockKey, slot: Tensor) -> None:
+        """Keep a copy in the host tier if a slot can be had without waiting."""
+        if self._host.contains(key):
+            return
+        lease = self._host.try_reserve(key)
         if lease is None:
             return
         with lease:
-            lease.slot.copy_(request.slot)
+            lease.slot.copy_(slot)
             lease.publish()
-
-    def _count(self, report: FetchReport) -> None:
-        outcomes = report.outcomes
-        num_host = outcomes.count(Outcome.HOST)
-        self.host_meter.add(
-            TierStats(
-                hits=num_host,
-                misses=len(outcomes) - num_host,
-                read_blocks=num_host,
-                read_nbytes=report.bytes_read[Tier.HOST],
-            )
-        )
-        num_disk = outcomes.count(Outcome.DISK)
-        self._disk.meter.add(
-            TierStats(
-                hits=num_disk,
-                misses=outcomes.count(Outcome.MISS),
-                damaged=outcomes.count(Outcome.DAMAGED),
-                read_blocks=num_disk,
-                read_nbytes=report.bytes_read[Tier.DISK],
-                read_s=report.load_s if num_disk else 0.0,
-                decode_s=report.decode_s,
-            )
-        )

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from kvstore.spec import BlockKey
+from kvstore.tiers.base import Outcome
 from kvstore.tiers.host import Lease
+from kvstore.tiers.moving.ticket import BatchTicket
 from kvstore.tiers.tables.records import Entry
 
 
@@ -40,17 +41,49 @@ class AppendPiece:
 
 @dataclass(frozen=True, slots=True)
 class PutJob:
-    """One `put`: the caller waits for `result`, so its tensors are read in place."""
+    """One `put`, or a part of one.
 
+    Args:
+        ticket: tells the caller what became of each block.
+        items: which items of the ticket these are.
+        keys: one per block.
+        slots: the blocks: the caller's, claimed while they are written, or those of `leases`.
+        num_tokens: tokens in each.
+        leases: host slots that hold copies of the blocks, so that the caller need not wait; empty when it does.
+    """
+
+    ticket: BatchTicket
+    items: Sequence[int]
     keys: Sequence[BlockKey]
     slots: Sequence[Tensor]
     num_tokens: Sequence[int]
-    result: Future[list[bool]] = field(default_factory=Future)
+    leases: Sequence[Lease] = ()
 
     @property
     def num_blocks(self) -> int:
         """Blocks to write."""
         return len(self.keys)
+
+    def begin(self) -> list[int]:
+        """Return the numbers of the blocks that are still to be written; their slots stay as they are until `end`."""
+        ask = self.ticket.is_open if self.leases else self.ticket.claim
+        return [number for number, item in enumerate(self.items) if ask(item)]
+
+    def end(self, numbers: Sequence[int], outcomes: Sequence[Outcome]) -> None:
+        """Tell the outcomes of the blocks that `begin` returned."""
+        for number, outcome in zip(numbers, outcomes, strict=True):
+            if self.leases:
+                self.ticket.settle(self.items[number], outcome)
+            else:
+                self.ticket.unclaim(self.items[number], outcome)
+        self.drop()
+
+    def drop(self) -> None:
+        """End the job without writing, or after it: what has no outcome was not stored."""
+        for item in self.items:
+            self.ticket.settle(item, Outcome.UNAVAILABLE)
+        for lease in self.leases:
+            lease.release()
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ appends to the manifests.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Collection, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 
 from kvstore.errors import BusyError, CapacityError, KVStoreError, StoreIOError
 from kvstore.spec import BlockKey
-from kvstore.tiers.base import Extent
+from kvstore.tiers.base import Extent, Outcome
 from kvstore.tiers.catalogue import WriteView
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier
@@ -24,6 +25,8 @@ from kvstore.tiers.tables.streams import append_entries
 from kvstore.tiers.writing.calibrator import Calibrator
 from kvstore.tiers.writing.jobs import AppendPiece, GrowingAppend, PutJob
 from kvstore.tiers.writing.record_writer import NewRecord, RecordWriter, WrittenRecord
+
+_LOG = logging.getLogger(__name__)
 
 _MAX_BATCH_BLOCKS = 64
 
@@ -110,17 +113,15 @@ class Writer:
                 raise StoreIOError("an earlier write failed meanwhile; continue from the cursor in the manifest")
             self._enqueue(piece)
 
-    def put(self, job: PutJob) -> list[bool]:
-        """Queue a `put` and wait for it; errors of appends are none of its business.
+    def put(self, job: PutJob) -> None:
+        """Queue a `put`; its ticket tells what becomes of it. Errors of appends are none of its business.
 
         Raises:
-            StoreIOError: the device failed.
             BusyError: the store is closed.
         """
         with self._queue.changed:
             self._check_open()
             self._enqueue(job)
-        return job.result.result()
 
     def flush(self) -> None:
         """Wait until everything queued so far is committed or has failed; raises like `check`."""
@@ -193,9 +194,7 @@ class Writer:
                 queue.num_failures += 1
         for item in done:
             if isinstance(item, PutJob):
-                if not item.result.done() and error is not None:
-                    item.result.set_exception(error)
-                continue
+                continue  # ended by `_commit_put`, come what may
             for lease in item.leases:
                 if error is not None:
                     self._host.forget(lease.key)
@@ -227,18 +226,22 @@ class Writer:
         self._calibrator.measure(unstored)
 
     def _commit_put(self, put: PutJob) -> None:
+        numbers = put.begin()
+        outcomes = [Outcome.UNAVAILABLE] * len(numbers)
         try:
-            put.result.set_result(self._store_put(put))
+            outcomes = self._store_put([_record_of(put, number) for number in numbers])
         except KVStoreError as error:
-            put.result.set_exception(error)
+            _LOG.warning("%s: %d blocks not stored: %s", self._disk.folder, len(numbers), error)
+        finally:
+            put.end(numbers, outcomes)
+        self._disk.note_use(
+            put.keys[number] for number, outcome in zip(numbers, outcomes, strict=True) if outcome is Outcome.STORED
+        )
 
-    def _store_put(self, put: PutJob) -> list[bool]:
-        new = [
-            NewRecord(key, slot, num_tokens, 0)
-            for key, slot, num_tokens in zip(put.keys, put.slots, put.num_tokens, strict=True)
-        ]
+    def _store_put(self, new: Sequence[NewRecord]) -> list[Outcome]:
         unstored = self._unstored(new)
-        keep = {entry.key for growing in self._open.values() for entry in growing.entries}.union(put.keys)
+        keep = {entry.key for growing in self._open.values() for entry in growing.entries}
+        keep.update(each.key for each in new)
         try:
             written, _ = self._records.write(unstored, keep)
             self._name(written, (), keep)
@@ -246,7 +249,7 @@ class Writer:
             written = []
         self._calibrator.measure(unstored[: len(written)])
         refused = {each.key for each in unstored} - {each.key for each in written}
-        return [key not in refused for key in put.keys]
+        return [Outcome.FULL if each.key in refused else Outcome.STORED for each in new]
 
     def _unstored(self, blocks: Sequence[NewRecord]) -> list[NewRecord]:
         """Drop repetitions and what is on disk in good order."""
@@ -273,3 +276,7 @@ class Writer:
             if not is_committed:
                 self._records.discard(written)
         self._damaged.difference_update(each.key for each in written)
+
+
+def _record_of(put: PutJob, number: int) -> NewRecord:
+    return NewRecord(put.keys[number], put.slots[number], put.num_tokens[number], 0)

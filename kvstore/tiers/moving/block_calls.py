@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain blocks of a store folder: the calls of `kvstore.tiers.block_store.BlockStore`, over host and disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from kvstore.errors import BusyError, ConfigError, KVStoreError, ReadOnlyError
+from kvstore.layout import BlockLayout
+from kvstore.spec import BlockKey
+from kvstore.tiers.base import Outcome
+from kvstore.tiers.data_path import DataPath, WritePath
+from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.moving.ticket import BatchTicket
+from kvstore.tiers.reading.request import FetchRequest
+from kvstore.tiers.removal import remove_blocks
+from kvstore.tiers.slots import check_blocks, check_gets, check_keys
+from kvstore.tiers.tables.blocks import has_block
+
+_LOG = logging.getLogger(__name__)
+
+
+class BlockCalls:
+    """The block store that a folder is. Thread-safe.
+
+    Args:
+        disk: the open folder.
+        data: what moves blocks; None for a store opened without a layout.
+    """
+
+    def __init__(self, disk: DiskTier, data: DataPath | None) -> None:
+        self._disk = disk
+        self._data = data
+        self._pid = os.getpid()
+        self._is_open = True
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether this process may write."""
+        return self._disk.is_writable
+
+    @property
+    def layout(self) -> BlockLayout:
+        """Layout of every slot; raises `ConfigError` for a store opened without one."""
+        return self._moving().layout
+
+    def put(
+        self,
+        keys: Sequence[BlockKey],
+        slots: Sequence[Tensor],
+        num_tokens: Sequence[int],
+        *,
+        timeout_s: float | None = None,
+    ) -> list[Outcome]:
+        """Store plain blocks until the budget needs their room; what is `STORED` is durable, and putting is idempotent.
+
+        Args:
+            keys: one per block.
+            slots: [slot_nbytes] uint8 CPU, contiguous, each.
+            num_tokens: tokens in each.
+            timeout_s: seconds after which what is not durable yet ends as `TIMED_OUT`; it may still become so.
+
+        Returns:
+            Per block: `STORED`, `FULL`, `UNAVAILABLE` when the device failed, or `TIMED_OUT`.
+
+        Raises:
+            ShapeError: an argument does not fit.
+            ReadOnlyError: the store is open for reading.
+        """
+        outcomes = self.submit_put(keys, slots, num_tokens, timeout_s=timeout_s).wait()
+        assert outcomes is not None, "waited without a limit"
+        return outcomes
+
+    def get(
+        self, keys: Sequence[BlockKey], slots: Sequence[Tensor], *, timeout_s: float | None = None
+    ) -> list[Outcome]:
+        """Bring plain blocks into slots: `Store.fetch` without the details, and with a deadline.
+
+        Bytes are read to memory of the store and decoded from there. What is not being decoded when time is up ends as
+        `TIMED_OUT`, and its slot is never touched again; a decode under way is waited for, which takes no I/O.
+        """
+        if timeout_s is None:
+            check_gets(keys, slots, self.layout)
+            requests = [FetchRequest(key, slot) for key, slot in zip(keys, slots, strict=True)]
+            return self._moving().fetcher.fetch(requests).outcomes
+        outcomes = self.submit_get(keys, slots, timeout_s=timeout_s).wait()
+        assert outcomes is not None, "waited without a limit"
+        return outcomes
+
+    def submit_put(
+        self,
+        keys: Sequence[BlockKey],
+        slots: Sequence[Tensor],
+        num_tokens: Sequence[int],
+        *,
+        timeout_s: float | None = None,
+    ) -> BatchTicket:
+        """Like `put`, and return at once."""
+        self._writing()
+        check_blocks(keys, slots, num_tokens, self.layout)
+        return self._moving().mover.submit_put(keys, slots, num_tokens, timeout_s)
+
+    def submit_get(
+        self, keys: Sequence[BlockKey], slots: Sequence[Tensor], *, timeout_s: float | None = None
+    ) -> BatchTicket:
+        """Like `get`, and return at once."""
+        check_gets(keys, slots, self.layout)
+        requests = [FetchRequest(key, slot) for key, slot in zip(keys, slots, strict=True)]
+        return self._moving().mover.submit_get(requests, timeout_s)
+
+    def exists(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Say per block whether memory or disk holds it; does not count as a use. What cannot be asked is not there."""
+        self._check_open()
+        check_keys(keys)
+        on_disk = [False] * len(keys)
+        try:
+            with self._disk.catalogue.read() as view:
+                on_disk = [has_block(view, key) for key in keys]
+        except KVStoreError as error:
+            _LOG.warning("%s: cannot be asked for blocks: %s", self._disk.folder, error)
+        host = None if self._data is None else self._data.host
+        return [on or (host is not None and host.contains(key)) for key, on in zip(keys, on_disk, strict=True)]
+
+    def remove(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Remove plain blocks; those that a stream needs stay. Returns per block whether it was removed."""
+        self._check_open(writing=True)
+        check_keys(keys)
+        try:
+            return remove_blocks(self._disk, self._data, keys)
+        except KVStoreError as error:
+            _LOG.warning("%s: %d blocks not removed: %s", self._disk.folder, len(keys), error)
+            return [False] * len(keys)
+
+    def _check_open(self, *, writing: bool = False) -> None:
+        if not self._is_open:
+            raise BusyError(f"{self._disk.folder}: the store is closed")
+        if os.getpid() != self._pid:
+            raise BusyError(f"{self._disk.folder}: opened by process {self._pid}; open it again in the forked child")
+        if writing and not self._disk.is_writable:
+            raise ReadOnlyError(f"{self._disk.folder}: open for reading; open it with Access.WRITE")
+
+    def _moving(self) -> DataPath:
+        self._check_open()
+        if self._data is None:
+            raise ConfigError(f"{self._disk.folder}: opened without a layout, so no block can be moved")
+        return self._data
+
+    def _writing(self) -> WritePath:
+        self._check_open(writing=True)
+        write = self._moving().write
+        assert write is not None, "a store open for writing has a write path"
+        return write

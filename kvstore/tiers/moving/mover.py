@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moves submitted batches behind the caller's back: a few threads that fetch, and copies for puts that may not wait."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from torch import Tensor
+
+from kvstore.errors import BusyError
+from kvstore.spec import BlockKey
+from kvstore.tiers.base import Outcome
+from kvstore.tiers.host import HostTier, Lease
+from kvstore.tiers.moving.ticket import BatchTicket
+from kvstore.tiers.reading.fetcher import Fetcher
+from kvstore.tiers.reading.request import FetchRequest
+from kvstore.tiers.writing.jobs import PutJob
+from kvstore.tiers.writing.writer import Writer
+
+_NUM_THREADS = 4
+_UNIT_NBYTES = 32 << 20
+_MAX_PUT_BLOCKS = 32
+
+
+class Mover:
+    """Owns the threads of submitted batches; `close` finishes what was submitted. Thread-safe.
+
+    A batch is moved in units, and what has not begun can be cancelled: so many bytes of slots at a time.
+
+    Args:
+        host: where puts with a deadline leave copies.
+        fetcher: brings blocks.
+        writer: stores them; None for a reader.
+        slot_nbytes: bytes of a slot.
+    """
+
+    def __init__(self, host: HostTier, fetcher: Fetcher, writer: Writer | None, slot_nbytes: int) -> None:
+        self._host = host
+        self._fetcher = fetcher
+        self._writer = writer
+        self._unit_blocks = max(1, _UNIT_NBYTES // slot_nbytes)
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="kvstore-mover")
+
+    def submit_get(self, requests: Sequence[FetchRequest], timeout_s: float | None) -> BatchTicket:
+        """Bring blocks into slots; returns at once."""
+        ticket = BatchTicket(len(requests), timeout_s)
+        self._threads.submit(self._get, requests, ticket)
+        return ticket
+
+    def submit_put(
+        self, keys: Sequence[BlockKey], slots: Sequence[Tensor], num_tokens: Sequence[int], timeout_s: float | None
+    ) -> BatchTicket:
+        """Store blocks; returns at once.
+
+        Without a deadline slots are encoded where they are. With one, blocks are copied to the host tier first, so that
+        the slots are the caller's again when time is up, whatever the disk does.
+        """
+        assert self._writer is not None, "a store open for writing has a writer"
+        ticket = BatchTicket(len(keys), timeout_s)
+        if timeout_s is None:
+            self._writer.put(PutJob(ticket, range(len(keys)), tuple(keys), tuple(slots), tuple(num_tokens)))
+        else:
+            self._threads.submit(self._put_copies, self._writer, keys, slots, num_tokens, ticket)
+        return ticket
+
+    def close(self) -> None:
+        """Finish what was submitted and end the threads."""
+        self._threads.shutdown()
+
+    def _get(self, requests: Sequence[FetchRequest], ticket: BatchTicket) -> None:
+        try:
+            for first in range(0, len(requests), self._unit_blocks):
+                if not ticket.done():
+                    unit = range(first, min(first + self._unit_blocks, len(requests)))
+                    self._fetcher.fetch(requests, ticket, unit)
+        finally:
+            ticket.settle_rest(Outcome.UNAVAILABLE)
+
+    def _put_copies(
+        self,
+        writer: Writer,
+        keys: Sequence[BlockKey],
+        slots: Sequence[Tensor],
+        num_tokens: Sequence[int],
+        ticket: BatchTicket,
+    ) -> None:
+        waiting: list[tuple[int, Lease]] = []
+
+        def hand_over() -> None:
+            if not waiting:
+                return
+            items, leases = [item for item, _ in waiting], tuple(lease for _, lease in waiting)
+            waiting.clear()
+            own = [keys[item] for item in items]
+            tokens = [num_tokens[item] for item in items]
+            job = PutJob(ticket, items, own, [lease.slot for lease in leases], tokens, leases)
+            try:
+                writer.put(job)
+            except BusyError:
+                job.drop()
+
+        for item, key in enumerate(keys):
+            lease = self._host.try_reserve(key) if len(waiting) < _MAX_PUT_BLOCKS else None
+            if lease is None:  # hand over what has been copied: only the writer frees the slots that are waited for
+                hand_over()
+                lease = self._host.reserve_within(key, lambda: None, ticket.left_s)
+            if lease is None:
+                break
+            if not ticket.claim(item):
+                lease.release()
+                break
+            lease.slot.copy_(slots[item])
+            ticket.unclaim(item, None)
+            waiting.append((item, lease))
+        hand_over()

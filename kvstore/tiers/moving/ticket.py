@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ticket of one batch: which items have ended and how, and who may touch an item's slot at any moment."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from kvstore.errors import ConfigError
+from kvstore.tiers.base import Outcome
+
+
+class BatchTicket:
+    """Outcomes of a batch, item by item; what `kvstore.tiers.block_store.Ticket` promises. Thread-safe.
+
+    Whoever moves an item's bytes claims it for just as long as it touches the caller's slot. Time and cancellation end
+    open items at once, and claimed ones only when the claim ends, so nothing is written to a slot, or read from it,
+    after its outcome is known. No thread watches the clock: whoever looks at the ticket does.
+
+    Args:
+        num_items: blocks of the batch.
+        timeout_s: seconds after which open items end as `TIMED_OUT`; None for never.
+
+    Raises:
+        ConfigError: `timeout_s` is negative or not a number.
+    """
+
+    def __init__(self, num_items: int, timeout_s: float | None = None) -> None:
+        if timeout_s is not None and not timeout_s >= 0:
+            raise ConfigError(f"timeout_s is {timeout_s}; use seconds from 0 on, or None to wait as long as it takes")
+        self._changed = threading.Condition()
+        self._outcomes: list[Outcome | None] = [None] * num_items
+        self._claimed: set[int] = set()
+        self._num_open = num_items
+        self._deadline_s = _end_of(timeout_s)
+        self._early: Outcome | None = None
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the deadline, at least 0; None without one."""
+        return None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
+
+    def is_open(self, item: int) -> bool:
+        """True when an item has no outcome yet."""
+        with self._changed:
+            self._expire()
+            return self._outcomes[item] is None
+
+    def claim(self, item: int) -> bool:
+        """Take the right to touch an item's slot until `unclaim`; False when it has ended, or somebody else has it."""
+        with self._changed:
+            self._expire()
+            if self._outcomes[item] is not None or item in self._claimed:
+                return False
+            self._claimed.add(item)
+            return True
+
+    def unclaim(self, item: int, outcome: Outcome | None) -> None:
+        """Give a claim back, with the item's outcome; None leaves it open, unless its time has run out meanwhile."""
+        with self._changed:
+            self._claimed.remove(item)
+            self._end(item, outcome or self._early)
+            self._changed.notify_all()
+
+    def settle(self, item: int, outcome: Outcome) -> None:
+        """End an item that nobody has claimed; does nothing to one that has ended."""
+        with self._changed:
+            self._expire()
+            assert item not in self._claimed, f"item {item} is being moved"
+            self._end(item, outcome)
+
+    def settle_rest(self, outcome: Outcome, items: Sequence[int] | None = None) -> list[Outcome]:
+        """End those of some items, or of all, that are open, wait for those that are claimed, return their outcomes."""
+        chosen = range(len(self._outcomes)) if items is None else items
+        with self._changed:
+            self._expire()
+            self._end_open(outcome, chosen)
+            self._changed.wait_for(lambda: self._claimed.isdisjoint(chosen))
+            self._end_open(outcome, chosen)
+            return [self._outcomes[item] or outcome for item in chosen]
+
+    def done(self) -> bool:
+        """True when every item has its outcome; never blocks."""
+        with self._changed:
+            self._expire()
+            return self._num_open == 0
+
+    def wait(self, timeout_s: float | None = None) -> list[Outcome] | None:
+        """Return all outcomes; None when `timeout_s` passed first and the batch goes on."""
+        until_s = _end_of(timeout_s)
+        with self._changed:
+            while True:
+                self._expire()
+                if self._num_open == 0:
+                    return [outcome for outcome in self._outcomes if outcome is not None]
+                now_s = time.monotonic()
+                if until_s is not None and now_s >= until_s:
+                    return None
+                deadline_s = self._deadline_s if self._early is None else None  # past it, claims are waited for
+                ends = [end for end in (until_s, deadline_s) if end is not None]
+                self._changed.wait(min(ends) - now_s if ends else None)
+
+    def cancel(self) -> None:
+        """End open items as `CANCELLED`; claimed ones too, if they do not end well."""
+        with self._changed:
+            self._expire()
+            self._stop(Outcome.CANCELLED)
+
+    def _expire(self) -> None:
+        if self._deadline_s is not None and self._num_open and time.monotonic() >= self._deadline_s:
+            self._stop(Outcome.TIMED_OUT)
+
+    def _stop(self, outcome: Outcome) -> None:
+        if self._early is None:
+            self._early = outcome
+            self._end_open(outcome, range(len(self._outcomes)))
+
+    def _end_open(self, outcome: Outcome, items: Sequence[int]) -> None:
+        for item in items:
+            if item not in self._claimed:
+                self._end(item, outcome)
+
+    def _end(self, item: int, outcome: Outcome | None) -> None:
+        if outcome is None or self._outcomes[item] is not None:
+            return
+        self._outcomes[item] = outcome
+        self._num_open -= 1
+        if self._num_open == 0:
+            self._changed.notify_all()
+
+
+def _end_of(span_s: float | None) -> float | None:
+    """When a span that begins now ends, by the monotonic clock; None for one that never does."""
+    return None if span_s is None else time.monotonic() + min(span_s, threading.TIMEOUT_MAX)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a fetch is asked for, and what it reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from kvstore.spec import BlockKey
+from kvstore.tiers.base import Outcome, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class FetchRequest:
+    """One block to be brought.
+
+    Args:
+        key: the block.
+        slot: [slot_nbytes] uint8 CPU, contiguous; where it goes.
+        layers: layers to bring, a range with step 1; None for all. Other layers of the slot stay as they are.
+    """
+
+    key: BlockKey
+    slot: Tensor
+    layers: range | None = None
+
+
+@dataclass(slots=True)
+class FetchReport:
+    """What became of a batch.
+
+    Args:
+        outcomes: one per request, in order.
+        bytes_read: bytes copied from the host tier and bytes read from disk, padding and merged gaps included.
+        load_s: wall seconds of the whole batch.
+        decode_s: seconds of checking and decoding, summed over threads.
+        reasons: why an item is damaged or its tier unavailable, by its position in the batch.
+        num_shared: blocks that another batch was reading already, and whose bytes it handed on.
+    """
+
+    outcomes: list[Outcome]
+    bytes_read: dict[Tier, int] = field(default_factory=lambda: {Tier.HOST: 0, Tier.DISK: 0})
+    load_s: float = 0.0
+    decode_s: float = 0.0
+    reasons: dict[int, str] = field(default_factory=dict)
+    num_shared: int = 0

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk that stalls: deadlines hold, late bytes touch nothing, who waits for another's read is not lost with it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kvstore.store import FetchRequest, Outcome, Store
+from tests.store_blocks import HEADER, LAYOUT, block_key, empty_slot, make_blocks, make_slot, open_store, same_block
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from slow_disk import SlowDisk
+
+ROOT = Path(__file__).parents[1]
+HANG_S = 60.0
+NUM_BLOCKS = 8
+
+
+@contextmanager
+def _stored(disk: SlowDisk, folder: Path, host_slots: int = 2) -> Iterator[Store]:
+    """A store whose blocks 0 to 7 are on disk and not in memory."""
+    with open_store(folder, host_slots=host_slots) as store:
+        for number in range(NUM_BLOCKS):
+            assert store.put([block_key(number)], [make_slot(number)], [40]) == [Outcome.STORED]
+        try:
+            yield store
+        finally:
+            disk.set()
+
+
+def late_reads_leave_slots_alone(disk: SlowDisk, folder: Path) -> None:
+    with _stored(disk, folder) as store:
+        disk.set(reads_stall=True)
+        slots = [empty_slot() for _ in range(3)]
+        began_s = time.monotonic()
+        outcomes = store.get([block_key(0), block_key(99), block_key(1)], slots, timeout_s=0.2)
+        assert outcomes == [Outcome.TIMED_OUT] * 3
+        assert time.monotonic() - began_s < HANG_S
+        ticket = store.submit_get([block_key(2)], [slots[0]])
+        assert ticket.wait(0.1) is None
+        assert not ticket.done()
+        ticket.cancel()
+        assert ticket.wait(0) == [Outcome.CANCELLED]
+        disk.set()
+        after = empty_slot()
+        assert store.get([block_key(0)], [after], timeout_s=HANG_S)[0].is_hit
+        assert same_block(after, make_slot(0))
+        store._moving().mover.close()  # every late read has ended
+        assert not any(slot.any() for slot in slots)
+
+
+def late_writes_free_the_slots(disk: SlowDisk, folder: Path) -> None:
+    with _stored(disk, folder, host_slots=4) as store:
+        disk.set(writes_stall=True)
+        numbers = range(20, 30)  # more than the host tier has slots
+        slots = [make_slot(number) for number in numbers]
+        keys = [block_key(number) for number in numbers]
+        assert store.put(keys, slots, [40] * 10, timeout_s=0.2) == [Outcome.TIMED_OUT] * 10
+        for slot in slots:
+            slot.zero_()  # the caller has them back: what is stored of them is what was put
+        waiting = store.submit_put([block_key(40)], [make_slot(40)], [40])
+        waiting.cancel()  # it has not begun: the write before it stalls
+        assert waiting.wait(HANG_S) == [Outcome.CANCELLED]
+        disk.set()
+        assert store.put([block_key(41)], [make_slot(41)], [40], timeout_s=HANG_S) == [Outcome.STORED]
+        found = [empty_slot() for _ in numbers]
+        for number, slot, outcome in zip(numbers, found, store.get(keys, found), strict=True):
+            assert outcome is Outcome.MISS or same_block(slot, make_slot(number))
+        assert store.exists([block_key(40)]) == [False]
+        assert store.verify().is_clean
+
+
+def two_askers_cause_one_read(disk: SlowDisk, folder: Path) -> None:
+    for layers in (None, range(1, 2)):
+        with _stored(disk, folder) as store, ThreadPoolExecutor(6) as threads:
+            disk.set(reads_stall=True)
+            slots = [[empty_slot(), empty_slot()] for _ in range(6)]
+            batches = [[FetchRequest(block_key(n), slot, layers) for n, slot in enumerate(pair)] for pair in slots]
+            jobs = [threads.submit(store.fetch, batch) for batch in batches]
+            flights = store._moving().fetcher._flights._flights
+            while sum(len(flight.seats) for flight in list(flights.values())) < 12:
+                time.sleep(0.005)
+            disk.set()
+            assert [job.result(HANG_S).outcomes for job in jobs] == [[Outcome.DISK] * 2] * 6
+            for pair in slots:
+                for number, slot in enumerate(pair):
+                    if layers is None:
+                        assert same_block(slot, make_slot(number))
+                    else:
+                        assert (LAYOUT.keys(slot)[1] == LAYOUT.keys(make_slot(number))[1]).any()
+                        assert not LAYOUT.keys(slot)[0].any()
+            stats = store.stats().disk
+            assert (stats.read_blocks, stats.shared_reads) == (2, 10)
+
+
+def the_second_asker_outlives_the_first(disk: SlowDisk, folder: Path) -> None:
+    for ends_early in ("timed out", "cancelled"):
+        with _stored(disk, folder) as store, ThreadPoolExecutor(1) as threads:
+            disk.set(reads_stall=True)
+            first, second = empty_slot(), empty_slot()
+            timeout_s = 0.3 if ends_early == "timed out" else None
+            ticket = store.submit_get([block_key(3)], [first], timeout_s=timeout_s)
+            flights = store._moving().fetcher._flights._flights
+            while not flights:
+                time.sleep(0.005)
+            job = threads.submit(store.get, [block_key(3)], [second])
+            while len(next(iter(flights.values())).seats) < 2:
+                time.sleep(0.005)
+            if ends_early == "cancelled":
+                ticket.cancel()
+            assert ticket.wait(HANG_S) == [Outcome(ends_early)]
+            disk.set()
+            assert job.result(HANG_S)[0].is_hit
+            assert same_block(second, make_slot(3))
+            assert not first.any()
+
+
+def the_second_asker_goes_on_when_the_first_fails(disk: SlowDisk, folder: Path) -> None:
+    with _stored(disk, folder) as store, ThreadPoolExecutor(2) as threads:
+        (extents,) = (folder / "extents").iterdir()
+        disk.set(reads_stall=True)
+        slots = [empty_slot(), empty_slot()]
+        jobs = [threads.submit(store.get, [block_key(4)], [slot]) for slot in slots]
+        flights = store._moving().fetcher._flights._flights
+        while not flights or len(next(iter(flights.values())).seats) < 2:
+            time.sleep(0.005)
+        whole = extents.read_bytes()
+        os.truncate(extents, 4096)
+        disk.set()
+        assert [job.result(HANG_S) for job in jobs] == [[Outcome.DAMAGED]] * 2
+        extents.write_bytes(whole)
+        assert store.get([block_key(4)], slots[:1]) == [Outcome.DISK]
+
+
+def appends_do_not_wait_until_the_host_tier_is_full(disk: SlowDisk, folder: Path) -> None:
+    with open_store(folder, host_slots=8) as store, ThreadPoolExecutor(1) as threads:
+        store.create_stream(HEADER)
+        disk.set(writes_stall=True)
+        for number in range(8):
+            store.append("lecture", make_blocks(1, number), {"next": number + 1})
+        ninth = threads.submit(store.append, "lecture", make_blocks(1, 8), {"next": 9})
+        time.sleep(0.2)
+        assert not ninth.done(), "eight slots hold blocks that are not written"
+        disk.set()
+        ninth.result(HANG_S)
+        store.flush()
+        assert len(store.manifest("lecture").entries) == 9
+
+
+CASES = [
+    late_reads_leave_slots_alone,
+    late_writes_free_the_slots,
+    two_askers_cause_one_read,
+    the_second_asker_outlives_the_first,
+    the_second_asker_goes_on_when_the_first_fails,
+    appends_do_not_wait_until_the_host_tier_is_full,
+]
+
+
+def run_cases(scratch: Path) -> None:
+    """Run the cases in a process that was started on the disk, and name those that hold, up to the first that fails."""
+    for case in CASES:
+        folder = scratch / "disk" / case.__name__
+        folder.mkdir(parents=True)
+        case(SlowDisk(scratch, scratch / "disk"), folder / "store")
+        sys.stdout.write(f"{case.__name__} holds\n")
+        sys.stdout.flush()
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> str:
+    scratch = tmp_path_factory.mktemp("slow")
+    (scratch / "disk").mkdir()
+    environment = {**os.environ, **SlowDisk(scratch, scratch / "disk").environment}
+    code = f"from pathlib import Path; from tests.test_stalled_disk import run_cases; run_cases(Path({str(scratch)!r}))"
+    command = [sys.executable, "-c", code]
+    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=5 * HANG_S)
+    return child.stdout + child.stderr
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_on_a_stalled_disk(case: Callable[[SlowDisk, Path], None], output: str) -> None:
+    assert f"{case.__name__} holds" in output, output
