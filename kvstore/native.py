@@ -25,10 +25,15 @@ Memory and files:
         `pinned` page-locks it when a CUDA device is there. `close()` gives the pages back; views left read zeros.
     DirectFile(path, writable): O_DIRECT where the file system offers it (`is_direct`), else buffered. A writable file
         is created when missing.
-    IoPool(num_threads).submit_read | submit_write(file, buffer, ops) -> Ticket: ops are (file_offset, buffer_offset,
-        nbytes), in multiples of 4096, memory address included, while the file is direct. Reading past the end is an
-        error.
-    Ticket.wait(): blocks, then raises the batch's first error. The buffer is held until then; a dropped ticket waits.
+    IoPool(num_threads, engine, depth): `engine` says what moves the bytes: "io_uring", with up to `depth` transfers in
+        flight, where the system offers it, else "threads", `num_threads` of them. Asking for one takes no other.
+    IoPool.submit_read | submit_write(file, buffer, ops) -> Ticket: ops are (file_offset, buffer_offset, nbytes), in
+        multiples of 4096, memory address included, while the file is direct. Reading past the end is an error.
+    IoPool.read | write(file, buffer, ops): submits and waits; one short op is moved on the calling thread.
+    Ticket.wait(timeout_s) -> bool: blocks, then raises the error of the first op that failed; False when time ran out.
+        The buffer is held until the batch is done; a dropped ticket waits. An op that fails takes no other along.
+    Ticket.wait_some(): blocks until ops have ended that were not returned before, well or badly; [] when all were.
+    Ticket.errors(): the failed ops so far, by number. Ticket.cancel(): ends ops that have not begun, with ECANCELED.
 
 Planes (K of layer l is plane 2l, V is 2l + 1):
     gather_rows | scatter_rows(geometry, plane, pool, slots, row_starts, dense): between slots of `pool` and dense rows

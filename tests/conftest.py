@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several files of tests share: a screen recording, made once per run, and where warps decode."""
+"""What several files of tests share: a screen recording made once, where warps decode, and what moves bytes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+
+from kvstore.errors import ConfigError
+from kvstore.native import IoPool
 
 if not torch.cuda.is_available():
     # Triton reads it when it is first imported, and any test may be the one that does.
@@ -50,3 +53,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device(request.param)
+
+
+@pytest.fixture(params=["threads", "io_uring"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """What moves the bytes of an `IoPool`."""
+    try:
+        IoPool(1, request.param).close()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    return str(request.param)

@@ -18,9 +18,10 @@ PAGE = 4096
 MIB = 1 << 20
 
 
-@pytest.fixture
-def pool() -> Iterator[IoPool]:
-    pool = IoPool(2)
+@pytest.fixture(params=["threads", None])
+def pool(request: pytest.FixtureRequest) -> Iterator[IoPool]:
+    """Both engines, where this system has both."""
+    pool = IoPool(2, request.param)
     yield pool
     pool.close()
 

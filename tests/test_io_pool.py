@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +19,8 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def pool() -> Iterator[IoPool]:
-    pool = IoPool(2)
+def pool(engine: str) -> Iterator[IoPool]:
+    pool = IoPool(2, engine)
     yield pool
     pool.close()
 
@@ -37,13 +35,13 @@ def noise(nbytes: int) -> bytes:
     return os.urandom(nbytes)
 
 
-@pytest.mark.parametrize("num_threads", [1, 2, 5])
+@pytest.mark.parametrize("in_flight", [1, 2, 5])
 @pytest.mark.parametrize("nbytes", [PAGE, MIB - PAGE, MIB, MIB + PAGE, 5 * MIB])
-def test_what_is_written_is_read_back(tmp_path: Path, num_threads: int, nbytes: int) -> None:
+def test_what_is_written_is_read_back(tmp_path: Path, engine: str, in_flight: int, nbytes: int) -> None:
     data = noise(nbytes)
     source, destination = arena_of(data), Arena(nbytes, pinned=False)
     file = DirectFile(str(tmp_path / "data"), writable=True)
-    pool = IoPool(num_threads)
+    pool = IoPool(in_flight, engine, in_flight)
 
     pool.submit_write(file, source, [(0, 0, nbytes)]).wait()
     pool.submit_read(file, destination, [(0, 0, nbytes)]).wait()
@@ -120,16 +118,6 @@ def test_reading_past_the_end_is_an_error_never_a_short_result(tmp_path: Path, p
         pool.submit_read(file, Arena(2 * PAGE, pinned=False), [(0, 0, 2 * PAGE)]).wait()
 
 
-def test_one_failed_op_fails_its_batch_and_leaves_the_pool_usable(tmp_path: Path, pool: IoPool) -> None:
-    (tmp_path / "data").write_bytes(noise(PAGE))
-    file = DirectFile(str(tmp_path / "data"), writable=False)
-    arena = Arena(2 * PAGE, pinned=False)
-
-    with pytest.raises(StoreIOError):
-        pool.submit_read(file, arena, [(0, 0, PAGE), (9 * PAGE, PAGE, PAGE)]).wait()
-    pool.submit_read(file, arena, [(0, 0, PAGE)]).wait()
-
-
 def test_ranges_outside_the_buffer_are_refused(tmp_path: Path, pool: IoPool) -> None:
     file = DirectFile(str(tmp_path / "data"), writable=True)
     arena = Arena(2 * PAGE, pinned=False)
@@ -198,9 +186,9 @@ def test_a_ticket_keeps_its_buffer_until_the_transfers_have_ended(tmp_path: Path
     buffer.clear()
 
 
-def test_closing_the_pool_ends_what_is_queued_and_refuses_more(tmp_path: Path) -> None:
+def test_closing_the_pool_ends_what_is_queued_and_refuses_more(tmp_path: Path, engine: str) -> None:
     data = noise(8 * MIB)
-    pool = IoPool(1)
+    pool = IoPool(1, engine, 1)
     file = DirectFile(str(tmp_path / "data"), writable=True)
     ticket = pool.submit_write(file, arena_of(data), [(0, 0, len(data))])
 
@@ -212,40 +200,3 @@ def test_closing_the_pool_ends_what_is_queued_and_refuses_more(tmp_path: Path) -
     assert (tmp_path / "data").read_bytes() == data
     with pytest.raises(ConfigError, match="closed"):
         pool.submit_read(file, Arena(PAGE, pinned=False), [(0, 0, PAGE)])
-
-
-FORKING = """
-import os, sys
-from kvstore.errors import ConfigError
-from kvstore.native import Arena, DirectFile, IoPool
-
-pool, file, arena = IoPool(2), DirectFile(sys.argv[1], True), Arena(4096, False)
-ticket = pool.submit_write(file, arena, [(0, 0, 4096)])
-child = os.fork()
-if child == 0:
-    refused = 0
-    for call in (ticket.wait, ticket.done, pool.close, lambda: pool.submit_read(file, arena, [(0, 0, 4096)])):
-        try:
-            call()
-        except ConfigError:
-            refused += 1
-    del ticket, pool
-    IoPool(1).submit_read(file, arena, [(0, 0, 0)]).wait()
-    sys.exit(refused)
-code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-ticket.wait()
-pool.close()
-sys.exit(code)
-"""
-
-
-def test_a_forked_child_is_refused_instead_of_hanging(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", FORKING, str(tmp_path / "data")], timeout=30, check=False)
-
-    assert done.returncode == 4
-
-
-@pytest.mark.parametrize("num_threads", [0, 257])
-def test_thread_counts_out_of_range_are_refused(num_threads: int) -> None:
-    with pytest.raises(ConfigError, match="num_threads"):
-        IoPool(num_threads)

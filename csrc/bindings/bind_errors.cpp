@@ -63,6 +63,16 @@ void translate(std::exception_ptr pointer) {
 
 }  // namespace
 
+py::object exception_from(const std::exception_ptr& error) {
+  try {
+    translate(error);
+  } catch (const std::exception& other) {  // not one of ours: memory ran out
+    PyErr_SetString(PyExc_RuntimeError, other.what());
+  }
+  const py::error_already_set raised;
+  return raised.value();
+}
+
 void bind_errors() {
   error_classes.call_once_and_store_result(import_classes);
   py::register_local_exception_translator(translate);

@@ -3,9 +3,12 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
+#include <algorithm>
+#include <chrono>
 #include <filesystem>
 #include <memory>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -61,13 +64,37 @@ class PyTicket {
   }
 
   [[nodiscard]] bool done() const { return ticket_->done(); }
+  void cancel() { ticket_->cancel(); }
 
-  void wait() {
+  bool wait(std::optional<double> timeout_s) {
+    std::optional<Ticket::Clock::time_point> deadline;
+    if (timeout_s.has_value()) {
+      // Longer than any wait, and still far from the clock's end.
+      const double wait_s = std::clamp(*timeout_s, 0.0, 1e8);
+      deadline = Ticket::Clock::now() + std::chrono::duration_cast<Ticket::Clock::duration>(
+                                            std::chrono::duration<double>(wait_s));
+    }
     {
       const py::gil_scoped_release released;
-      ticket_->wait();
+      if (!ticket_->wait_until(deadline)) {
+        return false;
+      }
     }
     buffer_.reset();
+    return true;
+  }
+
+  std::vector<std::size_t> wait_some() {
+    const py::gil_scoped_release released;
+    return ticket_->wait_some();
+  }
+
+  [[nodiscard]] py::dict errors() const {
+    py::dict found;
+    for (const auto& [op, error] : ticket_->errors()) {
+      found[py::int_(op)] = exception_from(error);
+    }
+    return found;
   }
 
  private:
@@ -104,6 +131,39 @@ std::unique_ptr<PyTicket> submit_write(IoPool& pool,
   return std::make_unique<PyTicket>(std::move(ticket), std::move(held));
 }
 
+void read(IoPool& pool,
+          const PyFile& file,
+          const py::buffer& buffer,
+          const std::vector<OpTuple>& ops) {
+  const HeldBuffer held(buffer, true);
+  std::shared_ptr<DirectFile> opened = file.get();
+  const py::gil_scoped_release released;
+  pool.read(std::move(opened), held.writable(), ops_from(ops));
+}
+
+void write(IoPool& pool,
+           const PyFile& file,
+           const py::buffer& buffer,
+           const std::vector<OpTuple>& ops) {
+  const HeldBuffer held(buffer, false);
+  std::shared_ptr<DirectFile> opened = file.get();
+  const py::gil_scoped_release released;
+  pool.write(std::move(opened), held.readable(), ops_from(ops));
+}
+
+std::unique_ptr<IoPool> make_pool(std::size_t num_threads,
+                                  const std::optional<std::string>& engine,
+                                  unsigned depth) {
+  IoPool::Options options{num_threads, std::nullopt, depth};
+  if (engine.has_value()) {
+    KV_EXPECT(*engine == "threads" || *engine == "io_uring", ConfigError,
+              "engine is '" + *engine + "'; it must be 'io_uring', 'threads', or None for either");
+    options.engine = *engine == "threads" ? EngineKind::kThreads : EngineKind::kUring;
+  }
+  const py::gil_scoped_release released;
+  return std::make_unique<IoPool>(options);
+}
+
 py::buffer_info arena_buffer(Arena& arena) {
   KV_EXPECT(!arena.is_closed(), ConfigError, "this arena is closed");
   return py::buffer_info(arena.bytes().data(), static_cast<py::ssize_t>(arena.bytes().size()));
@@ -128,11 +188,19 @@ void bind_file(py::module_& module) {
 }
 
 void bind_pool(py::module_& module) {
-  py::class_<PyTicket>(module, "Ticket").def("done", &PyTicket::done).def("wait", &PyTicket::wait);
+  py::class_<PyTicket>(module, "Ticket")
+      .def("done", &PyTicket::done)
+      .def("wait", &PyTicket::wait, "timeout_s"_a = py::none())
+      .def("wait_some", &PyTicket::wait_some)
+      .def("errors", &PyTicket::errors)
+      .def("cancel", &PyTicket::cancel);
   py::class_<IoPool>(module, "IoPool")
-      .def(py::init<std::size_t>(), "num_threads"_a)
+      .def(py::init(&make_pool), "num_threads"_a, "engine"_a = py::none(), "depth"_a = 64)
+      .def_property_readonly("engine", &IoPool::engine)
       .def("submit_read", &submit_read, "file"_a, "buffer"_a, "ops"_a)
       .def("submit_write", &submit_write, "file"_a, "buffer"_a, "ops"_a)
+      .def("read", &read, "file"_a, "buffer"_a, "ops"_a)
+      .def("write", &write, "file"_a, "buffer"_a, "ops"_a)
       .def("close", &IoPool::close, WithoutGil());
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// System calls on one file, repeated until all bytes are through.
+// Opening, growing, syncing and closing one file.
 #include "io/direct_file.hpp"
 
 #include <fcntl.h>
@@ -19,10 +19,6 @@ int open_retrying(const std::string& path, int flags) {
     descriptor = ::open(path.c_str(), flags, kMode);
   } while (descriptor < 0 && errno == EINTR);
   return descriptor;
-}
-
-std::string range_text(std::size_t nbytes, std::uint64_t offset) {
-  return " of " + std::to_string(nbytes) + " bytes at " + std::to_string(offset);
 }
 
 }  // namespace
@@ -85,49 +81,6 @@ void DirectFile::leave_direct_mode() {
   const int flags = ::fcntl(descriptor_, F_GETFL);
   KV_ERRNO(flags, about("ask for the flags of"));
   KV_ERRNO(::fcntl(descriptor_, F_SETFL, flags & ~O_DIRECT), about("leave direct mode of"));
-}
-
-void DirectFile::read_exactly(Bytes destination, std::uint64_t offset) {
-  // Taken before the first try: another thread's fall-back must not make this one's EINVAL look
-  // final.
-  bool may_fall_back = is_direct();
-  for (std::size_t at = 0; at < destination.size();) {
-    const ssize_t count = ::pread(descriptor_, destination.data() + at, destination.size() - at,
-                                  static_cast<off_t>(offset + at));
-    const int error_number = errno;  // before anything else can set it
-    if (count > 0) {
-      at += static_cast<std::size_t>(count);
-    } else if (count == 0) {
-      throw IoError(located(about("read") + range_text(destination.size(), offset) +
-                                ": end of file after " + std::to_string(at) + " bytes",
-                            __FILE__, __LINE__),
-                    0);
-    } else if (error_number == EINVAL && may_fall_back) {
-      may_fall_back = false;
-      leave_direct_mode();
-    } else if (error_number != EINTR) {
-      throw_errno(about("read") + range_text(destination.size(), offset), error_number, __FILE__,
-                  __LINE__);
-    }
-  }
-}
-
-void DirectFile::write_exactly(ConstBytes source, std::uint64_t offset) {
-  bool may_fall_back = is_direct();
-  for (std::size_t at = 0; at < source.size();) {
-    const ssize_t count = ::pwrite(descriptor_, source.data() + at, source.size() - at,
-                                   static_cast<off_t>(offset + at));
-    const int error_number = count == 0 ? EIO : errno;
-    if (count > 0) {
-      at += static_cast<std::size_t>(count);
-    } else if (error_number == EINVAL && may_fall_back) {
-      may_fall_back = false;
-      leave_direct_mode();
-    } else if (error_number != EINTR) {
-      throw_errno(about("write") + range_text(source.size(), offset), error_number, __FILE__,
-                  __LINE__);
-    }
-  }
 }
 
 }  // namespace kv

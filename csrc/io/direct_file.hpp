@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <string>
 
-#include "core/span.hpp"
+#include "core/error.hpp"
 
 namespace kv {
 
@@ -43,17 +43,14 @@ class DirectFile {
   /// Asks the kernel to forget cached pages of this file; dirty ones stay.
   void drop_cache();
 
-  /// Fills `destination` from `offset`, or throws: a short file is an IoError, never a short
-  /// result.
-  void read_exactly(Bytes destination, std::uint64_t offset);
+  /// For system calls on the file; valid as long as this object.
+  [[nodiscard]] int descriptor() const noexcept { return descriptor_; }
 
-  /// Writes all of `source` at `offset`, or throws.
-  void write_exactly(ConstBytes source, std::uint64_t offset);
+  /// Continues buffered, for this and all later transfers: O_DIRECT is not possible here after all.
+  void leave_direct_mode();
 
  private:
   [[nodiscard]] std::string about(const char* verb) const;
-  // Continues buffered, for this and all later transfers: O_DIRECT is not possible here after all.
-  void leave_direct_mode();
 
   std::string path_;
   bool is_writable_;

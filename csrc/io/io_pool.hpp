@@ -1,71 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0
-// Threads that move bytes between files and memory, and the tickets by which callers learn how it
-// went.
+// The way to an engine: checks what is submitted, picks the engine, refuses a forked child.
 #pragma once
 
 #include <sys/types.h>
 
-#include <condition_variable>
-#include <cstdint>
-#include <deque>
-#include <exception>
 #include <memory>
-#include <mutex>
-#include <thread>
+#include <optional>
 #include <vector>
 
 #include "core/span.hpp"
 #include "io/direct_file.hpp"
+#include "io/engine.hpp"
+#include "io/ticket.hpp"
 
 namespace kv {
 
-/// One transfer: `nbytes` at `file_offset` of the file and `buffer_offset` of the buffer.
-struct IoOp {
-  std::uint64_t file_offset;
-  std::uint64_t buffer_offset;
-  std::uint64_t nbytes;
-};
+enum class EngineKind { kThreads, kUring };
 
-enum class Direction { kRead, kWrite };
-
-/// The outcome of one submitted batch. Shared by the pool and the caller; any thread may ask or
-/// wait.
-class Ticket {
- public:
-  explicit Ticket(std::size_t num_pieces);
-
-  /// True when every transfer of the batch has ended, well or badly; never blocks for I/O.
-  [[nodiscard]] bool done() const;
-
-  /// Blocks until done, then rethrows the first worker error, every time it is called.
-  void wait() const;
-
- private:
-  friend class IoPool;
-  void finish_piece(std::exception_ptr error) noexcept;
-  [[nodiscard]] bool has_failed() const;
-
-  pid_t owner_process_;
-  mutable std::mutex mutex_;
-  mutable std::condition_variable changed_;
-  std::size_t pending_;
-  std::exception_ptr error_;
-};
-
-/// Owns its worker threads; close() or the destructor ends what is queued and joins them. submit()
-/// and close() may be called from any thread.
+/// Moves batches of bytes between files and memory; close() or the destructor ends what is
+/// submitted. All methods may be called from any thread.
 ///
-/// Transfers are cut into pieces of kPieceNbytes that any worker takes, so one large transfer uses
-/// them all. Pieces start in the order of submission and end in any order. The caller keeps the
-/// memory alive until its ticket is done. Threads do not survive fork(): in the child every call is
-/// refused, and the destructor leaks instead of hanging.
+/// Pieces start in the order of submission and end in any order. The caller keeps the memory alive
+/// until its ticket is done. Threads do not survive fork(): in the child every call is refused, and
+/// the destructor leaks instead of hanging.
 class IoPool {
  public:
-  static constexpr std::size_t kPieceNbytes = std::size_t{1} << 20;
   static constexpr std::size_t kMaxThreads = 256;
+  static constexpr unsigned kMaxDepth = 1024;
 
-  /// @throws ConfigError unless `num_threads` is 1 to kMaxThreads.
-  explicit IoPool(std::size_t num_threads);
+  struct Options {
+    std::size_t num_threads;           ///< of the engine `kThreads`: its transfers in flight
+    std::optional<EngineKind> engine;  ///< none: io_uring where it is to be had, else threads
+    unsigned depth = 64;               ///< of the engine `kUring`: most pieces in flight
+  };
+
+  /// @throws ConfigError for a number out of range, or when the engine asked for cannot be had.
+  explicit IoPool(const Options& options);
   IoPool(const IoPool&) = delete;
   IoPool& operator=(const IoPool&) = delete;
   IoPool(IoPool&&) = delete;
@@ -77,44 +47,34 @@ class IoPool {
   /// direct.
   [[nodiscard]] std::shared_ptr<Ticket> submit_read(std::shared_ptr<DirectFile> file,
                                                     Bytes buffer,
-                                                    const std::vector<IoOp>& ops);
+                                                    std::vector<IoOp> ops);
 
   /// Queues writes of `buffer` to `file`; see submit_read.
   [[nodiscard]] std::shared_ptr<Ticket> submit_write(std::shared_ptr<DirectFile> file,
                                                      ConstBytes buffer,
-                                                     const std::vector<IoOp>& ops);
+                                                     std::vector<IoOp> ops);
+
+  /// Like submit_read, and waits. A single short transfer is made on the calling thread: waking
+  /// another one takes as long as the device.
+  void read(std::shared_ptr<DirectFile> file, Bytes buffer, std::vector<IoOp> ops);
+
+  /// Like submit_write, and waits; see read.
+  void write(std::shared_ptr<DirectFile> file, ConstBytes buffer, std::vector<IoOp> ops);
 
   /// Ends what is queued, joins the threads; later submits are refused. A second call does nothing.
   void close();
 
- private:
-  struct Piece {
-    std::shared_ptr<Ticket> ticket;
-    std::shared_ptr<DirectFile> file;
-    Direction direction;
-    // Reads write through it; for writes it is only ever viewed as const.
-    std::uint8_t* memory;
-    std::size_t nbytes;
-    std::uint64_t file_offset;
-  };
-  struct Queue {
-    std::mutex mutex;
-    std::condition_variable changed;
-    std::deque<Piece> pieces;
-    bool is_closed = false;
-  };
+  [[nodiscard]] const char* engine() const noexcept { return engine_->name(); }
 
-  [[nodiscard]] std::shared_ptr<Ticket> submit(Direction direction,
-                                               std::shared_ptr<DirectFile> file,
-                                               Bytes buffer,
-                                               const std::vector<IoOp>& ops);
-  static void work(Queue& queue);
-  static void transfer(const Piece& piece);
+ private:
+  [[nodiscard]] std::shared_ptr<Ticket> make_ticket(Direction direction,
+                                                    std::shared_ptr<DirectFile> file,
+                                                    Bytes buffer,
+                                                    std::vector<IoOp> ops) const;
+  void move_and_wait(const std::shared_ptr<Ticket>& ticket, const std::vector<IoOp>& ops);
 
   pid_t owner_process_;
-  std::unique_ptr<Queue> queue_;
-  std::mutex close_mutex_;
-  std::vector<std::thread> threads_;
+  std::unique_ptr<IoEngine> engine_;
 };
 
 }  // namespace kv

@@ -3,9 +3,11 @@
 // checkers to watch.
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -17,7 +19,7 @@
 
 namespace {
 
-constexpr std::size_t kOpNbytes = 3 * kv::IoPool::kPieceNbytes / 2;
+constexpr std::size_t kOpNbytes = 3 * kv::Ticket::kPieceNbytes / 2;
 constexpr std::size_t kNumOps = 8;
 constexpr std::size_t kPage = 4096;
 
@@ -60,17 +62,53 @@ void faults_travel_in_tickets(kv::IoPool& pool, const std::shared_ptr<kv::Direct
       file, arena.bytes(), {kv::IoOp{beyond, 0, kPage}, kv::IoOp{beyond, kPage, kPage}});
   CHECK_THROWS(ticket->wait(), kv::IoError);
   CHECK(ticket->done());
+  CHECK(ticket->errors().size() == 2);
   CHECK_THROWS(pool.submit_read(file, arena.bytes(), {kv::IoOp{0, 4 * kPage, kPage}}),
                kv::ShapeError);
   CHECK_THROWS(pool.submit_read(file, arena.bytes(), {kv::IoOp{0, UINT64_MAX, kPage}}),
                kv::ShapeError);
 }
 
-void the_end_waits_for_queued_work(const std::shared_ptr<kv::DirectFile>& file) {
+void askers_and_a_canceller_share_a_ticket(kv::IoPool& pool,
+                                           const std::shared_ptr<kv::DirectFile>& file) {
+  kv::Arena arena(kNumOps * kOpNbytes, false);
+  for (int round = 0; round < 20; ++round) {
+    std::vector<kv::IoOp> ops;
+    for (std::size_t op = 0; op < 64; ++op) {
+      ops.push_back(kv::IoOp{op * kPage, op * kPage, op % 8 == 0 ? 0 : kPage});
+    }
+    const auto ticket = pool.submit_read(file, arena.bytes(), ops);
+    std::size_t num_told = 0;
+    std::thread teller([&ticket, &num_told] {
+      for (auto some = ticket->wait_some(); !some.empty(); some = ticket->wait_some()) {
+        num_told += some.size();
+      }
+    });
+    std::thread asker([&ticket] {
+      while (!ticket->done()) {
+        static_cast<void>(ticket->errors());
+        std::this_thread::yield();
+      }
+    });
+    std::thread canceller([&ticket] { ticket->cancel(); });
+    try {
+      ticket->wait();
+    } catch (const kv::IoError& error) {
+      CHECK(error.error_number() == ECANCELED);
+    }
+    teller.join();
+    asker.join();
+    canceller.join();
+    CHECK(num_told == ops.size());
+  }
+}
+
+void the_end_waits_for_queued_work(const kv::IoPool::Options& options,
+                                   const std::shared_ptr<kv::DirectFile>& file) {
   kv::Arena arena(kNumOps * kOpNbytes, false);
   std::shared_ptr<kv::Ticket> ticket;
   {
-    kv::IoPool pool(2);
+    kv::IoPool pool(options);
     ticket =
         pool.submit_write(file, constant(arena.bytes()), {kv::IoOp{0, 0, kNumOps * kOpNbytes}});
   }
@@ -85,12 +123,15 @@ void test_io() {
   const int descriptor = ::mkstemp(path.data());
   CHECK(descriptor >= 0);
   ::close(descriptor);
-  {
+  for (const std::optional<kv::EngineKind> engine :
+       {std::optional<kv::EngineKind>(), std::optional(kv::EngineKind::kThreads)}) {
     const auto file = std::make_shared<kv::DirectFile>(path, true);
-    kv::IoPool pool(2);
+    const kv::IoPool::Options options{2, engine, 8};
+    kv::IoPool pool(options);
     threads_share_a_pool(pool, file);
     faults_travel_in_tickets(pool, file);
-    the_end_waits_for_queued_work(file);
+    askers_and_a_canceller_share_a_ticket(pool, file);
+    the_end_waits_for_queued_work(options, file);
     pool.close();
     CHECK_THROWS(kv::DirectFile(path + "-absent", false), kv::IoError);
   }

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// Moves pieces through one io_uring: many transfers in flight, one thread, few system calls.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <vector>
+
+#include "io/engine.hpp"
+#include "io/uring.hpp"
+
+namespace kv {
+
+/// One thread owns the ring: it begins pieces while there is room, sleeps in the kernel until one
+/// ends or `submit` wakes it, and tells the tickets.
+class UringEngine final : public IoEngine {
+ public:
+  /// More bytes in flight than this only make the first ones wait: devices are saturated by far
+  /// fewer, and some collapse.
+  static constexpr std::size_t kMaxNbytesInFlight = std::size_t{16} << 20;
+
+  /// @param depth  most pieces in flight.
+  /// @throws IoError when there is no io_uring to be had; see Uring.
+  explicit UringEngine(unsigned depth);
+  UringEngine(const UringEngine&) = delete;
+  UringEngine& operator=(const UringEngine&) = delete;
+  UringEngine(UringEngine&&) = delete;
+  UringEngine& operator=(UringEngine&&) = delete;
+  ~UringEngine() override;
+
+  [[nodiscard]] const char* name() const noexcept override { return "io_uring"; }
+  void submit(std::shared_ptr<Ticket> ticket) override;
+  void close() override;
+
+ private:
+  void work();
+  // Begins pieces while there is room. Returns false when the engine is closed and has ended all.
+  [[nodiscard]] bool begin_pieces();
+  void settle(std::size_t slot, std::int64_t result);
+  void wake() noexcept;
+
+  Uring ring_;
+  int event_ = -1;
+  std::uint64_t event_value_ = 0;  // where the ring reads the event to
+
+  std::mutex mutex_;
+  TicketQueue queue_;
+  bool is_closed_ = false;
+  bool is_asleep_ = false;  // in the kernel, and would not see a new ticket without a wake
+
+  // The thread's own.
+  std::vector<std::optional<TicketQueue::Taken>> slots_;
+  std::vector<std::size_t> free_slots_;
+  std::size_t nbytes_in_flight_ = 0;
+  bool is_wake_armed_ = false;
+
+  std::mutex close_mutex_;
+  std::thread thread_;
+};
+
+}  // namespace kv
