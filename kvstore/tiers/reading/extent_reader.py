@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Executes read plans: a few transfers in flight, each piece handed to a thread as soon as its bytes are there."""
+"""Executes read plans: many transfers in flight, pieces handed to threads as soon as their bytes are there."""
 
 from __future__ import annotations
 
@@ -9,19 +9,28 @@ from concurrent.futures import Executor, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 
-from kvstore.errors import KVStoreError, StoreIOError
+from kvstore.errors import KVStoreError
 from kvstore.native import IoPool, Ticket
 from kvstore.tiers.extents import ExtentFiles
 from kvstore.tiers.reading.plan import MERGE_GAP_NBYTES, Piece, Run, merge
 from kvstore.tiers.reading.staging import Region, Staging
 
 _NUM_REGIONS = 4
-_MIN_REGION_NBYTES = 2 << 20
+_MIN_REGION_NBYTES = 4 << 20
+# A job costs some 20 us of Python: so much is decoded by one, unless the batch is too small to keep threads busy.
+_JOB_NBYTES = 512 << 10
+_JOBS_PER_BATCH = 8
+
+Consume = Callable[[Piece, memoryview], None]
+Fail = Callable[[Piece, KVStoreError], None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Flight:
-    run: Run
+class _Wave:
+    """Runs of one file that are read by one submission, one behind the other in a region."""
+
+    runs: list[Run]
+    starts: list[int]
     region: Region
     ticket: Ticket
 
@@ -47,47 +56,37 @@ class ExtentReader:
         """Longest piece that can be read."""
         return self._staging.region_nbytes
 
-    def read(
-        self,
-        pieces: Sequence[Piece],
-        consume: Callable[[Piece, memoryview], None],
-        fail: Callable[[Piece, KVStoreError], None],
-    ) -> int:
+    def read(self, pieces: Sequence[Piece], consume: Consume, fail: Fail) -> int:
         """Read all pieces; returns when each was consumed or failed.
 
         Args:
             pieces: none longer than `capacity_nbytes`.
-            consume: called on another thread with a piece and its bytes, which are gone when it returns.
+            consume: called with a piece and its bytes, which are gone when it returns; on other threads, unless there
+                is one piece only.
             fail: called on this thread with a piece that cannot be read; its neighbours are tried without it.
 
         Returns:
             Bytes read from the device.
         """
+        if len(pieces) == 1:
+            return self._read_one(pieces[0], consume, fail)
         runs = deque(merge(pieces, gap_nbytes=MERGE_GAP_NBYTES, max_nbytes=self.capacity_nbytes))
-        flights: deque[_Flight] = deque()
+        job_nbytes = min(sum(run.end - run.start for run in runs) // _JOBS_PER_BATCH, _JOB_NBYTES)
+        waves: deque[_Wave] = deque()
         jobs: list[Future[None]] = []
         nbytes = 0
         try:
-            while runs or flights:
-                self._launch(runs, flights, fail)
-                if not flights:
-                    continue
-                flight = flights.popleft()
-                try:
-                    flight.ticket.wait()
-                except StoreIOError as error:
-                    flight.region.release()
-                    self._split(flight.run, runs, fail, error)
-                    continue
-                nbytes += flight.run.nbytes
-                flight.region.retain(len(flight.run.pieces) - 1)
-                submit = self._consumers.submit
-                jobs.extend(submit(self._consume, flight, piece, consume) for piece in flight.run.pieces)
+            while runs or waves:
+                self._launch(runs, waves, fail)
+                if waves:
+                    nbytes += self._land(waves[0], runs, jobs, job_nbytes, consume, fail)
+                    waves.popleft().region.release()
         finally:
-            for flight in flights:
+            for wave in waves:
+                wave.ticket.cancel()
                 with suppress(KVStoreError):  # an error of this thread is on its way up already
-                    flight.ticket.wait()
-                flight.region.release()
+                    wave.ticket.wait()
+                wave.region.release()
             wait(jobs)
         for job in jobs:
             job.result()
@@ -97,33 +96,83 @@ class ExtentReader:
         """Give the staging memory back."""
         self._staging.close()
 
-    def _launch(self, runs: deque[Run], flights: deque[_Flight], fail: Callable[[Piece, KVStoreError], None]) -> None:
+    def _read_one(self, piece: Piece, consume: Consume, fail: Fail) -> int:
+        """Read and consume on this thread: handing one piece over would take longer than it saves."""
+        region = self._staging.acquire()
+        try:
+            nbytes = piece.end - piece.start
+            try:
+                file = self._files.file(piece.file_id)
+                self._pool.read(file, self._staging.arena, [(piece.start, region.offset, nbytes)])
+            except KVStoreError as error:
+                fail(piece, error)
+                return 0
+            consume(piece, self._staging.memory[region.offset : region.offset + nbytes])
+            return nbytes
+        finally:
+            region.release()
+
+    def _launch(self, runs: deque[Run], waves: deque[_Wave], fail: Fail) -> None:
         """Submit runs as long as there is memory; wait for memory only with nothing in flight."""
         while runs:
-            region = self._staging.try_acquire() if flights else self._staging.acquire()
+            region = self._staging.try_acquire() if waves else self._staging.acquire()
             if region is None:
                 return
-            run = runs.popleft()
+            taken: list[Run] = []
+            starts: list[int] = []
+            at, end = region.offset, region.offset + self._staging.region_nbytes
+            file_id = runs[0].file_id
+            while runs and runs[0].file_id == file_id and at + runs[0].nbytes <= end:
+                taken.append(runs.popleft())
+                starts.append(at)
+                at += taken[-1].nbytes
             try:
-                file = self._files.file(run.file_id)
-                ticket = self._pool.submit_read(file, self._staging.arena, [(run.start, region.offset, run.nbytes)])
+                file = self._files.file(file_id)
+                ops = [(run.start, start, run.nbytes) for run, start in zip(taken, starts, strict=True)]
+                ticket = self._pool.submit_read(file, self._staging.arena, ops)
             except KVStoreError as error:
                 region.release()
-                for piece in run.pieces:
-                    fail(piece, error)
+                for run in taken:
+                    for piece in run.pieces:
+                        fail(piece, error)
                 continue
-            flights.append(_Flight(run, region, ticket))
+            waves.append(_Wave(taken, starts, region, ticket))
 
-    def _consume(self, flight: _Flight, piece: Piece, consume: Callable[[Piece, memoryview], None]) -> None:
+    def _land(
+        self, wave: _Wave, runs: deque[Run], jobs: list[Future[None]], job_nbytes: int, consume: Consume, fail: Fail
+    ) -> int:
+        """Hand over the pieces of a wave as its runs end; what failed joins `runs` again, piece by piece."""
+        nbytes = gathered = 0
+        ready: list[tuple[Piece, int]] = []
+        num_left = len(wave.runs)
+        while num_left:
+            ended = wave.ticket.wait_some()
+            errors = wave.ticket.errors()
+            num_left -= len(ended)
+            for number in ended:
+                run = wave.runs[number]
+                if number in errors:
+                    self._split(run, runs, fail, errors[number])
+                    continue
+                nbytes += run.nbytes
+                gathered += run.nbytes
+                base = wave.starts[number] - run.start
+                ready += [(piece, base + piece.start) for piece in run.pieces]
+            if ready and (gathered >= job_nbytes or not num_left):
+                wave.region.retain()
+                jobs.append(self._consumers.submit(self._consume, wave.region, ready, consume))
+                ready, gathered = [], 0
+        return nbytes
+
+    def _consume(self, region: Region, ready: list[tuple[Piece, int]], consume: Consume) -> None:
+        memory = self._staging.memory
         try:
-            start = flight.region.offset + piece.start - flight.run.start
-            consume(piece, self._staging.memory[start : start + piece.end - piece.start])
+            for piece, start in ready:
+                consume(piece, memory[start : start + piece.end - piece.start])
         finally:
-            flight.region.release()
+            region.release()
 
-    def _split(
-        self, run: Run, runs: deque[Run], fail: Callable[[Piece, KVStoreError], None], error: KVStoreError
-    ) -> None:
+    def _split(self, run: Run, runs: deque[Run], fail: Fail, error: KVStoreError) -> None:
         """After a failed transfer, try each of its pieces alone: one bad sector must not take its neighbours along."""
         if len(run.pieces) == 1:
             fail(run.pieces[0], error)

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from operator import itemgetter
+from typing import NamedTuple
 
 from kvstore.errors import CorruptRecordError
 from kvstore.layout import ALIGNMENT, round_up
@@ -15,8 +16,7 @@ MERGE_GAP_NBYTES = 64 << 10
 """Reading this much for nothing costs less than one more transfer (LLM in a flash, arXiv:2312.11514)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What one item of a batch needs: whole pages `[start, end)` of a file."""
 
     item: int
@@ -25,8 +25,7 @@ class Piece:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """One transfer, and the pieces that lie in it."""
 
     file_id: int
@@ -71,20 +70,21 @@ def merge(pieces: Iterable[Piece], *, gap_nbytes: int, max_nbytes: int) -> list[
     """
     runs: list[Run] = []
     group: list[Piece] = []
-    end = 0
-    for piece in sorted(pieces, key=lambda each: (each.file_id, each.start, each.end)):
-        joins = (
-            bool(group)
-            and piece.file_id == group[0].file_id
+    file_id = start = end = -1
+    for piece in sorted(pieces, key=itemgetter(1, 2, 3)):
+        if (
+            group
+            and piece.file_id == file_id
             and piece.start - end <= gap_nbytes
-            and max(end, piece.end) - group[0].start <= max_nbytes
-        )
-        if not joins:
-            if group:
-                runs.append(Run(group[0].file_id, group[0].start, end, tuple(group)))
-            group, end = [], piece.end
-        group.append(piece)
-        end = max(end, piece.end)
+            and max(end, piece.end) - start <= max_nbytes
+        ):
+            group.append(piece)
+            end = max(end, piece.end)
+            continue
+        if group:
+            runs.append(Run(file_id, start, end, tuple(group)))
+        group = [piece]
+        _, file_id, start, end = piece
     if group:
-        runs.append(Run(group[0].file_id, group[0].start, end, tuple(group)))
+        runs.append(Run(file_id, start, end, tuple(group)))
     return runs

@@ -23,10 +23,10 @@ class Region:
         self._users = 1
         self.offset = offset
 
-    def retain(self, count: int) -> None:
-        """Add users; only a user may do so."""
+    def retain(self) -> None:
+        """Add a user; only a user may do so."""
         with self._staging.changed:
-            self._users += count
+            self._users += 1
 
     def release(self) -> None:
         """Be done with it."""

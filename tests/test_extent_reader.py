@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading pieces of extent files: every byte to its piece, over several waves, and a bad piece alone fails."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from kvstore.errors import KVStoreError, StoreIOError
+from kvstore.native import IoPool
+from kvstore.tiers.extents import ExtentFiles
+from kvstore.tiers.reading.extent_reader import ExtentReader
+from kvstore.tiers.reading.plan import Piece
+
+PAGE = 4096
+FILE_NBYTES = 24 << 20  # more than all the memory to read to
+
+
+class Reading:
+    """A reader of two files of noise, and what it handed over."""
+
+    def __init__(self, folder: Path, pool: IoPool, consumers: ThreadPoolExecutor) -> None:
+        self.data = [os.urandom(FILE_NBYTES) for _ in range(2)]
+        for number, data in enumerate(self.data):
+            (folder / f"{number:08d}.extents").write_bytes(data)
+        self.reader = ExtentReader(ExtentFiles(folder, writable=False), pool, consumers, 1 << 20)
+
+    def read(self, pieces: list[Piece]) -> tuple[int, dict[int, bool], dict[int, KVStoreError]]:
+        """Bytes read; by item, whether its bytes were right; by item, why it failed."""
+        right: dict[int, bool] = {}
+        failed: dict[int, KVStoreError] = {}
+
+        def consume(piece: Piece, data: memoryview) -> None:
+            assert piece.item not in right
+            right[piece.item] = data == self.data[piece.file_id][piece.start : piece.end]
+
+        nbytes = self.reader.read(pieces, consume, lambda piece, error: failed.update({piece.item: error}))
+        return nbytes, right, failed
+
+
+@pytest.fixture
+def reading(tmp_path: Path, engine: str) -> Iterator[Reading]:
+    pool = IoPool(2, engine)
+    with ThreadPoolExecutor(2) as consumers:
+        found = Reading(tmp_path, pool, consumers)
+        yield found
+        found.reader.close()
+    pool.close()
+
+
+def scattered(count: int, pages: int, seed: int) -> list[Piece]:
+    chance = random.Random(seed)
+    starts = [chance.randrange(FILE_NBYTES // PAGE - pages) * PAGE for _ in range(count)]
+    return [Piece(item, item % 2, start, start + pages * PAGE) for item, start in enumerate(starts)]
+
+
+@pytest.mark.parametrize(("count", "pages"), [(0, 1), (1, 1), (1, 256), (2, 3), (300, 1), (60, 37), (40, 256)])
+def test_every_piece_is_consumed_once_with_its_bytes(reading: Reading, count: int, pages: int) -> None:
+    nbytes, right, failed = reading.read(scattered(count, pages, count))
+
+    assert right == dict.fromkeys(range(count), True)
+    assert not failed
+    assert (nbytes >= pages * PAGE) == (count > 0)
+
+
+def test_batches_of_several_threads_share_the_memory(reading: Reading) -> None:
+    found: list[dict[int, bool]] = []
+    threads = [
+        threading.Thread(target=lambda seed=seed: found.append(reading.read(scattered(50, 64, seed))[1]))
+        for seed in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert found == [dict.fromkeys(range(50), True)] * 4
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_piece_that_cannot_be_read_fails_alone(reading: Reading, count: int) -> None:
+    end = FILE_NBYTES
+    pieces = [Piece(item, 0, end - item * PAGE, end - item * PAGE + PAGE) for item in range(count)]
+
+    _, right, failed = reading.read(pieces)
+
+    assert right == dict.fromkeys(range(1, count), True)
+    assert list(failed) == [0]
+    assert isinstance(failed[0], StoreIOError)
+
+
+def test_a_missing_file_fails_its_pieces_only(reading: Reading) -> None:
+    pieces = [Piece(item, item % 3, item * 100 * PAGE, (item * 100 + 1) * PAGE) for item in range(9)]
+
+    _, right, failed = reading.read(pieces)
+
+    assert right == {item: True for item in range(9) if item % 3 < 2}
+    assert sorted(failed) == [2, 5, 8]
+
+
+@pytest.mark.parametrize("count", [1, 60])
+def test_an_error_of_the_consumer_is_raised_and_leaves_the_reader_usable(reading: Reading, count: int) -> None:
+    pieces = scattered(count, 64, 5)
+
+    def consume(piece: Piece, data: memoryview) -> None:
+        raise ZeroDivisionError
+
+    for _ in range(6):
+        with pytest.raises(ZeroDivisionError):
+            reading.reader.read(pieces, consume, lambda piece, error: None)
+    assert reading.read(pieces)[1] == dict.fromkeys(range(count), True)
