@@ -11,8 +11,7 @@ _EXTRAS_OF = {
     "av": ("video",),
     "faiss": ("cpu", "gpu"),
     "faster_whisper": ("video",),
-    "mooncake": ("mooncake",),
-    "redis": ("redis",),
+    "mooncake": ("remote",),
     "tesserocr": ("video",),
     "transformers": ("transformers",),
 }

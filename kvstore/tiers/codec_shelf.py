@@ -3,11 +3,26 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
+from kvstore.calibration import Calibration
 from kvstore.codec import Codec, Profile, RecordInfo, Steps
 from kvstore.decision import Decision
 from kvstore.layout import BlockLayout
 from kvstore.record import effective
-from kvstore.tiers.calibrations import Calibrations
+from kvstore.spec import ModelSpec
+
+
+class CalibrationSource(Protocol):
+    """Where calibrations and decisions are; `kvstore.tiers.calibrations.Calibrations` is one."""
+
+    def find(self, identity: bytes) -> Calibration | None:
+        """The object of an id; None for the id that names none; raises `CorruptRecordError` when it is not there."""
+        ...
+
+    def of_model(self, spec: ModelSpec) -> Decision | None:
+        """What was decided for a model; None before something is."""
+        ...
 
 
 class CodecShelf:
@@ -19,7 +34,7 @@ class CodecShelf:
         profile: how new blocks are coded.
     """
 
-    def __init__(self, calibrations: Calibrations, layout: BlockLayout, profile: Profile) -> None:
+    def __init__(self, calibrations: CalibrationSource, layout: BlockLayout, profile: Profile) -> None:
         self._calibrations = calibrations
         self._layout = layout
         self._profile = profile

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All implementations of `BlockStore`, for the suite that runs against each: one line here adds another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from kvstore.remote.address import open_server
+from kvstore.remote.server import RemoteConfig
+from kvstore.remote.tier import RemoteTier
+from kvstore.tiers.block_store import BlockStore
+from tests.remote_servers import mooncake_servers, redis_server
+from tests.store_blocks import LAYOUT
+
+_PATIENT = RemoteConfig(deadline_s=20.0)
+"""A busy machine must not look like a slow server here."""
+
+
+@contextmanager
+def redis_tier(folder: Path) -> Iterator[BlockStore]:
+    """Remote tier over TCP to redis-server."""
+    with redis_server(folder) as server, RemoteTier(open_server(server.address, _PATIENT), LAYOUT) as tier:
+        yield tier
+
+
+@contextmanager
+def redis_socket_tier(folder: Path) -> Iterator[BlockStore]:
+    """Remote tier over a Unix socket to redis-server."""
+    with redis_server(folder) as server:
+        address = f"redis+unix://{server.socket}?namespace=tests&db=3"
+        with RemoteTier(open_server(address, _PATIENT), LAYOUT) as tier:
+            yield tier
+
+
+@contextmanager
+def mooncake_tier(folder: Path) -> Iterator[BlockStore]:
+    """Remote tier to a Mooncake master and a storage client."""
+    with mooncake_servers(folder) as servers:
+        server = open_server(servers.address, _PATIENT)
+        assert server.is_reachable(), "the first call joins the cluster, which takes longer than a deadline"
+        with RemoteTier(server, LAYOUT) as tier:
+            yield tier
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Path], AbstractContextManager[BlockStore]]] = {
+    "redis": redis_tier,
+    "redis-socket": redis_socket_tier,
+    "mooncake": mooncake_tier,
+}
+"""Each opens an empty store of `LAYOUT` with room for a thousand blocks; its scratch folder is the argument."""
