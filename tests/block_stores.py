@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
 from kvstore.remote.address import open_server
 from kvstore.remote.server import RemoteConfig
 from kvstore.remote.tier import RemoteTier
 from kvstore.tiers.block_store import BlockStore
+from kvstore.tiers.moving.host_store import HostStore
 from tests.remote_servers import mooncake_servers, redis_server
-from tests.store_blocks import LAYOUT
+from tests.store_blocks import LAYOUT, open_store
 
 _PATIENT = RemoteConfig(deadline_s=20.0)
 """A busy machine must not look like a slow server here."""
@@ -45,6 +46,9 @@ def mooncake_tier(folder: Path) -> Iterator[BlockStore]:
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Path], AbstractContextManager[BlockStore]]] = {
+    "memory": lambda folder: closing(HostStore(LAYOUT, 1000 * LAYOUT.slot_nbytes)),
+    "disk": lambda folder: open_store(folder, host_slots=2),
+    "disk-behind-memory": lambda folder: open_store(folder, host_slots=1000),
     "redis": redis_tier,
     "redis-socket": redis_socket_tier,
     "mooncake": mooncake_tier,

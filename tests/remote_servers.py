@@ -165,12 +165,24 @@ class MooncakeServers:
 
     def close(self) -> None:
         """End both."""
-        for process in (self.client, self.master):
-            process.send_signal(signal.SIGCONT)
-            process.kill()
-            process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
+        self.kill_client()
+        self.kill_master()
+
+    def kill_master(self) -> None:
+        """End the master at once: what it knew is lost."""
+        self.master.kill()
+        self.master.wait()
+
+    def stop_client(self) -> None:
+        """Hang the storage client: connections stay, answers do not come."""
+        self.client.send_signal(signal.SIGSTOP)
+
+    def kill_client(self) -> None:
+        """End the storage client at once: what it held is lost."""
+        self.client.kill()
+        self.client.wait()
+        assert self.client.stdout is not None
+        self.client.stdout.close()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from kvstore.tiers.base import Outcome
 from kvstore.tiers.block_store import Ticket
 from kvstore.tiers.codec_shelf import CalibrationSource
 from kvstore.tiers.moving.ticket import BatchTicket
-from kvstore.tiers.slots import check_blocks, check_keys
+from kvstore.tiers.slots import check_blocks, check_gets, check_keys
 
 _MAX_ROOMS_NBYTES = 8 << 20
 _MAX_BATCH_BLOCKS = 128
@@ -105,7 +105,7 @@ class RemoteTier:
         self, keys: Sequence[BlockKey], slots: Sequence[Tensor], *, timeout_s: float | None = None
     ) -> Ticket:
         """Like `get`, and return at once."""
-        check_blocks(keys, slots, [1] * len(keys), self._layout)
+        check_gets(keys, slots, self._layout)
         ticket = _CountedTicket(len(keys), self._timeout_s(timeout_s), self._meter.count_reads)
         return self._submit(Batch(ticket, tuple(keys), tuple(slots)), self._courier.get)
 
