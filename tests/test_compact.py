@@ -28,7 +28,8 @@ EXTENT_FILE = Path("extents") / "00000000.extents"
 
 def _fill(store: Store, numbers: range, num_tokens: list[int]) -> None:
     keys = [block_key(number) for number in numbers]
-    assert all(store.put(keys, [make_slot(number) for number in numbers], num_tokens))
+    outcomes = store.put(keys, [make_slot(number) for number in numbers], num_tokens)
+    assert set(outcomes) == {Outcome.STORED}
 
 
 def _check(store: Store, numbers: list[int], num_tokens: dict[int, int]) -> None:
@@ -91,7 +92,7 @@ def test_a_step_moves_no_more_than_it_may_and_lets_others_write_between(tmp_path
         num_steps = 0
         while compactor.step():
             num_steps += 1
-            assert store.put([block_key(100 + num_steps)], [make_slot(100 + num_steps)], [40]) == [True]
+            assert store.put([block_key(100 + num_steps)], [make_slot(100 + num_steps)], [40]) == [Outcome.STORED]
             assert store.verify().is_clean
         assert num_steps > 4
         kept = [*range(20, 40), *range(101, 101 + num_steps)]

@@ -77,7 +77,9 @@ def write_until_killed(path: Path, seed: int, durability: Durability) -> None:
 
 def put(store: Store, numbers: list[int]) -> None:
     """Store plain blocks; they may be evicted at once, so nothing is promised of them but their bytes."""
-    store.put([block_key(number) for number in numbers], [make_slot(number) for number in numbers], [40] * len(numbers))
+    keys, slots = [block_key(number) for number in numbers], [make_slot(number) for number in numbers]
+    if Outcome.UNAVAILABLE in store.put(keys, slots, [40] * len(numbers)):
+        raise AssertionError("a put failed on a sound disk")
     say("put")
 
 

@@ -105,7 +105,8 @@ def write_at_full_speed(store: Store, until_s: float) -> dict[str, int]:
     compacting.start()
     while time.monotonic() < until_s:
         numbers = rng.sample(PLAIN, 16)  # half of them fit: others are evicted
-        store.put([block_key(number) for number in numbers], [expected(number) for number in numbers], [40] * 16)
+        keys, slots = [block_key(number) for number in numbers], [expected(number) for number in numbers]
+        assert Outcome.UNAVAILABLE not in store.put(keys, slots, [40] * 16)
         num_removed += sum(store.remove([block_key(number) for number in rng.sample(PLAIN, 4)]))
         num_put += 16
     compacting.join()

@@ -37,7 +37,8 @@ def _records(path: Path, numbers: range) -> list[EncodedBlock]:
     """Records of blocks, from a store made for it."""
     keys = [block_key(number) for number in numbers]
     with _store(path) as (store, transfer):
-        assert all(store.put(keys, [make_slot(number) for number in numbers], [40] * len(keys)))
+        outcomes = store.put(keys, [make_slot(number) for number in numbers], [40] * len(keys))
+        assert set(outcomes) == {Outcome.STORED}
         found = list(transfer.read(keys))
     assert all(found)
     return [block for block in found if block is not None]
@@ -84,7 +85,7 @@ def test_bytes_that_are_no_record_are_refused_alone(tmp_path: Path) -> None:
 def test_a_full_store_evicts_what_is_old_and_not_what_is_written(tmp_path: Path) -> None:
     blocks = _records(tmp_path / "here", range(40))
     with _store(tmp_path / "there", disk_nbytes=(1 << 19) + 20 * EXTENT_NBYTES) as (store, transfer):
-        assert store.put([block_key(1000)], [make_slot(1000)], [40]) == [True]
+        assert store.put([block_key(1000)], [make_slot(1000)], [40]) == [Outcome.STORED]
         outcomes = transfer.write(blocks)
         assert not store.exists([block_key(1000)])[0]
         num_stored = outcomes.count(Outcome.STORED)
