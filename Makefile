@@ -8,7 +8,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= cpu,transformers,video,remote,demo,dev
+EXTRAS ?= cpu,transformers,video,remote,metrics,demo,dev
 NVCC ?= nvcc
 BIN := $(VENV)/bin
 PY := $(BIN)/python

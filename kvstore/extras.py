@@ -12,6 +12,7 @@ _EXTRAS_OF = {
     "faiss": ("cpu", "gpu"),
     "faster_whisper": ("video",),
     "mooncake": ("remote",),
+    "prometheus_client": ("metrics",),
     "tesserocr": ("video",),
     "transformers": ("transformers",),
 }

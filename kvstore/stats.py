@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+
+from kvstore.telemetry.histogram import Histogram
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,11 @@ class DiskUsage:
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """A snapshot of a store: both tiers, bytes on disk, and what waits to be written."""
+    """A snapshot of a store: both tiers, bytes on disk, and what waits to be written.
+
+    `durations` says how long batches took, by tier and operation (`read`, `write`, `encode`, `decode`); where threads
+    share an operation, the sum of their seconds counts.
+    """
 
     host: TierStats
     disk: TierStats
@@ -65,21 +71,35 @@ class StoreStats:
     host_slots: int
     host_slots_used: int
     queued_blocks: int
+    durations: dict[tuple[str, str], Histogram] = field(default_factory=dict)
+
+
+_TIMED = ("read", "write", "encode", "decode")
 
 
 class Meter:
-    """Adds up `TierStats` from several threads."""
+    """Adds up `TierStats` from several threads, and keeps how long batches took."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._total = TierStats()
+        self._durations: dict[str, Histogram] = {}
 
     def add(self, delta: TierStats) -> None:
-        """Add `delta` to the running total."""
+        """Add what one batch did; the seconds in it count as one duration per operation."""
         with self._lock:
             self._total = self._total + delta
+            for operation in _TIMED:
+                seconds = getattr(delta, f"{operation}_s")
+                if seconds > 0:
+                    self._durations[operation] = self._durations.get(operation, Histogram()).with_one(seconds)
 
     def snapshot(self) -> TierStats:
         """Return the total so far, as a copy."""
         with self._lock:
             return replace(self._total)
+
+    def durations(self) -> dict[str, Histogram]:
+        """Return how long batches took, by operation, those there were."""
+        with self._lock:
+            return dict(self._durations)

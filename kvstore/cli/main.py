@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     # Here, where Ctrl-C is caught: importing them takes a moment.
-    from kvstore.cli import ask, bench, calibrate, ingest, inspection, removal, streams, verify
+    from kvstore.cli import ask, bench, calibrate, counters, ingest, inspection, removal, streams, verify
 
     parser = argparse.ArgumentParser(
         prog="kvstore",
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 all went well, 1 verify found damage, 2 error, 130 interrupted.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (ingest, ask, streams, inspection, calibrate, verify, removal, bench):
+    for command in (ingest, ask, streams, inspection, counters, calibrate, verify, removal, bench):
         command.add_command(commands)
     return parser
 

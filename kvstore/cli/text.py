@@ -42,6 +42,14 @@ def duration(seconds: object) -> str:
     return stamp(seconds)
 
 
+def short_time(seconds: float) -> str:
+    """A length of time in the unit that suits it, two digits: `16 us`, `4.1 ms`, `33 s`."""
+    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "us")):
+        if seconds >= 1 / factor or unit == "us":
+            break
+    return f"{seconds * factor:.2g} {unit}" if seconds * factor < 100 else f"{seconds * factor:.0f} {unit}"
+
+
 def printable(words: object) -> str:
     """One line that a terminal takes as plain text: line breaks, escapes and broken Unicode are spelled out."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in str(words))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvstore.stats import StoreStats, TierStats
+from kvstore.tiers.base import Tier
 from kvstore.tiers.catalogue import Table
 from kvstore.tiers.data_path import DataPath
 from kvstore.tiers.disk import DiskTier
@@ -16,6 +17,7 @@ def collect_stats(disk: DiskTier, data: DataPath | None) -> StoreStats:
     with disk.catalogue.read() as view:
         num_blocks, num_streams = view.count(Table.BLOCKS), view.count(Table.STREAMS)
     host = TierStats()
+    durations = {(Tier.DISK.value, name): found for name, found in disk.meter.durations().items()}
     host_slots = host_slots_used = queued_blocks = 0
     if data is not None:
         host = replace(data.fetcher.host_meter.snapshot(), evicted_blocks=data.host.num_evicted)
@@ -30,4 +32,5 @@ def collect_stats(disk: DiskTier, data: DataPath | None) -> StoreStats:
         host_slots=host_slots,
         host_slots_used=host_slots_used,
         queued_blocks=queued_blocks,
+        durations=durations,
     )

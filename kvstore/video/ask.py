@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from kvstore.session.view import SessionConfig
 from kvstore.store import Access, Store, check_spec
 from kvstore.video.prompt import stamp
 from kvstore.video.senses import prompts_of
+from kvstore.watch.live import publish
 
 MAX_NEW_TOKENS = 32
 _FEW_TOKENS = 8
@@ -144,6 +146,8 @@ class Asker:
         self._store = Store.open(
             store_folder, access=Access.READ, layout=layout, profile=header.profile, host_nbytes=host_nbytes
         )
+        self._publishing = ExitStack()
+        self._publishing.enter_context(publish(self._store, store_folder, f"ask {name}"))
         try:
             self._session = Session(
                 self._store, header, config, rotation_of(model), language_model.device, position_rows(model)
@@ -153,7 +157,7 @@ class Asker:
             view.retriever.refresh(view.num_sink_blocks, view.entries)
             self.index_s = time.perf_counter() - began
         except BaseException:
-            self._store.close()
+            self.close()
             raise
 
     def __enter__(self) -> Asker:
@@ -166,6 +170,7 @@ class Asker:
 
     def close(self) -> None:
         """Close the store."""
+        self._publishing.close()
         self._store.close()
 
     def ask(self, question: str, max_new_tokens: int = MAX_NEW_TOKENS) -> Answer:

@@ -28,6 +28,7 @@ from kvstore.video.reader import Reader, before_picture
 from kvstore.video.senses import PictureTaker, prompts_of
 from kvstore.video.settings import IngestConfig, IngestProgress
 from kvstore.video.speech import Transcriber, name_of
+from kvstore.watch.live import publish
 
 __all__ = ["IngestConfig", "IngestProgress", "ingest"]
 
@@ -70,15 +71,18 @@ def ingest(
         device_nbytes=config.device_nbytes,
     )
     layout = BlockLayout(spec, config.block_tokens)
-    with Store.open(
-        store_folder,
-        access=Access.WRITE,
-        layout=layout,
-        profile=config.profile,
-        host_nbytes=config.host_nbytes,
-        disk_nbytes=config.disk_nbytes,
-        durability=Durability.COMMIT,
-    ) as store:
+    with (
+        Store.open(
+            store_folder,
+            access=Access.WRITE,
+            layout=layout,
+            profile=config.profile,
+            host_nbytes=config.host_nbytes,
+            disk_nbytes=config.disk_nbytes,
+            durability=Durability.COMMIT,
+        ) as store,
+        publish(store, store_folder, f"ingest {name}"),
+    ):
         header = StreamHeader(
             name=name,
             spec=spec,

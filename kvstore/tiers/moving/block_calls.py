@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from kvstore.errors import BusyError, ConfigError, KVStoreError, ReadOnlyError
 from kvstore.layout import BlockLayout
 from kvstore.spec import BlockKey
+from kvstore.telemetry.fault_log import log_fault
 from kvstore.tiers.base import Outcome
 from kvstore.tiers.data_path import DataPath, WritePath
 from kvstore.tiers.disk import DiskTier
@@ -20,8 +20,6 @@ from kvstore.tiers.reading.request import FetchRequest
 from kvstore.tiers.removal import remove_blocks
 from kvstore.tiers.slots import check_blocks, check_gets, check_keys
 from kvstore.tiers.tables.blocks import has_block
-
-_LOG = logging.getLogger(__name__)
 
 
 class BlockCalls:
@@ -121,7 +119,7 @@ class BlockCalls:
             with self._disk.catalogue.read() as view:
                 on_disk = [has_block(view, key) for key in keys]
         except KVStoreError as error:
-            _LOG.warning("%s: cannot be asked for blocks: %s", self._disk.folder, error)
+            log_fault("cannot be asked for blocks", store=str(self._disk.folder), reason=str(error))
         host = None if self._data is None else self._data.host
         return [on or (host is not None and host.contains(key)) for key, on in zip(keys, on_disk, strict=True)]
 
@@ -132,7 +130,7 @@ class BlockCalls:
         try:
             return remove_blocks(self._disk, self._data, keys)
         except KVStoreError as error:
-            _LOG.warning("%s: %d blocks not removed: %s", self._disk.folder, len(keys), error)
+            log_fault("blocks not removed", store=str(self._disk.folder), blocks=len(keys), reason=str(error))
             return [False] * len(keys)
 
     def _check_open(self, *, writing: bool = False) -> None:

@@ -16,6 +16,7 @@ from kvstore.errors import CorruptRecordError, KVStoreError, StoreIOError
 from kvstore.layout import BlockLayout
 from kvstore.native import IoPool
 from kvstore.spec import BlockKey
+from kvstore.telemetry.fault_log import log_fault
 from kvstore.tiers.base import Outcome
 from kvstore.tiers.codec_shelf import CodecShelf
 from kvstore.tiers.disk import DiskTier, Found
@@ -107,6 +108,8 @@ class BlockReader:
         self.damaged.add(item.key)  # bad sectors too: written again, the block lies elsewhere
         is_passing = isinstance(item.fault, StoreIOError) and item.fault.errno in _PASSING_ERRNOS
         item.outcome = Outcome.UNAVAILABLE if is_passing else Outcome.DAMAGED
+        where, why = str(self._disk.folder), str(item.fault)
+        log_fault(f"block {item.outcome}", store=where, key=item.key.hex(), reason=why)
 
     def _look_up(self, items: dict[int, Sought]) -> dict[int, Sought]:
         """Find items in the catalogue; returns those to read."""

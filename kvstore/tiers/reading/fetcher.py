@@ -20,6 +20,7 @@ from kvstore.layout import BlockLayout
 from kvstore.native import IoPool
 from kvstore.spec import BlockKey
 from kvstore.stats import Meter, TierStats
+from kvstore.telemetry.tracing import span
 from kvstore.tiers.base import Outcome, Tier
 from kvstore.tiers.codec_shelf import CodecShelf
 from kvstore.tiers.disk import DiskTier
@@ -126,10 +127,8 @@ class Fetcher:
         report = FetchReport([])
         batch = _Batch(requests, ticket, report, is_kept)
         try:
-            wanted = [position for position in positions if not self._copy_from_host(batch, position)]
-            while wanted:  # again for those that waited for another batch in vain
-                wanted = [position for position in self._fetch_from_disk(batch, wanted) if ticket.is_open(position)]
-                wanted = [position for position in wanted if not self._copy_from_host(batch, position)]
+            with span("kvstore.fetch" if is_kept else "kvstore.prefetch", blocks=len(positions)):
+                self._bring(batch, positions)
         except KVStoreError as error:  # the catalogue cannot be read: nothing is known of what is still open
             report.reasons.update({item: str(error) for item in positions if ticket.is_open(item)})
         finally:  # also when a thread dies of a bug: nobody is left waiting
@@ -145,6 +144,12 @@ class Fetcher:
             )
         )
         return report
+
+    def _bring(self, batch: _Batch, positions: Sequence[int]) -> None:
+        wanted = [position for position in positions if not self._copy_from_host(batch, position)]
+        while wanted:  # again for those that waited for another batch in vain
+            wanted = [position for position in self._fetch_from_disk(batch, wanted) if batch.ticket.is_open(position)]
+            wanted = [position for position in wanted if not self._copy_from_host(batch, position)]
 
     def _copy_from_host(self, batch: _Batch, position: int) -> bool:
         """True when the item has ended: copied, or too late."""

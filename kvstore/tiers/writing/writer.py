@@ -7,7 +7,6 @@ appends to the manifests.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Collection, Sequence
@@ -16,6 +15,8 @@ from dataclasses import dataclass, field
 
 from kvstore.errors import BusyError, CapacityError, KVStoreError, StoreIOError
 from kvstore.spec import BlockKey
+from kvstore.telemetry.fault_log import log_fault
+from kvstore.telemetry.tracing import span
 from kvstore.tiers.base import Extent, Outcome
 from kvstore.tiers.catalogue import WriteView
 from kvstore.tiers.disk import DiskTier
@@ -25,8 +26,6 @@ from kvstore.tiers.tables.streams import append_entries
 from kvstore.tiers.writing.calibrator import Calibrator
 from kvstore.tiers.writing.jobs import AppendPiece, GrowingAppend, PutJob
 from kvstore.tiers.writing.record_writer import NewRecord, RecordWriter, WrittenRecord
-
-_LOG = logging.getLogger(__name__)
 
 _MAX_BATCH_BLOCKS = 64
 
@@ -173,7 +172,8 @@ class Writer:
             if put is not None:
                 queue.waiting.popleft()
             queue.in_work = [put] if put is not None else list(pieces)
-        with self._disk.mutation:
+        num_blocks = sum(item.num_blocks for item in queue.in_work)
+        with self._disk.mutation, span("kvstore.write", blocks=num_blocks):
             if pieces:
                 self._commit_pieces(pieces)
             elif put is not None:
@@ -182,6 +182,8 @@ class Writer:
     def _settle(self, job: Future[None]) -> None:
         """Runs when `_work` has ended, however it ended."""
         error = job.exception()
+        if error is not None:
+            log_fault("append failed", store=str(self._disk.folder), reason=str(error))
         queue = self._queue
         with queue.changed:
             done = list(queue.in_work)
@@ -231,7 +233,7 @@ class Writer:
         try:
             outcomes = self._store_put([_record_of(put, number) for number in numbers])
         except KVStoreError as error:
-            _LOG.warning("%s: %d blocks not stored: %s", self._disk.folder, len(numbers), error)
+            log_fault("blocks not stored", store=str(self._disk.folder), blocks=len(numbers), reason=str(error))
         finally:
             put.end(numbers, outcomes)
         self._disk.note_use(
