@@ -35,6 +35,53 @@ class Durability(StrEnum):
         return self is not Durability.NONE
 
 
+class Eviction(StrEnum):
+    """Who leaves the host tier when it is full; docs/tiers.md says when which is better."""
+
+    LRU = "lru"
+    S3_FIFO = "s3-fifo"
+    LFU = "lfu"
+    PARTICIPATION = "participation"
+
+
+class Admission(StrEnum):
+    """Which blocks that were read from disk stay in the host tier."""
+
+    ALWAYS = "always"
+    SECOND_USE = "second-use"
+
+
+@dataclass(frozen=True, slots=True)
+class HostConfig:
+    """How the host tier is shared.
+
+    Args:
+        eviction: who leaves when it is full.
+        admission: which blocks that were read stay in it.
+        stream_nbytes: most bytes of one stream's blocks; None for no limit.
+
+    Raises:
+        ConfigError: a name that is none, or a negative size.
+    """
+
+    eviction: Eviction = Eviction.LRU
+    admission: Admission = Admission.ALWAYS
+    stream_nbytes: int | None = None
+
+    @staticmethod
+    def named(eviction: str, admission: str, stream_nbytes: int | None) -> HostConfig:
+        """Make it from what users write."""
+        try:
+            return HostConfig(Eviction(eviction), Admission(admission), stream_nbytes)
+        except ValueError as error:
+            choices = ", ".join((*Eviction, *Admission))
+            raise ConfigError(f"eviction {eviction!r}, admission {admission!r}: choose from {choices}") from error
+
+    def __post_init__(self) -> None:
+        if self.stream_nbytes is not None and self.stream_nbytes < 0:
+            raise ConfigError(f"stream_nbytes is {self.stream_nbytes}; use None for no limit")
+
+
 @dataclass(frozen=True, slots=True)
 class StoreConfig:
     """Budgets and thread counts of one open store.
@@ -46,6 +93,7 @@ class StoreConfig:
         disk_nbytes: most bytes of extent files and catalogue together; None means as much as the disk holds.
         io_threads: native threads that read and write extents.
         decode_threads: threads that encode and decode records.
+        host: how the host tier is shared.
 
     Raises:
         ConfigError: a size is negative, or a thread count is below one.
@@ -57,6 +105,7 @@ class StoreConfig:
     disk_nbytes: int | None = None
     io_threads: int = 4
     decode_threads: int = 2
+    host: HostConfig = HostConfig()
 
     def __post_init__(self) -> None:
         for name in ("io_threads", "decode_threads"):

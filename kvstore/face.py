@@ -237,6 +237,9 @@ def open(  # noqa: A001 - reads as kvstore.open
     host_nbytes: int = 1 << 30,
     disk_nbytes: int | None = None,
     durability: Durability = Durability.COMMIT,
+    eviction: str = "lru",
+    admission: str = "always",
+    stream_nbytes: int | None = None,
 ) -> KVStore:
     """Open the store in a folder for one model.
 
@@ -249,6 +252,9 @@ def open(  # noqa: A001 - reads as kvstore.open
         host_nbytes: memory of the host tier.
         disk_nbytes: most bytes on disk; None means as much as the disk holds.
         durability: what an acknowledged write survives.
+        eviction: who leaves the host tier when it is full: `lru`, `s3-fifo`, `lfu` or `participation`.
+        admission: which blocks that were read stay in it: `always`, or from the `second-use` on.
+        stream_nbytes: most bytes of one stream's blocks in it; None for no limit.
 
     Raises:
         StoreNotFoundError, BusyError, ReadOnlyError, UnsupportedFormatError, CorruptRecordError: see `Store.open`.
@@ -262,6 +268,9 @@ def open(  # noqa: A001 - reads as kvstore.open
         host_nbytes=host_nbytes,
         disk_nbytes=disk_nbytes,
         durability=durability,
+        eviction=eviction,
+        admission=admission,
+        stream_nbytes=stream_nbytes,
     )
     return KVStore(store, layout, profile)
 

@@ -14,8 +14,9 @@ class TierStats:
     """Counts of one tier since the store was opened.
 
     `hits`, `misses`, `damaged`, `unavailable` count look-ups of blocks; `*_blocks` and `*_nbytes` count what moved;
-    `shared_reads` count blocks that came with the read of another batch; `*_s` are seconds summed over threads, so they
-    may exceed wall time.
+    `shared_reads` count blocks that came with the read of another batch; of `prefetched_blocks` some were asked for
+    afterwards, some left before anybody did, and some still wait for either; `*_s` are seconds summed over threads,
+    so they may exceed wall time.
     """
 
     hits: int = 0
@@ -23,6 +24,9 @@ class TierStats:
     damaged: int = 0
     unavailable: int = 0
     shared_reads: int = 0
+    prefetched_blocks: int = 0
+    prefetch_hits: int = 0
+    prefetch_wasted: int = 0
     read_blocks: int = 0
     written_blocks: int = 0
     evicted_blocks: int = 0

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from kvstore.codec import Profile
-from kvstore.config import Access, Durability, StoreConfig
+from kvstore.config import Access, Admission, Durability, Eviction, HostConfig, StoreConfig
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
 from kvstore.native import IoPool
@@ -77,6 +77,9 @@ class Store(BlockCalls):
         durability: Durability = Durability.COMMIT,
         io_threads: int = 4,
         decode_threads: int = 2,
+        eviction: str = Eviction.LRU,
+        admission: str = Admission.ALWAYS,
+        stream_nbytes: int | None = None,
     ) -> Store:
         """Open a store; a writer creates it where there is none.
 
@@ -90,6 +93,9 @@ class Store(BlockCalls):
             durability: what an acknowledged write survives.
             io_threads: native threads that read and write.
             decode_threads: threads that encode and decode.
+            eviction: who leaves the host tier when it is full: `lru`, `s3-fifo`, `lfu` or `participation`.
+            admission: which blocks that were read stay in it: `always`, or from the `second-use` on.
+            stream_nbytes: most bytes of one stream's blocks in it, at least two slots; None for no limit.
 
         Raises:
             StoreNotFoundError: a reader found nothing there.
@@ -99,7 +105,8 @@ class Store(BlockCalls):
             CorruptRecordError: the catalogue is damaged.
             ConfigError: a setting is out of range.
         """
-        config = StoreConfig(access, durability, host_nbytes, disk_nbytes, io_threads, decode_threads)
+        host = HostConfig.named(eviction, admission, stream_nbytes)
+        config = StoreConfig(access, durability, host_nbytes, disk_nbytes, io_threads, decode_threads, host)
         with ExitStack() as building:
             disk = DiskTier(Path(path), config)
             building.callback(disk.close)

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host tier: slots in one arena, least recently used goes first, slots in use stay."""
+"""Host tier: slots in one arena; a policy says whose block makes room, slots in use stay."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from kvstore.config import HostConfig
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
 from kvstore.native import Arena
 from kvstore.spec import BlockKey
+from kvstore.tiers.eviction.partitions import NOBODY, Partitions
+
+_KEPT_SHARE = 0.5
+"""Blocks that are kept may take this much of the tier, so that others always find room."""
 
 
 class Lease:
@@ -23,18 +27,19 @@ class Lease:
     A slot that waits to be written to disk is simply one on which the writer holds a lease.
     """
 
-    __slots__ = ("_tier", "key", "slot", "slot_idx")
+    __slots__ = ("_tier", "key", "owner", "slot", "slot_idx")
 
-    def __init__(self, tier: HostTier, key: BlockKey, slot_idx: int, slot: Tensor) -> None:
+    def __init__(self, tier: HostTier, key: BlockKey, slot_idx: int, slot: Tensor, owner: str) -> None:
         self._tier = tier
         self.key = key
+        self.owner = owner
         self.slot_idx = slot_idx
         self.slot = slot
         """[slot_nbytes] uint8 CPU."""
 
-    def publish(self) -> None:
+    def publish(self, *, is_prefetched: bool = False) -> None:
         """Let others find the block: its bytes are complete."""
-        self._tier._publish(self)
+        self._tier._publish(self, is_prefetched)
 
     def release(self) -> None:
         """Give the slot up; a published block stays until its slot is needed."""
@@ -53,28 +58,39 @@ class HostTier:
     Args:
         layout: layout of a slot.
         nbytes: budget; the tier has `nbytes // slot_nbytes` slots.
+        config: who leaves when it is full, and how much one stream may take.
 
     Raises:
-        ConfigError: the budget is below two slots: one to fill, one to write out.
+        ConfigError: the budget, or a stream's share of it, is below two slots: one to fill, one to write out.
     """
 
     @torch.inference_mode(False)  # its memory is written in every mode
-    def __init__(self, layout: BlockLayout, nbytes: int) -> None:
+    def __init__(self, layout: BlockLayout, nbytes: int, config: HostConfig | None = None) -> None:
+        config = config or HostConfig()
         self._slot_nbytes = layout.slot_nbytes
         self.num_slots = nbytes // layout.slot_nbytes
-        if self.num_slots < 2:
-            raise ConfigError(
-                f"host_nbytes is {nbytes}; a block takes {layout.slot_nbytes}, and two must fit: raise it"
-            )
+        quota = None if config.stream_nbytes is None else config.stream_nbytes // layout.slot_nbytes
+        for name, found, slots in (
+            ("host_nbytes", nbytes, self.num_slots),
+            ("stream_nbytes", config.stream_nbytes, 2 if quota is None else quota),
+        ):
+            if slots < 2:
+                raise ConfigError(f"{name} is {found}; a block takes {layout.slot_nbytes}, and two must fit: raise it")
         self._arena = Arena(self.num_slots * layout.slot_nbytes, True)
         self._memory = torch.frombuffer(self._arena, dtype=torch.uint8)
         self._changed = threading.Condition()
         self._free = list(range(self.num_slots - 1, -1, -1))
+        self._owner_of = [NOBODY] * self.num_slots
         self._index: dict[BlockKey, int] = {}
         self._key_of: dict[int, BlockKey] = {}  # the published slots
         self._pins = [0] * self.num_slots
-        self._idle: OrderedDict[int, None] = OrderedDict()  # published and not leased, oldest first
-        self._num_evicted = 0
+        self._num_idle = 0  # published and not leased
+        self._order = Partitions(config.eviction, self.num_slots, quota)
+        self._kept: set[BlockKey] = set()
+        self._speculative: set[int] = set()  # brought by a prefetch, and not asked for since
+        self.num_evicted = 0
+        self.num_prefetch_hits = 0
+        self.num_prefetch_wasted = 0
 
     @property
     def num_used(self) -> int:
@@ -82,45 +98,47 @@ class HostTier:
         with self._changed:
             return self.num_slots - len(self._free)
 
-    @property
-    def num_evicted(self) -> int:
-        """Blocks that made room for others so far."""
-        with self._changed:
-            return self._num_evicted
-
-    def pin(self, key: BlockKey) -> Lease | None:
-        """Lease the slot that holds `key` and mark it as used; None when no slot does."""
+    def pin(self, key: BlockKey, *, is_use: bool = True) -> Lease | None:
+        """Lease the slot that holds `key`, and mark it as used unless told not to; None when no slot does."""
         with self._changed:
             slot_idx = self._index.get(key)
             if slot_idx is None:
                 return None
+            self._num_idle -= self._pins[slot_idx] == 0
             self._pins[slot_idx] += 1
-            self._idle.pop(slot_idx, None)
+            if is_use:
+                self._order.use(key)
+                if slot_idx in self._speculative:
+                    self._speculative.remove(slot_idx)
+                    self.num_prefetch_hits += 1
             return self._lease(key, slot_idx)
 
-    def try_reserve(self, key: BlockKey) -> Lease | None:
-        """Lease an empty slot for `key`, evicting the least recently used block; None when all slots are leased."""
+    def try_reserve(self, key: BlockKey, owner: str = NOBODY) -> Lease | None:
+        """Lease an empty slot for `key`, evicting whose turn it is; None when all slots that may be had are leased."""
         with self._changed:
-            return self._take(key)
+            return self._take(key, owner)
 
-    def reserve(self, key: BlockKey, check: Callable[[], object]) -> Lease:
+    def reserve(self, key: BlockKey, check: Callable[[], object], owner: str = NOBODY) -> Lease:
         """Like `try_reserve`, but wait: this is where producers feel that the disk is slower than they are.
 
         Args:
             key: the block to come.
             check: called before each wait; raises to give up.
+            owner: the stream that it belongs to.
         """
-        lease = self.reserve_within(key, check, None)
+        lease = self.reserve_within(key, check, None, owner)
         assert lease is not None, "waited without a limit"
         return lease
 
-    def reserve_within(self, key: BlockKey, check: Callable[[], object], wait_s: float | None) -> Lease | None:
+    def reserve_within(
+        self, key: BlockKey, check: Callable[[], object], wait_s: float | None, owner: str = NOBODY
+    ) -> Lease | None:
         """Like `reserve`, but for `wait_s` seconds at most; None when they passed without a slot."""
         until_s = None if wait_s is None else time.monotonic() + wait_s
         with self._changed:
             while True:
                 check()
-                lease = self._take(key)
+                lease = self._take(key, owner)
                 left_s = None if until_s is None else until_s - time.monotonic()
                 if lease is not None or (left_s is not None and left_s <= 0):
                     return lease
@@ -131,17 +149,37 @@ class HostTier:
         with self._changed:
             return key in self._index
 
+    def keep(self, keys: Iterable[BlockKey]) -> None:
+        """Never evict these blocks, as far as they fit half the tier: sinks, which every question attends to."""
+        with self._changed:
+            for key in keys:
+                if len(self._kept) < int(_KEPT_SHARE * self.num_slots):
+                    self._kept.add(key)
+
+    def unkeep(self, keys: Iterable[BlockKey]) -> None:
+        """Undo `keep`."""
+        with self._changed:
+            self._kept.difference_update(keys)
+            self._changed.notify_all()
+
+    def attend(self, masses: Mapping[BlockKey, float]) -> None:
+        """Note how much attention blocks got, for policies that mind; see `EvictionPolicy.attend`."""
+        with self._changed:
+            for key, mass in masses.items():
+                if key in self._index:
+                    self._order.attend(key, mass)
+
     def forget(self, key: BlockKey) -> bool:
         """Stop finding `key`; its slot is free as soon as no lease is left. True when it was there."""
         with self._changed:
-            slot_idx = self._index.pop(key, None)
+            slot_idx = self._index.get(key)
             if slot_idx is None:
                 return False
-            del self._key_of[slot_idx]
-            if slot_idx in self._idle:
-                del self._idle[slot_idx]
-                self._free.append(slot_idx)
-                self._changed.notify_all()
+            self._order.remove(key)
+            self._unpublish(slot_idx)
+            if self._pins[slot_idx] == 0:
+                self._num_idle -= 1
+                self._give_back(slot_idx)
             return True
 
     def wake(self) -> None:
@@ -153,28 +191,49 @@ class HostTier:
         """Give the memory back; slots must no longer be used."""
         self._arena.close()
 
-    def _take(self, key: BlockKey) -> Lease | None:
-        if self._free:
-            slot_idx = self._free.pop()
-        elif self._idle:
-            slot_idx, _ = self._idle.popitem(last=False)
-            del self._index[self._key_of.pop(slot_idx)]
-            self._num_evicted += 1
-        else:
-            return None
+    def _take(self, key: BlockKey, owner: str) -> Lease | None:
+        if not self._free or self._order.is_at_quota(owner):
+            victim = self._order.victim(owner, self._may_leave) if self._num_idle else None
+            if victim is None:
+                return None
+            slot_idx = self._index[victim]
+            self._unpublish(slot_idx)
+            self._num_idle -= 1
+            self.num_evicted += 1
+            self._give_back(slot_idx)
+        slot_idx = self._free.pop()
+        self._order.take(owner)
+        self._owner_of[slot_idx] = owner
         self._pins[slot_idx] = 1
         return self._lease(key, slot_idx)
 
+    def _may_leave(self, key: BlockKey) -> bool:
+        return self._pins[self._index[key]] == 0 and key not in self._kept
+
+    def _unpublish(self, slot_idx: int) -> None:
+        del self._index[self._key_of.pop(slot_idx)]
+        if slot_idx in self._speculative:
+            self._speculative.remove(slot_idx)
+            self.num_prefetch_wasted += 1
+
+    def _give_back(self, slot_idx: int) -> None:
+        self._free.append(slot_idx)
+        self._order.give_back(self._owner_of[slot_idx])
+        self._changed.notify_all()
+
     def _lease(self, key: BlockKey, slot_idx: int) -> Lease:
         start = slot_idx * self._slot_nbytes
-        return Lease(self, key, slot_idx, self._memory[start : start + self._slot_nbytes])
+        return Lease(self, key, slot_idx, self._memory[start : start + self._slot_nbytes], self._owner_of[slot_idx])
 
-    def _publish(self, lease: Lease) -> None:
+    def _publish(self, lease: Lease, is_prefetched: bool) -> None:
         with self._changed:
             # Two threads may have brought the same block; the first one is found, the other slot is freed on release.
             if lease.key not in self._index:
                 self._index[lease.key] = lease.slot_idx
                 self._key_of[lease.slot_idx] = lease.key
+                self._order.add(lease.key, lease.owner)
+                if is_prefetched:
+                    self._speculative.add(lease.slot_idx)
 
     def _release(self, lease: Lease) -> None:
         with self._changed:
@@ -183,7 +242,7 @@ class HostTier:
             self._pins[slot_idx] -= 1
             if self._pins[slot_idx] == 0:
                 if slot_idx in self._key_of:
-                    self._idle[slot_idx] = None
+                    self._num_idle += 1
+                    self._changed.notify_all()
                 else:
-                    self._free.append(slot_idx)
-                self._changed.notify_all()
+                    self._give_back(slot_idx)

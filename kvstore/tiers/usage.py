@@ -20,7 +20,12 @@ def collect_stats(disk: DiskTier, data: DataPath | None) -> StoreStats:
     durations = {(Tier.DISK.value, name): found for name, found in disk.meter.durations().items()}
     host_slots = host_slots_used = queued_blocks = 0
     if data is not None:
-        host = replace(data.fetcher.host_meter.snapshot(), evicted_blocks=data.host.num_evicted)
+        host = replace(
+            data.fetcher.host_meter.snapshot(),
+            evicted_blocks=data.host.num_evicted,
+            prefetch_hits=data.host.num_prefetch_hits,
+            prefetch_wasted=data.host.num_prefetch_wasted,
+        )
         host_slots, host_slots_used = data.host.num_slots, data.host.num_used
         queued_blocks = data.write.writer.num_queued if data.write is not None else 0
     return StoreStats(

@@ -24,6 +24,7 @@ from kvstore.telemetry.tracing import span
 from kvstore.tiers.base import Outcome, Tier
 from kvstore.tiers.codec_shelf import CodecShelf
 from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.eviction.admission import Doorkeeper
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.moving.ticket import BatchTicket
 from kvstore.tiers.reading.block_reader import BlockReader, Sought
@@ -58,9 +59,11 @@ class Fetcher:
         self._host = host
         self._layout = layout
         self._reader = BlockReader(disk, codecs, layout, pool, decoders)
+        self._doorkeeper = Doorkeeper(disk.config.host.admission, host.num_slots)
         self._flights = Flights()
         self._demand = threading.Condition()
         self._num_demands = 0
+        self._is_closing = False
         self.host_meter = Meter()
 
     @property
@@ -114,7 +117,13 @@ class Fetcher:
     def wait_for_demand(self) -> None:
         """Wait until no `fetch` is under way."""
         with self._demand:
-            self._demand.wait_for(lambda: self._num_demands == 0)
+            self._demand.wait_for(lambda: self._num_demands == 0 or self._is_closing)
+
+    def stop_waiting(self) -> None:
+        """Let nobody wait in `wait_for_demand` any more: the store closes."""
+        with self._demand:
+            self._is_closing = True
+            self._demand.notify_all()
 
     def close(self) -> None:
         """Give the staging memory back."""
@@ -199,7 +208,8 @@ class Fetcher:
 
     def _read(self, batch: _Batch, items: dict[int, Sought], flights: dict[int, Flight]) -> None:
         def deliver(position: int, decode: Callable[[Tensor], None]) -> None:
-            self._deliver(items[position], flights[position], decode, is_kept=batch.is_kept)
+            keeper = batch.requests[position].owner if batch.is_kept else None
+            self._deliver(items[position], flights[position], decode, keeper)
 
         batch.report.bytes_read[Tier.DISK] += self._reader.read(items, deliver) if items else 0
         for position, item in items.items():
@@ -210,7 +220,7 @@ class Fetcher:
                 batch.ticket.settle(position, item.outcome)
         self._disk.meter.add(TierStats(read_blocks=sum(item.is_delivered for item in items.values())))
 
-    def _deliver(self, item: Sought, flight: Flight, decode: Callable[[Tensor], None], *, is_kept: bool) -> None:
+    def _deliver(self, item: Sought, flight: Flight, decode: Callable[[Tensor], None], keeper: str | None) -> None:
         """Decode into the first slot that is still wanted, keep a copy, hand copies to all who waited."""
         seat = self._flights.claim(flight)
         if seat is None:
@@ -218,8 +228,8 @@ class Fetcher:
         outcome = None
         try:
             decode(seat.slot)
-            if is_kept and item.layers is None:
-                self._admit(item.key, seat.slot)
+            if keeper is not None and item.layers is None:
+                self._admit(item.key, seat.slot, keeper)
             others = [other for other in self._flights.land(flight) if other is not seat]
             served = [other for other in others if other.ticket.claim(other.item)]
             for other in served:
@@ -230,11 +240,11 @@ class Fetcher:
         finally:
             seat.ticket.unclaim(seat.item, outcome)
 
-    def _admit(self, key: BlockKey, slot: Tensor) -> None:
-        """Keep a copy in the host tier if a slot can be had without waiting."""
-        if self._host.contains(key):
+    def _admit(self, key: BlockKey, slot: Tensor, owner: str) -> None:
+        """Keep a copy in the host tier if it may enter and a slot can be had without waiting."""
+        if self._host.contains(key) or not self._doorkeeper.admits(key):
             return
-        lease = self._host.try_reserve(key)
+        lease = self._host.try_reserve(key, owner)
         if lease is None:
             return
         with lease:

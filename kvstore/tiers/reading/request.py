@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvstore.spec import BlockKey
 from kvstore.tiers.base import Outcome, Tier
+from kvstore.tiers.eviction.partitions import NOBODY
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +20,13 @@ class FetchRequest:
         key: the block.
         slot: [slot_nbytes] uint8 CPU, contiguous; where it goes.
         layers: layers to bring, a range with step 1; None for all. Other layers of the slot stay as they are.
+        owner: stream whose share of the host tier a copy is counted to.
     """
 
     key: BlockKey
     slot: Tensor
     layers: range | None = None
+    owner: str = NOBODY
 
 
 @dataclass(slots=True)

@@ -82,12 +82,12 @@ class Appender:
                         pending, leases = [], []
                     lease = self._host.pin(block.entry.key)
                     if lease is None:
-                        lease = self._host.try_reserve(block.entry.key)
+                        lease = self._host.try_reserve(block.entry.key, name)
                         if lease is None:
                             # Hand over what has been collected: only the writer frees the slots that are waited for.
                             self._submit(progress, pending, leases, None)
                             pending, leases = [], []
-                            lease = self._host.reserve(block.entry.key, self._writer.check)
+                            lease = self._host.reserve(block.entry.key, self._writer.check, name)
                         lease.slot.copy_(block.slot)
                         lease.publish()
                     leases.append(lease)
