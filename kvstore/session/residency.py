@@ -58,11 +58,13 @@ class Residency:
     Args:
         pool: slots on the device.
         store: where missing blocks come from.
+        owner: the stream that they are counted to in the host tier.
     """
 
-    def __init__(self, pool: DevicePool, store: Store) -> None:
+    def __init__(self, pool: DevicePool, store: Store, owner: str = "") -> None:
         self._pool = pool
         self._store = store
+        self._owner = owner
         self._places: OrderedDict[BlockKey, _Place] = OrderedDict()
 
     @property
@@ -112,6 +114,7 @@ class Residency:
         part = layout.slot_nbytes * len(layers) // layout.spec.num_layers
         missing: list[BlockKey] = []
         pinned: list[BlockKey] = []
+        self._store.note_attention(dict.fromkeys(keys, 1.0))
         try:
             # Those that are here first, so that making room for the others does not evict them.
             for key in sorted(keys, key=lambda key: key not in self._places):
@@ -141,7 +144,10 @@ class Residency:
         whole = len(layers) == self._pool.layout.spec.num_layers
         began = time.perf_counter()
         fetched = self._store.fetch(
-            [FetchRequest(key, slot, None if whole else layers) for key, slot in zip(missing, staged, strict=True)]
+            [
+                FetchRequest(key, slot, None if whole else layers, self._owner)
+                for key, slot in zip(missing, staged, strict=True)
+            ]
         )
         elapsed = time.perf_counter() - began
         report.decode_s += min(fetched.decode_s, elapsed)

@@ -106,7 +106,7 @@ class StreamView:
         self.rows = rows
         self.layout = BlockLayout(header.spec, header.block_tokens)
         num_slots = max(config.device_nbytes // self.layout.slot_nbytes, _MIN_SLOTS)
-        self.residency = Residency(DevicePool(self.layout, num_slots, device), store)
+        self.residency = Residency(DevicePool(self.layout, num_slots, device), store, header.name)
         self.open_rows: list[OpenRows] = []
         self.entries: list[Entry] = []
         self.cursor: dict[str, JSON] = {}

@@ -15,6 +15,7 @@ from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.manifest import StreamHeader, check_spec
 from kvstore.tiers.moving.mover import Mover
+from kvstore.tiers.moving.prefetcher import Prefetcher
 from kvstore.tiers.reading.fetcher import Fetcher
 from kvstore.tiers.writing.appender import Appender
 from kvstore.tiers.writing.calibrator import Calibrator
@@ -50,7 +51,7 @@ class DataPath:
         codecs = CodecShelf(disk.calibrations, layout, profile)
         self._cleanup = ExitStack()
         with ExitStack() as building:
-            self.host = HostTier(layout, disk.config.host_nbytes)
+            self.host = HostTier(layout, disk.config.host_nbytes, disk.config.host)
             building.callback(self.host.close)
             coders = ThreadPoolExecutor(disk.config.decode_threads, thread_name_prefix="kvstore-codec")
             building.callback(coders.shutdown)
@@ -67,6 +68,8 @@ class DataPath:
             writing = None if self.write is None else self.write.writer
             self.mover = Mover(self.host, self.fetcher, writing, layout.slot_nbytes)
             building.callback(self.mover.close)
+            self.prefetcher = Prefetcher(self.host, self.fetcher, layout.slot_nbytes)
+            building.callback(self.prefetcher.close)
             self._cleanup = building.pop_all()
 
     def check_header(self, header: StreamHeader) -> None:

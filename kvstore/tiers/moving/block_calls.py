@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from kvstore.telemetry.fault_log import log_fault
 from kvstore.tiers.base import Outcome
 from kvstore.tiers.data_path import DataPath, WritePath
 from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.moving.layer_load import LayerLoad
 from kvstore.tiers.moving.ticket import BatchTicket
 from kvstore.tiers.reading.request import FetchRequest
 from kvstore.tiers.removal import remove_blocks
@@ -109,6 +110,60 @@ class BlockCalls:
         check_gets(keys, slots, self.layout)
         requests = [FetchRequest(key, slot) for key, slot in zip(keys, slots, strict=True)]
         return self._moving().mover.submit_get(requests, timeout_s)
+
+    def load_layers(
+        self,
+        keys: Sequence[BlockKey],
+        slots: Sequence[Tensor],
+        *,
+        group_layers: int = 1,
+        on_layers: Callable[[range, Sequence[Outcome]], None] | None = None,
+    ) -> LayerLoad:
+        """Bring blocks layer by layer, so that attention over the first can begin while the others are read.
+
+        What comes this way does not enter the host tier. Each group of layers is one read per block: a few layers at
+        once cost less when layers are small.
+
+        Args:
+            keys: the blocks.
+            slots: [slot_nbytes] uint8 CPU, contiguous, each; a layer's bytes may be read once its `wait` has returned.
+            group_layers: layers that are read at once, at least 1.
+            on_layers: called when layers have come; see `LayerLoad`.
+        """
+        check_gets(keys, slots, self.layout)
+        if group_layers < 1:
+            raise ConfigError(f"group_layers is {group_layers}; at least one layer comes at a time")
+        requests = [FetchRequest(key, slot) for key, slot in zip(keys, slots, strict=True)]
+        load = LayerLoad(requests, self.layout.spec.num_layers, group_layers, on_layers)
+        self._moving().mover.submit_layers(load)
+        return load
+
+    def prefetch(self, keys: Sequence[BlockKey], priority: int = 0) -> BatchTicket:
+        """Bring blocks into the host tier while no other read is under way, and return at once.
+
+        Args:
+            keys: blocks that may be asked for soon.
+            priority: larger comes first; of equal ones, who asked first.
+
+        Returns:
+            A ticket whose outcomes are `HOST` (was there), `DISK` (was brought), `FULL` (no slot, or too many wait),
+            or those of any read.
+        """
+        prefetcher = self._moving().prefetcher
+        check_keys(keys)
+        return prefetcher.submit(keys, priority)
+
+    def keep(self, keys: Sequence[BlockKey]) -> None:
+        """Never evict these blocks from the host tier, as far as they fit half of it; `unkeep` ends that."""
+        self._moving().host.keep(keys)
+
+    def unkeep(self, keys: Sequence[BlockKey]) -> None:
+        """Undo `keep`."""
+        self._moving().host.unkeep(keys)
+
+    def note_attention(self, masses: Mapping[BlockKey, float]) -> None:
+        """Tell how much of a question's attention blocks got: eviction by participation keeps those with most."""
+        self._moving().host.attend(masses)
 
     def exists(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Say per block whether memory or disk holds it; does not count as a use. What cannot be asked is not there."""

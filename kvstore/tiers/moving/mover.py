@@ -12,6 +12,7 @@ from kvstore.errors import BusyError
 from kvstore.spec import BlockKey
 from kvstore.tiers.base import Outcome
 from kvstore.tiers.host import HostTier, Lease
+from kvstore.tiers.moving.layer_load import LayerLoad
 from kvstore.tiers.moving.ticket import BatchTicket
 from kvstore.tiers.reading.fetcher import Fetcher
 from kvstore.tiers.reading.request import FetchRequest
@@ -63,6 +64,11 @@ class Mover:
         else:
             self._threads.submit(self._put_copies, self._writer, keys, slots, num_tokens, ticket)
         return ticket
+
+    def submit_layers(self, load: LayerLoad) -> None:
+        """Bring the layers of a load; returns at once."""
+        for _ in range(2):
+            self._threads.submit(load.run, self._fetcher)
 
     def close(self) -> None:
         """Finish what was submitted and end the threads."""
