@@ -27,8 +27,8 @@ from machine import file_system
 from slow_disk import SlowDisk
 
 SLOW_RATE = 20_000_000
-WIDE = BlockLayout(ModelSpec(16, 8, 128, 128, "bfloat16", "pre", "bench", "{}", "0"), 16)
-"""1 MiB a block, 64 KiB a token: a step of an engine then makes more bytes than the slow disk takes meanwhile."""
+WIDE = BlockLayout(ModelSpec(16, 16, 128, 128, "bfloat16", "pre", "bench", "{}", "0"), 16)
+"""2 MiB a block, 128 KiB a token: a step of an engine then makes more bytes than the slow disk takes meanwhile."""
 NARROW = BlockLayout(ModelSpec(8, 2, 64, 64, "bfloat16", "pre", "bench", "{}", "0"), 32)
 """128 KiB a block."""
 HOST_NBYTES = 256 << 20
@@ -48,7 +48,7 @@ def open_store(folder: Path, layout: BlockLayout) -> Store:
         folder,
         access=Access.WRITE,
         layout=layout,
-        profile=Profile.LOSSLESS,
+        profile=Profile.RAW,
         host_nbytes=HOST_NBYTES,
         durability=Durability.COMMIT,
     )
@@ -56,23 +56,24 @@ def open_store(folder: Path, layout: BlockLayout) -> Store:
 
 def header(layout: BlockLayout, prefill: str) -> StreamHeader:
     """A new stream."""
-    return StreamHeader("bench", layout.spec, layout.block_tokens, Profile.LOSSLESS, prefill, {}, 0.0)
+    return StreamHeader("bench", layout.spec, layout.block_tokens, Profile.RAW, prefill, {}, 0.0)
 
 
 def token_step(store: Store) -> Step:
     """One step of an engine: K and V of one token, in every layer; each 16th token completes a block."""
-    config = SessionConfig(policy_named("streaming_llm"), window_tokens=64, sink_tokens=8, device_nbytes=64 << 20)
+    config = SessionConfig(policy_named("streaming_llm"), window_tokens=64, sink_tokens=8, device_nbytes=96 << 20)
     stored = store.create_stream(header(WIDE, config.prefill)).header
     session = Session(store, stored, config, lambda vectors, positions: vectors, torch.device("cpu"))
     chance = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(1, 8, 1, 128, generator=chance, dtype=torch.bfloat16) for _ in range(2))
-    query = torch.randn(1, 8, 1, 128, generator=chance, dtype=torch.bfloat16)
+    # As many tokens as in a block: of one alone, a block would shrink to nothing.
+    keys, values = (torch.randn(16, 1, 16, 1, 128, generator=chance, dtype=torch.bfloat16) for _ in range(2))
+    query = torch.randn(1, 16, 1, 128, generator=chance, dtype=torch.bfloat16)
 
     def step() -> None:
         position = session.num_tokens
         positions, ids = torch.full((1, 1, 1), position), torch.tensor([position])
         for layer in range(WIDE.spec.num_layers):
-            session.extend(layer, query, keys, values, positions, ids, 0.125)
+            session.extend(layer, query, keys[position % 16], values[position % 16], positions, ids, 0.125)
 
     return step
 
@@ -158,8 +159,8 @@ def main() -> None:
     disk = SlowDisk(folder.parent, folder)
     report = Report(settings, {"place": file_system(folder), "slowed_by": "LD_PRELOAD, writes of all threads together"})
     gc.freeze()  # what the libraries hold is not looked through again while steps are timed
-    rounds = 2 if settings.quick else 6
-    kinds = (("token", WIDE, token_step, 3000), ("block", NARROW, block_step, 1800))
+    rounds = 2 if settings.quick else 8
+    kinds = (("token", WIDE, token_step, 1800), ("block", NARROW, block_step, 1800))
     for kind, layout, make, num_steps in kinds:
         with open_store(folder / kind, layout) as store:
             step = make(store)
