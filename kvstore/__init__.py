@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from kvstore.engines.anatomy import spec_of as spec_of
     from kvstore.errors import KVStoreError as KVStoreError
     from kvstore.face import KVStore as KVStore
-    from kvstore.face import Stream as Stream
     from kvstore.face import attach as attach
     from kvstore.face import open as open  # noqa: A004 - reads as kvstore.open
     from kvstore.session.recall import Recall as Recall
     from kvstore.session.recall import Span as Span
+    from kvstore.session.stream import Stream as Stream
     from kvstore.spec import BlockKey as BlockKey
     from kvstore.spec import ModelSpec as ModelSpec
     from kvstore.spec import chain_key as chain_key
@@ -26,8 +26,9 @@ _HOMES = {
     "config": ("Access", "Durability"),
     "engines.anatomy": ("spec_of",),
     "errors": ("KVStoreError",),
-    "face": ("KVStore", "Stream", "attach", "open"),
+    "face": ("KVStore", "attach", "open"),
     "session.recall": ("Recall", "Span"),
+    "session.stream": ("Stream",),
     "spec": ("BlockKey", "ModelSpec", "chain_key"),
 }
 _HOME_OF = {name: f"kvstore.{module}" for module, names in _HOMES.items() for name in names}

@@ -10,18 +10,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from kvstore.codec import Profile
 from kvstore.config import Access, Durability
-from kvstore.errors import ConfigError, SpecMismatchError, StreamNotFoundError
+from kvstore.errors import SpecMismatchError, StreamNotFoundError
 from kvstore.layout import BlockLayout
 from kvstore.retrieval.policies import policy_named
-from kvstore.session.attending import Rotate
-from kvstore.session.branch import Branch
-from kvstore.session.recall import Recall
-from kvstore.session.session import Session
+from kvstore.session.stream import Stream
 from kvstore.session.view import SessionConfig
 from kvstore.spec import BlockKey, ModelSpec
 from kvstore.store import Outcome, Store, check_spec
@@ -126,107 +122,6 @@ class KVStore:
         return self.blocks.get(keys, slots, timeout_s=timeout_s)
 
 
-class Stream:
-    """One growing sequence in a store. Attach it to a transformers model with `attach`, or call `attend` yourself.
-
-    Args:
-        store: the block store.
-        header: what is fixed about the stream.
-        config: see `SessionConfig`.
-    """
-
-    def __init__(self, store: Store, header: StreamHeader, config: SessionConfig) -> None:
-        self._store = store
-        self._header = header
-        self._config = config
-        self._session: Session | None = None
-        self._branch: Branch | None = None
-        self._recalled: Branch | None = None
-        self.last = Recall()
-
-    def bind(self, rotate: Rotate | None, device: torch.device, rows: int = 1) -> Session:
-        """Give the stream its rotary function and device; once per process.
-
-        Args:
-            rotate: `(vectors [batch, heads, tokens, dim], positions [rows, batch, tokens]) -> vectors`; None where keys
-                and queries arrive rotated.
-            device: where attention runs.
-            rows: rows of a position: 1, or 3 for M-RoPE.
-        """
-        if self._session is None:
-            self._session = Session(self._store, self._header, self._config, rotate, device, rows)
-        return self._session
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def attend(
-        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *, ids: Tensor, scale: float
-    ) -> Tensor:
-        """Attend from inside your own attention layer: append to the stream, or ask, under `asking`.
-
-        Call it once per layer and forward, in order of layers. No gradient flows through it.
-
-        Args:
-            layer: layer index.
-            query: [batch, num_heads, num_new, key_dim] before RoPE (after it for a stream bound without `rotate`).
-            keys: [batch, kv_heads, num_new, key_dim], likewise.
-            values: [batch, kv_heads, num_new, value_dim].
-            positions: [rows, batch, num_new] int64; of a question, counted from its first token.
-            ids: [num_new] int64 token ids of the first sequence: they name the blocks.
-            scale: multiplies the logits.
-
-        Returns:
-            [batch, num_heads, num_new, value_dim].
-
-        Raises:
-            ConfigError: the stream is not bound yet.
-            ShapeError: a layer out of turn, tensors that do not fit the model, or positions that do not continue the
-                stream.
-            StoreIOError: an earlier append failed; open the stream again.
-        """
-        session = self._bound()
-        if self._branch is not None:
-            inputs = self._branch.extend(layer, query, keys, values, positions)
-        else:
-            inputs = session.extend(layer, query, keys, values, positions, ids, scale)
-        return inputs.attend(inputs.mask(None), scale)
-
-    @contextmanager
-    def recalling(self) -> Iterator[None]:
-        """Start a question: the forward inside selects the blocks that `asking` will attend to."""
-        self._recalled = None
-        branch = self._bound().branch()
-        try:
-            with branch.recalling():
-                self._branch = branch
-                yield
-        finally:
-            self._branch = None
-        self._recalled, self.last = branch, branch.recall
-
-    @contextmanager
-    def asking(self) -> Iterator[None]:
-        """Answer: forwards inside attend to what `recalling` selected, and leave nothing in the stream."""
-        if self._recalled is None:
-            raise ConfigError("nothing was recalled yet; run the question under recalling() first")
-        self._branch = self._recalled
-        try:
-            yield
-        finally:
-            self._branch = None
-
-    def commit(self) -> None:
-        """Store what has been appended, the last, unfinished block too; returns when it is durable."""
-        if self._session is not None:
-            self._session.commit(partial=True)
-            self._session.flush()
-
-    def _bound(self) -> Session:
-        if self._session is None:
-            raise ConfigError(f"stream {self._header.name!r} is not bound; call bind(rotate, device) first")
-        return self._session
-
-
 def open(  # noqa: A001 - reads as kvstore.open
     path: str | os.PathLike[str],
     spec: ModelSpec,
@@ -292,7 +187,11 @@ def attach(model: Model, stream: Stream) -> Iterator[Attached]:
 
     session = stream.bind(rotation_of(model), model.device, position_rows(model))
     with attach_session(model, session) as attached:
-        yield attached
+        stream.is_attached = True
+        try:
+            yield attached
+        finally:
+            stream.is_attached = False
     stream.last = attached.last
     if session.view.store.is_writable:
         stream.commit()

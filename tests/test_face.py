@@ -11,8 +11,9 @@ from torch import Tensor
 
 import kvstore
 from kvstore.errors import CapacityError, ConfigError, ShapeError, StoreIOError
-from kvstore.face import KVStore, Stream
+from kvstore.face import KVStore
 from kvstore.retrieval.summary import Summary, SummaryKind
+from kvstore.session.stream import Stream
 from kvstore.tiers.disk import DiskTier
 
 SPEC = kvstore.ModelSpec(2, 1, 16, 16, "float32", "pre", "mine", "{}", "weights-1")

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -105,6 +106,15 @@ class Appender:
         """Drop what is known about a stream: it was removed."""
         with self._lock:
             self._streams.pop(name, None)
+
+    @contextmanager
+    def stopped(self, name: str) -> Iterator[None]:
+        """Let nobody append inside a `with` block, after which a stream may stand elsewhere."""
+        with self._lock:
+            try:
+                yield
+            finally:
+                self._streams.pop(name, None)
 
     def _submit(
         self, progress: _Progress, blocks: Sequence[NewBlock], leases: Sequence[Lease], cursor_json: bytes | None
