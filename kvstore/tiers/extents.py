@@ -179,14 +179,16 @@ class ExtentAllocator:
                     self._spaces[extent.file_id].release(extent.offset, extent.nbytes)
 
     def trim(self, least_nbytes: int) -> None:
-        """Give free tails of at least `least_nbytes` back to the file system.
+        """Give free tails of at least `least_nbytes` back to the file system; what it does not take stays free.
 
         A reader of an extent that was there sees a short file, looks again, and misses.
         """
         with self._lock:
             for file_id, space in self._spaces.items():
                 if space.tail_nbytes >= max(least_nbytes, ALIGNMENT):
-                    self._files.shorten(file_id, space.cut_tail())
+                    with suppress(StoreIOError):
+                        self._files.shorten(file_id, space.nbytes - space.tail_nbytes)
+                        space.cut_tail()
 
     def _allocate_grown(self, nbytes: int, limit_nbytes: int | None) -> Extent | None:
         file_id, space = next(reversed(self._spaces.items()), (0, FreeSpace()))
