@@ -80,6 +80,11 @@ class ReadView:
             if cursor.prev() if before is not None and cursor.set_range(before) else cursor.last():
                 yield from cursor.iterprev()
 
+    def keys(self, table: Table) -> list[bytes]:
+        """Return all keys of `table` in order."""
+        with self._txn.cursor(db=self._tables[table]) as cursor:
+            return list(cursor.iternext(keys=True, values=False))
+
     def count(self, table: Table) -> int:
         """Return how many keys `table` holds."""
         return self._txn.stat(self._tables[table])["entries"]
@@ -202,12 +207,6 @@ class Catalogue:
     def nbytes(self) -> int:
         """Bytes of the catalogue on disk."""
         return self._data_path.stat().st_size
-
-    def sync(self) -> None:
-        """Flush to the device whatever earlier commits left in the page cache."""
-        self._check_process()
-        with self._mapped_errors(), self._gate.shared():
-            self._env.sync(True)
 
     def close(self) -> None:
         """Wait for open transactions, then unmap. In a forked child: forget, the parent owns it."""

@@ -95,12 +95,16 @@ class DiskTier:
             self._touched_lock = threading.Lock()
             if self.is_writable:
                 self._numbers = count(self.catalogue.write(lambda view: begin_epoch(view, time.time())))
-                with self.catalogue.read() as view:
-                    self.allocator = ExtentAllocator(self.files, taken_extents(view))
+                self.count_free_space()
             else:
                 with self.catalogue.read() as view:
                     check_format(view)
             cleanup.pop_all()
+
+    def count_free_space(self) -> None:
+        """Take everything that the catalogue does not name for free, as at opening; called under `mutation`."""
+        with self.catalogue.read() as view:
+            self.allocator = ExtentAllocator(self.files, taken_extents(view))
 
     def next_number(self) -> int:
         """Draw a generation or a stamp: unique in the life of the store, and larger than all before."""

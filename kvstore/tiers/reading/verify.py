@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvstore.codec import Codec, RecordInfo
-from kvstore.errors import CorruptRecordError, KVStoreError
+from kvstore.errors import CorruptRecordError, KVStoreError, SpecMismatchError
 from kvstore.layout import BlockLayout
 from kvstore.native import Arena, IoPool
 from kvstore.spec import BLOCK_KEY_NBYTES, BlockKey, ModelSpec
@@ -164,28 +164,32 @@ class Verifier:
     def _check_blocks(self, keys: Iterator[BlockKey], total: int) -> dict[BlockKey, str]:
         reasons: dict[BlockKey, str] = {}
         for done, key in enumerate(keys, start=1):
-            reason = self._check_block(key)
-            if reason is not None:
-                reasons[key] = reason
+            fault = self.block(key)
+            if fault is not None:
+                reasons[key] = str(fault)
             self._report.num_blocks += 1
             if self._progress is not None:
                 self._progress(done, max(done, total))
         return reasons
 
-    def _check_block(self, key: BlockKey) -> str | None:
-        """Return why a block is damaged; None when it is sound, or when a writer changed it meanwhile."""
+    def block(self, key: BlockKey) -> KVStoreError | None:
+        """Return why a block cannot be read; None when it is sound, or when a writer changed it meanwhile.
+
+        A `CorruptRecordError` says that its bytes or its entry are damaged, or gone; other errors, that they cannot be
+        read or decoded here and now.
+        """
         before: Found | KVStoreError | None = None
         while True:
             found = self._disk.look_up([key], [True])[0]
             if isinstance(found, KVStoreError):
-                return str(found)
+                return found
             if found is None:
-                return "the block is not stored" if before is None else None
+                return CorruptRecordError("the block is not stored") if before is None else None
             try:
                 self._read_block(key, found)
             except KVStoreError as error:
                 if found == before:
-                    return str(error)
+                    return error
                 before = found
             else:
                 return None
@@ -224,6 +228,10 @@ class Verifier:
             )
             layout = BlockLayout(spec, info.num_tokens)
             # One scratch slot per geometry: block lengths vary within a stream, so the newest replaces the others.
-            codec = Codec(layout, info.profile, self._disk.calibrations.find(info.calibration_id))
+            try:
+                calibration = self._disk.calibrations.find(info.calibration_id)
+            except CorruptRecordError as error:  # the record itself may be sound
+                raise SpecMismatchError(str(error)) from error
+            codec = Codec(layout, info.profile, calibration)
             self._codecs = {shape: (codec, torch.empty(layout.slot_nbytes, dtype=torch.uint8))}
         return self._codecs[shape]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -19,11 +18,10 @@ from kvstore.tiers.tables.records import (
     is_extent,
     pack_block,
     pack_extent,
+    pack_stamp,
     unpack_block,
     unpack_extent,
 )
-
-_STAMP = struct.Struct(">Q")
 
 
 def find_block(view: ReadView, key: BlockKey) -> BlockRecord | None:
@@ -62,7 +60,7 @@ def insert_block(view: WriteView, key: BlockKey, record: BlockRecord, directory:
     view.put(Table.DIRECTORIES, key, directory)
     view.put(Table.EXTENTS, *pack_extent(record.extent, key))
     if record.references == 0:
-        view.put(Table.LRU, _STAMP.pack(record.stamp), key)
+        view.put(Table.LRU, pack_stamp(record.stamp), key)
     return None if old is None else old.extent
 
 
@@ -117,7 +115,7 @@ def touch(view: WriteView, key: BlockKey, stamp: int) -> None:
         return
     _forget_stamp(view, record)
     view.put(Table.BLOCKS, key, pack_block(replace(record, stamp=stamp)))
-    view.put(Table.LRU, _STAMP.pack(stamp), key)
+    view.put(Table.LRU, pack_stamp(stamp), key)
 
 
 def oldest_first(view: ReadView, records: dict[BlockKey, BlockRecord]) -> Iterator[Candidate]:
@@ -184,4 +182,4 @@ def _drop_extent(view: WriteView, record: BlockRecord) -> None:
 
 def _forget_stamp(view: WriteView, record: BlockRecord) -> None:
     if record.references == 0:
-        view.delete(Table.LRU, _STAMP.pack(record.stamp))
+        view.delete(Table.LRU, pack_stamp(record.stamp))

@@ -50,6 +50,21 @@ def put_decision(view: WriteView, fingerprint: str, calibration: Calibration, de
     view.put(Table.CALIBRATIONS, _MODEL + fingerprint.encode(), decision.to_json())
 
 
+def parse_row(key: bytes, value: bytes) -> Calibration | Decision:
+    """Read a row of the table, whichever it is.
+
+    Raises:
+        CorruptRecordError: it is damaged, or under a key that no writer makes.
+        UnsupportedFormatError: it is in a newer format.
+    """
+    if key[:1] == _MODEL:
+        return Decision.from_json(value)
+    found = Calibration(value)
+    if key != _OBJECT + found.id:
+        raise CorruptRecordError(f"calibration {found.id.hex()} under another name")
+    return found
+
+
 def decisions(view: ReadView) -> Iterator[tuple[str, Decision]]:
     """Yield the fingerprints of all calibrated models and what was decided for each."""
     for key, value in view.scan(Table.CALIBRATIONS, prefix=_MODEL):

@@ -42,6 +42,21 @@ def check_format(view: ReadView) -> None:
         )
 
 
+def check_minor(view: ReadView) -> None:
+    """Refuse a catalogue that may hold values which this program takes for damaged.
+
+    Raises:
+        UnsupportedFormatError: the minor version is newer: this program can use the store, and not mend it.
+    """
+    check_format(view)
+    _, major, minor, _ = _FORMAT.unpack(view.get(Table.META, _FORMAT_KEY) or b"")
+    if minor > FORMAT_MINOR:
+        raise UnsupportedFormatError(
+            f"the store has format {major}.{minor}; this program mends up to {FORMAT_MAJOR}.{FORMAT_MINOR}: "
+            "upgrade kvstore"
+        )
+
+
 def begin_epoch(view: WriteView, now_unix_s: float) -> int:
     """Write the format version of a new store, and count one more writer.
 
@@ -58,6 +73,15 @@ def begin_epoch(view: WriteView, now_unix_s: float) -> int:
 def next_stream_id(view: WriteView) -> int:
     """Draw a stream id; ids are never used twice, so a removed stream's leftovers cannot be mistaken."""
     return _next(view, _STREAM_ID_KEY)
+
+
+def ensure_stream_counter(view: WriteView, least: int) -> bool:
+    """Set the counter of streams to `least` where it is damaged or lower; returns whether it was."""
+    value = view.get(Table.META, _STREAM_ID_KEY)
+    number = 0 if value is None else _COUNTER.unpack(value)[0] if len(value) == _COUNTER.size else -1
+    if number < least:
+        view.put(Table.META, _STREAM_ID_KEY, _COUNTER.pack(least))
+    return bool(number < least)
 
 
 def _next(view: WriteView, key: bytes) -> int:

@@ -30,6 +30,7 @@ _EXTENT_VALUE = struct.Struct("<Q32s")  # bytes, key
 _EXTENT_KEY = struct.Struct(">IQ")  # file id, offset
 _POSITION_KEY = struct.Struct(">QQ")  # stream id, index
 _EXTENT_HEADER = struct.Struct("<4sHxxQQ32sI")  # magic, version, generation, record bytes, key, CRC of the record
+_STAMP = struct.Struct(">Q")
 _CRC = struct.Struct("<I")
 
 
@@ -160,6 +161,11 @@ def unpack_state(value: bytes) -> StreamState:
     if len(value) - _STATE.size != cursor_nbytes:
         raise CorruptRecordError(f"stream state: {len(value) - _STATE.size} bytes of cursor, {cursor_nbytes} announced")
     return StreamState(num_entries, num_tokens, bytes(value[_STATE.size :]))
+
+
+def pack_stamp(stamp: int) -> bytes:
+    """Key of table `lru`."""
+    return _STAMP.pack(stamp)
 
 
 def pack_extent_header(header: ExtentHeader) -> bytes:

@@ -35,6 +35,8 @@ from kvstore.tiers.tables.records import (
 
 _STREAM = struct.Struct("<BxxxIQ")  # version, header bytes, stream id; then the header JSON
 _STREAM_ID = struct.Struct(">Q")
+STREAM_ID_NBYTES = _STREAM_ID.size
+"""Bytes of the id that begins the keys of tables `states`, `entries` and `summaries`."""
 
 
 @dataclass(frozen=True, slots=True)
