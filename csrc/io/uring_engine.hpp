@@ -17,9 +17,9 @@ namespace kv {
 /// ends or `submit` wakes it, and tells the tickets.
 class UringEngine final : public IoEngine {
  public:
-  /// More bytes in flight than this only make the first ones wait: devices are saturated by far
-  /// fewer, and some collapse.
-  static constexpr std::size_t kMaxNbytesInFlight = std::size_t{16} << 20;
+  /// More bytes in flight only make the first ones wait, and with them who works on them as they
+  /// come: this is what drives of 28 GB/s move in 150 microseconds.
+  static constexpr std::size_t kMaxNbytesInFlight = std::size_t{4} << 20;
 
   /// @param depth  most pieces in flight.
   /// @throws IoError when there is no io_uring to be had; see Uring.
