@@ -30,6 +30,18 @@ namespace kv {
 namespace {
 
 // Of linux/io_uring.h, where older headers have an enumeration that may end before them.
+constexpr unsigned kEnterWithArguments = 1U << 3;
+constexpr unsigned kFeatureEnterArguments = 1U << 8;
+struct EnterArguments {
+  std::uint64_t signal_mask;
+  std::uint32_t signal_mask_nbytes;
+  std::uint32_t padding;
+  std::uint64_t timeout;
+};
+struct KernelTimespec {
+  std::int64_t seconds;
+  std::int64_t nanoseconds;
+};
 constexpr unsigned kRegisterProbe = 8;
 constexpr unsigned kRegisterEnableRings = 12;
 
@@ -82,6 +94,7 @@ void Uring::set_up(unsigned num_entries) {
   if ((params.features & kFeatures) != kFeatures) {
     refuse_old();
   }
+  has_timed_waits_ = (params.features & kFeatureEnterArguments) != 0;
   ring_nbytes_ =
       std::max<std::size_t>(params.sq_off.array + params.sq_entries * sizeof(std::uint32_t),
                             params.cq_off.cqes + params.cq_entries * sizeof(io_uring_cqe));
@@ -163,22 +176,25 @@ void Uring::prepare_wake(int descriptor, std::uint64_t* value, std::uint64_t tag
   sqe.user_data = tag;
 }
 
-void Uring::enter(bool is_waiting) noexcept {
+void Uring::enter(unsigned least) noexcept {
   __atomic_store_n(word(sq_tail_), *word(sq_tail_) + num_prepared_, __ATOMIC_RELEASE);
   std::uint32_t left = num_prepared_;
   num_prepared_ = 0;
+  const KernelTimespec patience{0, 100 * 1000};
+  EnterArguments arguments{};
+  arguments.timeout = reinterpret_cast<std::uintptr_t>(&patience);
+  const bool is_timed = least > 1 && has_timed_waits_;
+  const unsigned flags = IORING_ENTER_GETEVENTS | (is_timed ? kEnterWithArguments : 0);
   do {
-    const unsigned least = is_waiting ? 1 : 0;
-    const long taken = ::syscall(__NR_io_uring_enter, descriptor_, left, least,
-                                 IORING_ENTER_GETEVENTS, nullptr, 0);
+    const long taken =
+        ::syscall(__NR_io_uring_enter, descriptor_, left, is_timed ? least : 1, flags,
+                  is_timed ? &arguments : nullptr, is_timed ? sizeof(arguments) : 0);
     if (taken >= 0) {
       left -= std::min(left, static_cast<std::uint32_t>(taken));
-      is_waiting = is_waiting && left > 0;
-    } else if (errno != EINTR) {
+    } else if (errno != EINTR && errno != ETIME) {
       // The kernel is short of memory, or wants completions taken first: neither lasts.
       const timespec pause{0, 1000 * 1000};
       ::nanosleep(&pause, nullptr);
-      is_waiting = false;
     }
   } while (left > 0);
 }

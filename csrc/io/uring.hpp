@@ -38,8 +38,9 @@ class Uring {
   /// Prepares a read of 8 bytes of a descriptor.
   void prepare_wake(int descriptor, std::uint64_t* value, std::uint64_t tag) noexcept;
 
-  /// Hands everything prepared to the kernel, and waits for one completion if told to.
-  void enter(bool is_waiting) noexcept;
+  /// Hands everything prepared to the kernel, and waits for a completion. With `least` above 1 it
+  /// waits for so many, but for 100 microseconds at most: fewer calls and fewer wakes.
+  void enter(unsigned least) noexcept;
 
   /// Takes one completion; false when there is none.
   [[nodiscard]] bool take(Completion& completion) noexcept;
@@ -55,6 +56,7 @@ class Uring {
 
   int descriptor_ = -1;
   bool needs_enabling_ = false;
+  bool has_timed_waits_ = false;
   std::uint32_t num_prepared_ = 0;
   std::uint8_t* ring_ = nullptr;
   std::size_t ring_nbytes_ = 0;
