@@ -26,6 +26,7 @@ from kvstore.tiers.removal import remove_stream
 from kvstore.tiers.slots import check_keys, check_layers, check_slot
 from kvstore.tiers.tables.records import Entry
 from kvstore.tiers.tables.streams import ensure_stream, find_stream, read_manifest, read_summaries, stream_rows
+from kvstore.tiers.upkeep.sharing import Sharing
 from kvstore.tiers.usage import collect_stats
 from kvstore.tiers.writing.appender import NewBlock
 
@@ -254,6 +255,12 @@ class Store(BlockCalls):
         """
         self._check_open(writing=True)
         return remove_stream(self._disk, self._data, name)
+
+    @property
+    def sharing(self) -> Sharing:
+        """Records as they are, for giving streams to other stores and taking them over."""
+        self._check_open()
+        return Sharing(self._disk, self._pool, self._data)
 
     def verify(self, name: str | None = None, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Read, check and decode the blocks of one stream, or of the whole store and then its tables, too.

@@ -10,7 +10,7 @@ from kvstore.decision import Decision
 from kvstore.errors import CorruptRecordError, UnsupportedFormatError
 from kvstore.spec import ModelSpec
 from kvstore.tiers.catalogue import Catalogue, WriteView
-from kvstore.tiers.tables.calibrations import decisions, find_calibration, find_decision, put_decision
+from kvstore.tiers.tables.calibrations import decisions, find_calibration, find_decision, put_calibration, put_decision
 
 _NONE = bytes(CALIBRATION_ID_NBYTES)
 
@@ -72,6 +72,11 @@ class Calibrations:
         """Fingerprints of all calibrated models, with what was decided for each."""
         with self._catalogue.read() as view:
             return list(decisions(view))
+
+    def hold(self, calibration: Calibration) -> None:
+        """Store an object for the records that name it, and decide nothing; raises `ReadOnlyError`."""
+        self._catalogue.write(lambda view: put_calibration(view, calibration))
+        self._known[calibration.id] = calibration
 
     def keep(self, spec: ModelSpec, calibration: Calibration, decision: Decision, *, replace: bool = True) -> None:
         """Store an object, and the decision to use it for blocks that are written from now on.

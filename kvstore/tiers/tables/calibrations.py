@@ -36,6 +36,11 @@ def find_decision(view: ReadView, fingerprint: str) -> Decision | None:
     return None if data is None else Decision.from_json(data)
 
 
+def put_calibration(view: WriteView, calibration: Calibration) -> None:
+    """Store an object under its id."""
+    view.put(Table.CALIBRATIONS, _OBJECT + calibration.id, calibration.data)
+
+
 def put_decision(view: WriteView, fingerprint: str, calibration: Calibration, decision: Decision) -> None:
     """Store an object and the decision to use it; the objects of earlier decisions stay, for the blocks that need them.
 
@@ -46,7 +51,7 @@ def put_decision(view: WriteView, fingerprint: str, calibration: Calibration, de
         decision: what to do from now on.
     """
     assert calibration.id == decision.calibration, "a decision names its object"
-    view.put(Table.CALIBRATIONS, _OBJECT + calibration.id, calibration.data)
+    put_calibration(view, calibration)
     view.put(Table.CALIBRATIONS, _MODEL + fingerprint.encode(), decision.to_json())
 
 

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What it takes to give a stream to another store, or to take one over: records as they are, then their entries."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from kvstore.errors import ConfigError, CorruptRecordError, KVStoreError
+from kvstore.native import IoPool
+from kvstore.record import probe
+from kvstore.spec import BlockKey
+from kvstore.tiers.base import Outcome
+from kvstore.tiers.catalogue import WriteView
+from kvstore.tiers.data_path import DataPath
+from kvstore.tiers.disk import DiskTier, Found
+from kvstore.tiers.manifest import JSON, dump_json
+from kvstore.tiers.tables.records import Entry
+from kvstore.tiers.tables.streams import append_entries, find_state, find_stream
+from kvstore.tiers.upkeep.transfer import EncodedBlock, RecordTransfer
+
+
+class Sharing:
+    """Records and entries of one open store. Thread-safe.
+
+    Args:
+        disk: the store.
+        pool: moves the bytes.
+        data: of a store opened with a layout.
+    """
+
+    def __init__(self, disk: DiskTier, pool: IoPool, data: DataPath | None) -> None:
+        self._disk = disk
+        self._data = data
+        self._transfer = RecordTransfer(disk, pool)
+
+    def read(self, keys: Sequence[BlockKey]) -> Iterator[EncodedBlock | None]:
+        """See `RecordTransfer.read`."""
+        return self._transfer.read(keys)
+
+    def write(self, blocks: Sequence[EncodedBlock], keep: Collection[BlockKey]) -> list[Outcome]:
+        """See `RecordTransfer.write`."""
+        return self._transfer.write(blocks, keep)
+
+    def calibrations_of(self, keys: Sequence[BlockKey]) -> list[bytes]:
+        """Ids of the calibrations that stored blocks name, each once; a block that is not stored names none.
+
+        Raises:
+            CorruptRecordError: a block's entry or directory is damaged.
+        """
+        found: dict[bytes, None] = {}
+        for each in self._disk.look_up(keys, [True] * len(keys)):
+            if isinstance(each, KVStoreError):
+                raise CorruptRecordError(f"{self._disk.folder}: {each}") from each
+            if isinstance(each, Found):
+                identity = probe(each.directory or b"").calibration_id
+                if any(identity):
+                    found[identity] = None
+        return list(found)
+
+    def adopt(
+        self, name: str, entries: Sequence[Entry], summaries: Sequence[bytes], cursor: Mapping[str, JSON]
+    ) -> None:
+        """Append entries whose blocks are stored already, and move the cursor, in one durable transaction.
+
+        Nobody may append to the stream meanwhile.
+
+        Raises:
+            StreamNotFoundError: create it first.
+            ConfigError: the entries do not continue the stream.
+            CorruptRecordError: a block is not stored; nothing was changed.
+            KVStoreError: what an earlier append ran into.
+        """
+        cursor_json = dump_json(dict(cursor), "cursor")
+        write = None if self._data is None else self._data.write
+        if write is not None:
+            write.writer.flush()
+
+        def append(view: WriteView) -> None:
+            stream_id = find_stream(view, name).stream_id
+            num_entries = find_state(view, stream_id).num_entries
+            if entries and entries[0].index != num_entries:
+                raise ConfigError(f"stream {name!r}: entry {entries[0].index} adopted, it continues at {num_entries}")
+            append_entries(view, stream_id, entries, summaries, cursor_json)
+
+        with self._disk.mutation:
+            self._disk.catalogue.write(append)
+        if write is not None:
+            write.appender.forget(name)
