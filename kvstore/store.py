@@ -18,6 +18,7 @@ from kvstore.tiers.base import Outcome, Tier
 from kvstore.tiers.data_path import DataPath
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.manifest import JSON, Manifest, StreamHeader, check_spec
+from kvstore.tiers.moving.backing import Backing
 from kvstore.tiers.moving.block_calls import BlockCalls
 from kvstore.tiers.moving.forking import fork, rollback
 from kvstore.tiers.reading.request import FetchReport, FetchRequest
@@ -82,6 +83,7 @@ class Store(BlockCalls):
         eviction: str = Eviction.LRU,
         admission: str = Admission.ALWAYS,
         stream_nbytes: int | None = None,
+        remote: Backing | None = None,
     ) -> Store:
         """Open a store; a writer creates it where there is none.
 
@@ -98,6 +100,8 @@ class Store(BlockCalls):
             eviction: who leaves the host tier when it is full: `lru`, `s3-fifo`, `lfu` or `participation`.
             admission: which blocks that were read stay in it: `always`, or from the `second-use` on.
             stream_nbytes: most bytes of one stream's blocks in it, at least two slots; None for no limit.
+            remote: a tier behind the disk (docs/remote.md), of the same layout: blocks that are missing or damaged here
+                are looked for there, and written ones are offered to it. The caller closes it, after the store.
 
         Raises:
             StoreNotFoundError: a reader found nothing there.
@@ -114,7 +118,7 @@ class Store(BlockCalls):
             building.callback(disk.close)
             pool = IoPool(io_threads)
             building.callback(pool.close)
-            data = None if layout is None else DataPath(disk, pool, layout, profile)
+            data = None if layout is None else DataPath(disk, pool, layout, profile, remote)
             building.pop_all()
         return Store(disk, pool, data)
 

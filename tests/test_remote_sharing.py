@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams that travel through a server: encoded in one process and store, answered from another, bit for bit."""
+"""Streams that travel through a server: whole, as they grow, broken off, damaged on the way, gone their own ways."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import kvstore
 from kvstore.errors import CapacityError, ConfigError, CorruptRecordError, StoreIOError, StreamNotFoundError
 from kvstore.remote.address import open_server
+from kvstore.remote.envelope import ENVELOPE_NBYTES, Kind, Namespace, seal
 from kvstore.remote.sharing.pull import pull
 from kvstore.remote.sharing.push import push
 from kvstore.store import Access, Profile, Store
@@ -25,7 +21,6 @@ from tests.store_blocks import (
     HEADER,
     LAYOUT,
     block_key,
-    empty_slot,
     make_blocks,
     make_slot,
     open_store,
@@ -131,20 +126,6 @@ def test_an_open_store_goes_on_appending_after_a_pull(tmp_path: Path, redis: Red
         store.flush()
         assert len(store.manifest("lecture").entries) == 5
         assert store.verify().is_clean
-
-
-def test_encode_in_one_process_answer_in_another(tmp_path: Path) -> None:
-    roots = [str(Path(kvstore.__file__).parents[1]), str(Path(__file__).parents[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(roots)}
-    said = []
-    with redis_server(tmp_path) as redis, mooncake_servers(tmp_path) as mooncake:
-        for action in ("encode", "answer"):
-            command = [sys.executable, __file__, action, str(tmp_path / action), redis.address, mooncake.address]
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=120, check=True)
-            said += done.stdout.split("\n")
-    assert len(said) == 6
-    assert len(set(said) - {""}) == 1, "each store answers with the same bytes, from either server"
-    assert said[0].startswith("12 blocks")
 
 
 def test_lossy_streams_travel_with_their_calibration(tmp_path: Path, redis: RedisServer) -> None:
@@ -253,8 +234,6 @@ def test_a_full_server_says_so(tmp_path: Path) -> None:
 
 
 def _texts(redis: RedisServer, count: int) -> list[str]:
-    from kvstore.remote.envelope import Kind, Namespace
-
     space = Namespace("tests", LAYOUT.spec.fingerprint)
     texts = [space.key(Kind.BLOCK, block_key(number)) for number in range(count)]
     assert all(redis.command("EXISTS", text) == 1 for text in texts)
@@ -263,39 +242,6 @@ def _texts(redis: RedisServer, count: int) -> list[str]:
 
 def _sealed_garbage(value: bytes) -> bytes:
     """A sound envelope around bytes that are no record."""
-    from kvstore.remote.envelope import ENVELOPE_NBYTES, Kind, Namespace, seal
-
     data = bytearray(value[:ENVELOPE_NBYTES] + b"x" * 1000)
     seal(memoryview(data), Kind.BLOCK, Namespace("tests", LAYOUT.spec.fingerprint).fingerprint, block_key(2))
     return bytes(data)
-
-
-def _main(action: str, path: str, *addresses: str) -> None:
-    """What a child does: encode and push, or pull and answer; prints what the blocks hold, per server."""
-    for number, address in enumerate(addresses):
-        folder = Path(path) / ("" if action == "encode" else str(number))
-        with open_store(folder) as store, open_server(address) as server:
-            if action == "encode":
-                store.create_stream(HEADER)
-                if number == 0:
-                    store.append("lecture", make_blocks(12), {"is_complete": True})
-                    store.flush()
-                push(store, server, "lecture")
-            else:
-                pull(store, server, "lecture")
-            sys.stdout.write(f"{_digest(store)}\n")
-
-
-def _digest(store: Store) -> str:
-    entries = store.manifest("lecture").entries
-    slots = [empty_slot() for _ in entries]
-    assert all(outcome.is_hit for outcome in store.get([entry.key for entry in entries], slots))
-    digest = hashlib.sha256()
-    for entry, slot in zip(entries, slots, strict=True):
-        for part in (LAYOUT.keys(slot), LAYOUT.values(slot)):
-            digest.update(part[:, :, : entry.num_tokens].contiguous().view(torch.uint8).numpy().tobytes())
-    return f"{len(entries)} blocks {digest.hexdigest()}"
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

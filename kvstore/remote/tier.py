@@ -56,9 +56,11 @@ class RemoteTier:
         self._layout = layout
         self._space = block_space(server.namespace, layout)
         self._meter = RemoteMeter()
-        found = RemoteCalibrations(server.namespace, calibrations)
-        self._courier = Courier(self._space, layout, profile, found, self._meter.tier, server.config.lanes.deadline_s)
-        self._offers = Offers(server, self._space, found, self._meter, offers_nbytes)
+        self._calibrations = RemoteCalibrations(server.namespace, calibrations)
+        self._courier = Courier(
+            self._space, layout, profile, self._calibrations, self._meter.tier, server.config.lanes.deadline_s
+        )
+        self._offers = Offers(server, self._space, self._calibrations, self._meter, offers_nbytes)
 
     def __enter__(self) -> RemoteTier:
         return self
@@ -125,9 +127,18 @@ class RemoteTier:
         except StoreIOError:
             return [False] * len(keys)
 
+    def bring(self, keys: Sequence[BlockKey], slots: Sequence[Tensor], left_s: float | None) -> list[Outcome]:
+        """Like `get`, within the usual deadline even when more time is left; see `Backing.bring`."""
+        usual_s = self._server.config.deadline_s
+        return self.get(keys, slots, timeout_s=usual_s if left_s is None else min(left_s, usual_s))
+
     def offer(self, key: BlockKey, record: memoryview) -> None:
         """Send an encoded block behind the caller's back; copies it and never waits: what finds no room is dropped."""
         self._offers.add(key, record)
+
+    def use_calibrations(self, source: CalibrationSource) -> None:
+        """Take the calibrations of a store for those given before; see `Backing.use_calibrations`."""
+        self._calibrations.use(source)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until what was offered is sent or dropped; False when `timeout_s` passed first."""

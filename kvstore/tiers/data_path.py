@@ -14,6 +14,7 @@ from kvstore.tiers.codec_shelf import CodecShelf
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.manifest import StreamHeader, check_spec
+from kvstore.tiers.moving.backing import Backing
 from kvstore.tiers.moving.mover import Mover
 from kvstore.tiers.moving.prefetcher import Prefetcher
 from kvstore.tiers.reading.fetcher import Fetcher
@@ -40,12 +41,19 @@ class DataPath:
         pool: moves extents.
         layout: layout of all slots.
         profile: how new blocks are coded.
+        backing: what stands behind the disk.
 
     Raises:
-        ConfigError: the host budget is too small for this layout.
+        ConfigError: the host budget is too small for this layout, or `backing` is of another one.
     """
 
-    def __init__(self, disk: DiskTier, pool: IoPool, layout: BlockLayout, profile: Profile) -> None:
+    def __init__(
+        self, disk: DiskTier, pool: IoPool, layout: BlockLayout, profile: Profile, backing: Backing | None = None
+    ) -> None:
+        if backing is not None:
+            if backing.layout != layout:
+                raise ConfigError("the remote tier holds blocks of another layout than the store; open both for one")
+            backing.use_calibrations(disk.calibrations)
         self.layout = layout
         self.profile = profile
         codecs = CodecShelf(disk.calibrations, layout, profile)
@@ -55,11 +63,11 @@ class DataPath:
             building.callback(self.host.close)
             coders = ThreadPoolExecutor(disk.config.decode_threads, thread_name_prefix="kvstore-codec")
             building.callback(coders.shutdown)
-            self.fetcher = Fetcher(disk, self.host, codecs, layout, pool, coders)
+            self.fetcher = Fetcher(disk, self.host, codecs, layout, pool, coders, backing)
             building.callback(self.fetcher.close)
             self.write: WritePath | None = None
             if disk.is_writable:
-                records = RecordWriter(disk, codecs, layout.block_tokens, pool, coders)
+                records = RecordWriter(disk, codecs, layout.block_tokens, pool, coders, backing)
                 building.callback(records.close)
                 calibrator = Calibrator(disk.calibrations, layout, profile)
                 writer = Writer(disk, self.host, records, calibrator, self.fetcher.damaged)

@@ -110,7 +110,7 @@ class Prefetcher:
             outcomes = self._fetcher.prefetch(requests, BatchTicket(len(requests))).outcomes
             num_brought = 0
             for (lease, ticket, item), outcome in zip(coming, outcomes, strict=True):
-                if outcome is Outcome.DISK:
+                if outcome in (Outcome.DISK, Outcome.REMOTE):
                     lease.publish(is_prefetched=True)
                     num_brought += 1
                 ticket.settle(item, outcome)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kvstore.errors import KVStoreError
@@ -26,10 +27,14 @@ from kvstore.tiers.codec_shelf import CodecShelf
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.eviction.admission import Doorkeeper
 from kvstore.tiers.host import HostTier
+from kvstore.tiers.moving.backing import Backing
 from kvstore.tiers.moving.ticket import BatchTicket
 from kvstore.tiers.reading.block_reader import BlockReader, Sought
 from kvstore.tiers.reading.flights import Flight, Flights, Seat
 from kvstore.tiers.reading.request import FetchReport, FetchRequest
+
+_BACKING_NBYTES = 32 << 20
+"""Memory for blocks that come from behind the disk, at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +55,23 @@ class Fetcher:
         layout: layout of the destination slots.
         pool: moves the bytes.
         decoders: threads that decode.
+        backing: asked for what the disk does not have.
     """
 
     def __init__(
-        self, disk: DiskTier, host: HostTier, codecs: CodecShelf, layout: BlockLayout, pool: IoPool, decoders: Executor
+        self,
+        disk: DiskTier,
+        host: HostTier,
+        codecs: CodecShelf,
+        layout: BlockLayout,
+        pool: IoPool,
+        decoders: Executor,
+        backing: Backing | None = None,
     ) -> None:
         self._disk = disk
         self._host = host
         self._layout = layout
+        self._backing = backing
         self._reader = BlockReader(disk, codecs, layout, pool, decoders)
         self._doorkeeper = Doorkeeper(disk.config.host.admission, host.num_slots)
         self._flights = Flights()
@@ -209,9 +223,10 @@ class Fetcher:
     def _read(self, batch: _Batch, items: dict[int, Sought], flights: dict[int, Flight]) -> None:
         def deliver(position: int, decode: Callable[[Tensor], None]) -> None:
             keeper = batch.requests[position].owner if batch.is_kept else None
-            self._deliver(items[position], flights[position], decode, keeper)
+            self._deliver(items[position], flights[position], decode, keeper, Outcome.DISK)
 
         batch.report.bytes_read[Tier.DISK] += self._reader.read(items, deliver) if items else 0
+        self._read_backing(batch, {n: item for n, item in items.items() if item.outcome is not None}, flights)
         for position, item in items.items():
             batch.report.decode_s += item.decode_s
             if item.outcome is not None:
@@ -220,7 +235,34 @@ class Fetcher:
                 batch.ticket.settle(position, item.outcome)
         self._disk.meter.add(TierStats(read_blocks=sum(item.is_delivered for item in items.values())))
 
-    def _deliver(self, item: Sought, flight: Flight, decode: Callable[[Tensor], None], keeper: str | None) -> None:
+    def _read_backing(self, batch: _Batch, items: dict[int, Sought], flights: dict[int, Flight]) -> None:
+        """Ask the tier behind for what the disk does not have; what it does not have either keeps its outcome."""
+        step = max(1, _BACKING_NBYTES // self._layout.slot_nbytes)
+        positions = list(items) if self._backing is not None else []
+        for first in range(0, len(positions), step):
+            some = positions[first : first + step]
+            # Into memory of its own: slots are not claimed for as long as a server may take.
+            memory = torch.empty(len(some), self._layout.slot_nbytes, dtype=torch.uint8)
+            assert self._backing is not None, "there is something to ask for"
+            keys = [items[position].key for position in some]
+            outcomes = self._backing.bring(keys, list(memory), batch.ticket.left_s)
+            for position, slot, outcome in zip(some, memory, outcomes, strict=True):
+                if not outcome.is_hit:
+                    continue
+                item, keeper = items[position], batch.requests[position].owner if batch.is_kept else None
+                item.outcome = None
+
+                def copy(target: Tensor, source: Tensor = slot, layers: range | None = item.layers) -> None:
+                    self._copy(source, target, layers)
+
+                self._deliver(item, flights[position], copy, keeper, Outcome.REMOTE)
+                batch.report.bytes_read[Tier.REMOTE] = (
+                    batch.report.bytes_read.get(Tier.REMOTE, 0) + self._layout.slot_nbytes
+                )
+
+    def _deliver(
+        self, item: Sought, flight: Flight, decode: Callable[[Tensor], None], keeper: str | None, source: Outcome
+    ) -> None:
         """Decode into the first slot that is still wanted, keep a copy, hand copies to all who waited."""
         seat = self._flights.claim(flight)
         if seat is None:
@@ -234,9 +276,9 @@ class Fetcher:
             served = [other for other in others if other.ticket.claim(other.item)]
             for other in served:
                 self._copy(seat.slot, other.slot, item.layers)
-                other.ticket.unclaim(other.item, Outcome.DISK)
+                other.ticket.unclaim(other.item, source)
             self._disk.meter.add(TierStats(shared_reads=len(served)))
-            outcome = Outcome.DISK
+            outcome = source
         finally:
             seat.ticket.unclaim(seat.item, outcome)
 

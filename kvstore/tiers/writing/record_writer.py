@@ -20,6 +20,7 @@ from kvstore.stats import TierStats
 from kvstore.tiers.base import Extent
 from kvstore.tiers.codec_shelf import CodecShelf
 from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.moving.backing import Backing
 from kvstore.tiers.tables.records import (
     EXTENT_HEADER_NBYTES,
     BlockRecord,
@@ -77,13 +78,23 @@ class RecordWriter:
         block_tokens: most tokens of a block.
         pool: moves the bytes.
         encoders: threads that encode.
+        backing: is offered every record.
     """
 
-    def __init__(self, disk: DiskTier, codecs: CodecShelf, block_tokens: int, pool: IoPool, encoders: Executor) -> None:
+    def __init__(
+        self,
+        disk: DiskTier,
+        codecs: CodecShelf,
+        block_tokens: int,
+        pool: IoPool,
+        encoders: Executor,
+        backing: Backing | None = None,
+    ) -> None:
         self._disk = disk
         self._codecs = codecs
         self._pool = pool
         self._encoders = encoders
+        self._backing = backing
         self._region_nbytes = extent_nbytes(codecs.bound(block_tokens))
         self._lanes = max(1, min(_MAX_LANES, _HALF_NBYTES // self._region_nbytes))
         self._arena = Arena(2 * self._lanes * self._region_nbytes, False)
@@ -155,6 +166,8 @@ class RecordWriter:
         nbytes = self._codecs.encoder().encode(block.slot, block.num_tokens, block.first_token, out)
         record = out[:nbytes]
         header_nbytes = Codec.probe(record).header_nbytes
+        if self._backing is not None:
+            self._backing.offer(block.key, record)
         return _Encoded(region, nbytes, bytes(record[:header_nbytes]), crc32c(record))
 
     def _submit(

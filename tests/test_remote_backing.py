@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A remote tier behind a store: it answers for what the disk has lost, is offered what is written, and may fail."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvstore.errors import ConfigError
+from kvstore.layout import BlockLayout
+from kvstore.remote.address import open_server
+from kvstore.remote.breaker import BreakerState
+from kvstore.remote.server import RemoteConfig
+from kvstore.remote.tier import RemoteTier
+from kvstore.store import Access, Outcome, Store, Tier
+from tests.remote_servers import RedisServer, redis_server, wait_for
+from tests.store_blocks import (
+    HEADER,
+    LAYOUT,
+    SPEC,
+    block_key,
+    empty_slot,
+    make_blocks,
+    make_slot,
+    requests_for,
+    same_block,
+)
+
+_PATIENCE_S = 30.0
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    with redis_server(tmp_path) as server:
+        yield server
+
+
+def open_tier(redis: RedisServer, offers_nbytes: int = 64 << 20) -> RemoteTier:
+    server = open_server(redis.address, RemoteConfig(deadline_s=0.5))
+    return RemoteTier(server, LAYOUT, offers_nbytes=offers_nbytes)
+
+
+def open_store(path: Path, remote: RemoteTier | None, access: Access = Access.WRITE, slots: int = 2) -> Store:
+    return Store.open(path, access=access, layout=LAYOUT, host_nbytes=slots * LAYOUT.slot_nbytes, remote=remote)
+
+
+def fill(path: Path, redis: RedisServer, count: int) -> None:
+    """Append a stream to a store that offers it to the server, and wait until all is there."""
+    with open_tier(redis) as tier, open_store(path, tier) as store:
+        store.create_stream(HEADER)
+        store.append("lecture", make_blocks(count), {"next": count})
+        store.flush()
+        assert tier.flush(_PATIENCE_S)
+        assert all(tier.exists([block_key(number) for number in range(count)]))
+        assert tier.stats().dropped_offers == 0
+
+
+def damage(path: Path) -> None:
+    """Overwrite all extents."""
+    for extents in (path / "extents").iterdir():
+        extents.write_bytes(b"\xff" * extents.stat().st_size)
+
+
+def test_appended_blocks_are_offered_and_answer_for_a_damaged_disk(tmp_path: Path, redis: RedisServer) -> None:
+    fill(tmp_path / "a", redis, 6)
+    damage(tmp_path / "a")
+    with open_tier(redis) as tier, open_store(tmp_path / "a", tier, Access.READ) as store:
+        requests = requests_for(make_blocks(6))
+        report = store.fetch(requests)
+        assert report.outcomes == [Outcome.REMOTE] * 6
+        assert all(same_block(request.slot, make_slot(number)) for number, request in enumerate(requests))
+        assert report.bytes_read[Tier.REMOTE] == 6 * LAYOUT.slot_nbytes
+        assert report.reasons == {}
+        assert tier.stats().tier.hits == 6
+
+
+def test_what_came_from_the_server_stays_in_memory(tmp_path: Path, redis: RedisServer) -> None:
+    fill(tmp_path / "a", redis, 2)
+    damage(tmp_path / "a")
+    with open_tier(redis) as tier, open_store(tmp_path / "a", tier, Access.READ) as store:
+        assert store.fetch(requests_for(make_blocks(2))).outcomes == [Outcome.REMOTE] * 2
+        redis.kill()
+        requests = requests_for(make_blocks(2))
+        assert store.fetch(requests).outcomes == [Outcome.HOST] * 2
+        assert all(same_block(request.slot, make_slot(number)) for number, request in enumerate(requests))
+
+
+def test_a_few_layers_touch_no_others(tmp_path: Path, redis: RedisServer) -> None:
+    fill(tmp_path / "a", redis, 1)
+    damage(tmp_path / "a")
+    with open_tier(redis) as tier, open_store(tmp_path / "a", tier, Access.READ) as store:
+        (request,) = requests_for(make_blocks(1), range(1, 2))
+        assert store.fetch([request]).outcomes == [Outcome.REMOTE]
+        for part in (LAYOUT.keys, LAYOUT.values):
+            found, wanted = part(request.slot).view(torch.int16), part(make_slot(0)).view(torch.int16)
+            assert torch.equal(found[1], wanted[1])
+            assert not found[0].any()
+            assert not found[2].any()
+
+
+def test_another_store_reads_blocks_that_it_never_had(tmp_path: Path, redis: RedisServer) -> None:
+    fill(tmp_path / "a", redis, 3)
+    with open_tier(redis) as tier, open_store(tmp_path / "b", tier) as store:
+        slots = [empty_slot() for _ in range(4)]
+        keys = [block_key(number) for number in (0, 1, 2, 99)]
+        assert store.get(keys, slots) == [Outcome.REMOTE] * 3 + [Outcome.MISS]
+        assert all(same_block(slots[number], make_slot(number)) for number in range(3))
+
+
+def test_a_disk_that_has_all_asks_nobody(tmp_path: Path, redis: RedisServer) -> None:
+    fill(tmp_path / "a", redis, 3)
+    with open_tier(redis) as tier, open_store(tmp_path / "a", tier) as store:
+        assert store.fetch(requests_for(make_blocks(3))).outcomes == [Outcome.DISK] * 3
+        assert tier.stats().tier.hits == tier.stats().tier.misses == 0
+
+
+def test_a_hung_server_delays_no_append_and_reads_go_on(tmp_path: Path, redis: RedisServer) -> None:
+    with open_tier(redis, offers_nbytes=4 * LAYOUT.slot_nbytes) as tier, open_store(tmp_path / "a", tier) as store:
+        store.create_stream(HEADER)
+        redis.stop()
+        for first in range(0, 40, 4):
+            store.append("lecture", make_blocks(4, first), {"next": first + 4})
+        store.flush()
+        assert len(store.manifest("lecture").entries) == 40, "acknowledged, whatever the server does"
+        began_s = time.monotonic()
+        outcomes = store.fetch(requests_for(make_blocks(40))).outcomes
+        assert all(outcome.is_hit for outcome in outcomes)
+        for _ in range(10):  # blocks that nobody has: the breaker keeps these from waiting each time
+            assert store.get([block_key(999)], [empty_slot()]) == [Outcome.MISS]
+        assert time.monotonic() - began_s < 20.0
+        stats = tier.stats()
+        assert stats.queued_offers + stats.dropped_offers > 0
+        assert stats.breaker_opened > 0
+        redis.go_on()
+        wait_for(lambda: tier.put([block_key(0)], [make_slot(0)], [40]) == [Outcome.STORED], "the server again")
+        assert tier.stats().breaker is BreakerState.CLOSED
+
+
+def test_a_tier_of_another_layout_is_refused(tmp_path: Path, redis: RedisServer) -> None:
+    layout = BlockLayout(replace(SPEC, num_layers=2), 40)
+    with RemoteTier(open_server(redis.address), layout) as tier, pytest.raises(ConfigError, match="another layout"):
+        open_store(tmp_path / "a", tier)
+    open_store(tmp_path / "a", None).close()
