@@ -18,8 +18,8 @@ from kvstore.codec import Codec, Profile
 from kvstore.layout import BlockLayout
 from kvstore.native import Arena, build_info
 from kvstore.spec import ModelSpec
-from kvstore.tiers.device_decode import DeviceRecord, plan_decode
-from kvstore.tiers.device_encode import DeviceBlock, encode_on_device
+from kvstore.tiers.device.decode import DeviceRecord, plan_decode
+from kvstore.tiers.device.encode import DeviceBlock, encode_on_device
 
 # Of a model with 8 KV heads of 128; a block of two layers is 2 MiB, so that batches grow by whole records.
 LAYOUT = BlockLayout(ModelSpec(2, 8, 128, 128, "bfloat16", "pre", "llama", "{}", "0"), 128)

@@ -183,9 +183,11 @@ class Arena(Buffer):
     def close(self) -> None: ...
 
 def copy_to_device(
-    host: Buffer, device: tuple[int, int], runs: Sequence[tuple[int, int, int]], stream: int
+    host: Buffer, device: tuple[int, int], runs: Sequence[tuple[int, int, int]], by_kernel: bool, stream: int
 ) -> None: ...
-def copy_to_host(device: tuple[int, int], host: Buffer, runs: Sequence[tuple[int, int, int]], stream: int) -> None: ...
+def copy_to_host(
+    device: tuple[int, int], host: Buffer, runs: Sequence[tuple[int, int, int]], by_kernel: bool, stream: int
+) -> None: ...
 def device_gather_rows(
     geometry: Geometry,
     plane: int,

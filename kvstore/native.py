@@ -40,9 +40,10 @@ Planes (K of layer l is plane 2l, V is 2l + 1):
         [num_rows, kv_heads, dim]; block i is slot slots[i] and holds rows [row_starts[i], row_starts[i + 1]), int32.
     device_gather_rows | device_scatter_rows(...): the same on device memory, given as (address, nbytes), queued on
         `stream`. A bad table entry moves nothing and sets the int32 at address `status` to 1.
-    copy_to_device(host, device, runs, stream), copy_to_host(device, host, runs, stream): runs are (host_offset,
-        device_offset, nbytes); queued, neighbours joined; the caller keeps the host buffer alive until the stream has
-        passed. `stream` is a handle as an integer and never 0, the default stream.
+    copy_to_device(host, device, runs, by_kernel, stream), copy_to_host(device, host, runs, by_kernel, stream): runs are
+        (host_offset, device_offset, nbytes); queued, neighbours joined; the caller keeps the host buffer alive until
+        the stream has passed. By the copy engine, or by a kernel where the host buffer is pinned and all is in
+        multiples of 16 bytes. `stream` is a handle as an integer and never 0, the default stream.
 """
 
 from __future__ import annotations

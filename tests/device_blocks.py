@@ -16,7 +16,7 @@ from kvstore.layout import TORCH_DTYPE, BlockLayout
 from kvstore.moments import Moments
 from kvstore.native import build_info
 from kvstore.record import RecordInfo
-from kvstore.tiers.device_decode import DeviceRecord, Pages, decode_on_device
+from kvstore.tiers.device.decode import DeviceRecord, Pages, decode_on_device
 from tests.codec_slots import LATER, encoded, make_layout, normal_slot
 
 GUARD = 42.0

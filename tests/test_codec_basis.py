@@ -19,7 +19,7 @@ from kvstore.layout import BlockLayout
 from kvstore.native import crc32c
 from kvstore.record import STEPS, Steps
 from kvstore.spec import ModelSpec
-from kvstore.tiers.device_decode import DeviceRecord, decode_on_device
+from kvstore.tiers.device.decode import DeviceRecord, decode_on_device
 from tests.codec_slots import LATER, encoded, fitted, guarded_slot, seal
 
 LAYERS, HEADS, KEY_DIM, VALUE_DIM, TOKENS = 5, 4, 64, 80, 48

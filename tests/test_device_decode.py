@@ -8,7 +8,7 @@ import torch
 
 from kvstore.codec import Coding, Profile, Steps
 from kvstore.layout import TORCH_DTYPE
-from kvstore.tiers.device_decode import Pages
+from kvstore.tiers.device.decode import Pages
 from tests.codec_slots import LATER, make_layout, normal_slot
 from tests.device_blocks import GUARD, Block, bits, make_block, rugged_slot, run
 

@@ -12,7 +12,7 @@ import torch
 
 from kvstore.codec import Profile
 from kvstore.errors import ConfigError, CorruptRecordError, ShapeError, UnsupportedFormatError
-from kvstore.tiers.device_decode import Pages, decode_on_device
+from kvstore.tiers.device.decode import Pages, decode_on_device
 from tests.codec_slots import make_layout, seal
 from tests.device_blocks import GUARD, bits, make_block, run
 

@@ -11,8 +11,8 @@ from kvstore.codec import Codec, Coding, Profile, Steps
 from kvstore.errors import ConfigError, ShapeError
 from kvstore.layout import TORCH_DTYPE, BlockLayout
 from kvstore.native import build_info
-from kvstore.tiers.device_decode import Pages
-from kvstore.tiers.device_encode import DeviceBlock, encode_on_device
+from kvstore.tiers.device.decode import Pages
+from kvstore.tiers.device.encode import DeviceBlock, encode_on_device
 from tests.codec_slots import LATER, fitted, make_layout, normal_slot
 from tests.device_blocks import GUARD, Block, make_block, rugged_slot
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvstore.errors import ShapeError
+from kvstore.layout import BlockLayout
 from kvstore.native import (
     Arena,
     Geometry,
@@ -21,6 +22,10 @@ from kvstore.native import (
     gather_rows,
     scatter_rows,
 )
+from kvstore.spec import ModelSpec
+from kvstore.tiers.device.copies import copy_costs
+from kvstore.tiers.device.link import link_to
+from kvstore.tiers.device.pool import DevicePool
 
 pytestmark = [
     pytest.mark.gpu,
@@ -127,17 +132,24 @@ def test_a_bad_table_entry_moves_nothing_and_is_reported(
     assert bool((dense == 7).all())
 
 
+UNEVEN = [(0, 4096, 1000), (1000, 5096, 24), (8192, 0, 1), (9000, 9000, 0)]
+EVEN = [(0, 4096, 16), (64, 8192, 20480), (32768, 32768, 4096), (40960, 0, 4080)]
+
+
 @pytest.mark.parametrize("pinned", [False, True])
-def test_copies_come_back_as_they_went(pinned: bool, stream: torch.cuda.Stream) -> None:
-    runs = [(0, 4096, 1000), (1000, 5096, 24), (8192, 0, 1), (9000, 9000, 0)]
+@pytest.mark.parametrize("by_kernel", [False, True])
+@pytest.mark.parametrize("runs", [UNEVEN, EVEN, UNEVEN[:1], []])
+def test_copies_come_back_as_they_went(
+    pinned: bool, by_kernel: bool, runs: list[tuple[int, int, int]], stream: torch.cuda.Stream
+) -> None:
     source, target = Arena(1 << 16, pinned=pinned), Arena(1 << 16, pinned=pinned)
     sent, received = (torch.frombuffer(arena, dtype=torch.uint8) for arena in (source, target))
     sent.copy_(random_bytes(3, 1 << 16))
     on_device = torch.zeros(1 << 16, dtype=torch.uint8, device="cuda")
     stream.wait_stream(torch.cuda.current_stream())
 
-    copy_to_device(source, place_of(on_device), runs, stream.cuda_stream)
-    copy_to_host(place_of(on_device), target, runs, stream.cuda_stream)
+    copy_to_device(source, place_of(on_device), runs, by_kernel, stream.cuda_stream)
+    copy_to_host(place_of(on_device), target, runs, by_kernel, stream.cuda_stream)
     stream.synchronize()
 
     wanted = torch.zeros_like(sent)
@@ -152,13 +164,13 @@ def test_a_copy_outside_its_buffers_is_refused(run: tuple[int, int, int], stream
     host = torch.zeros(4096, dtype=torch.uint8)
     on_device = torch.zeros(4096, dtype=torch.uint8, device="cuda")
     with pytest.raises(ShapeError):
-        copy_to_device(host.numpy().data, place_of(on_device), [(0, 0, 1), run], stream.cuda_stream)
+        copy_to_device(host.numpy().data, place_of(on_device), [(0, 0, 1), run], False, stream.cuda_stream)
 
 
 def test_the_default_stream_is_refused() -> None:
     on_device = torch.zeros(4096, dtype=torch.uint8, device="cuda")
     with pytest.raises(ShapeError, match="default stream"):
-        copy_to_device(torch.ones(1).numpy().data, place_of(on_device), [(0, 0, 1)], 0)
+        copy_to_device(torch.ones(1).numpy().data, place_of(on_device), [(0, 0, 1)], False, 0)
 
 
 def test_a_pinned_arena_is_known_to_the_driver() -> None:
@@ -166,3 +178,47 @@ def test_a_pinned_arena_is_known_to_the_driver() -> None:
     assert arena.is_pinned
     assert torch.frombuffer(arena, dtype=torch.uint8).is_pinned()
     assert not torch.frombuffer(Arena(1 << 20, pinned=False), dtype=torch.uint8).is_pinned()
+
+
+def test_more_small_runs_than_a_kernel_takes_come_back(stream: torch.cuda.Stream) -> None:
+    count, nbytes = 2500, 4096
+    source = Arena(2 * count * nbytes, pinned=True)
+    sent = torch.frombuffer(source, dtype=torch.uint8)
+    sent.copy_(random_bytes(4, sent.numel()))
+    runs = [(2 * at * nbytes, (count - 1 - at) * nbytes, nbytes) for at in range(count)]
+    on_device = torch.zeros(count * nbytes, dtype=torch.uint8, device="cuda")
+    stream.wait_stream(torch.cuda.current_stream())
+
+    copy_to_device(source, place_of(on_device), runs, True, stream.cuda_stream)
+    stream.synchronize()
+
+    assert torch.equal(on_device.cpu().view(count, nbytes).flip(0), sent.view(count, 2, nbytes)[:, 0])
+
+
+def test_a_link_brings_layers_and_takes_slots() -> None:
+    layout = BlockLayout(ModelSpec(4, 2, 8, 8, "bfloat16", "pre", "test", "{}", "0"), 16)
+    pool = DevicePool(layout, 40, torch.device("cuda"))
+    pool.memory.zero_()
+    link = link_to(pool)
+    wanted = random_bytes(5, 40, layout.slot_nbytes)
+    per_layer = layout.block_tokens * layout.spec.token_nbytes // 4
+    for first in range(0, 40, 10):  # more batches than halves
+        for slot, block in zip(link.stage(range(first, first + 10)), wanted[first : first + 10], strict=True):
+            slot.copy_(block)
+        link.send([index != 3 for index in range(10)], range(1, 3))
+
+    for slot_idx in range(40):
+        taken = link.take(slot_idx)
+        expected = torch.zeros(layout.slot_nbytes, dtype=torch.uint8)
+        if slot_idx % 10 != 3:
+            expected[per_layer : 3 * per_layer] = wanted[slot_idx, per_layer : 3 * per_layer]
+        assert torch.equal(taken, expected)
+
+
+@pytest.mark.parametrize("to_device", [False, True])
+def test_measured_costs_are_those_of_a_bus(to_device: bool) -> None:
+    costs = copy_costs(torch.cuda.current_device(), to_device=to_device)
+
+    assert 1e-8 < costs.engine_run_s < 1e-3
+    assert 1e-13 < costs.engine_byte_s < 1e-9
+    assert not costs.prefers_kernel(1, 64 << 20)

@@ -9,7 +9,7 @@ import torch
 from kvstore.errors import CapacityError, ConfigError
 from kvstore.layout import BlockLayout
 from kvstore.spec import ModelSpec
-from kvstore.tiers.device import DevicePool
+from kvstore.tiers.device.pool import DevicePool
 
 SPEC = ModelSpec(
     num_layers=2,

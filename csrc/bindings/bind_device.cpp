@@ -32,24 +32,32 @@ device::DeviceBytes range_from(const RangeTuple& tuple) {
   return device::DeviceBytes{std::get<0>(tuple), std::get<1>(tuple)};
 }
 
+device::CopyMethod method_from(bool by_kernel) {
+  return by_kernel ? device::CopyMethod::kKernel : device::CopyMethod::kEngine;
+}
+
 void copy_to_device(const py::buffer& host,
                     const RangeTuple& range,
                     const std::vector<RunTuple>& runs,
+                    bool by_kernel,
                     std::uint64_t stream) {
   const HeldBuffer held(host, false);
   const std::vector<device::CopyRun> copies = runs_from(runs);
   const py::gil_scoped_release released;
-  device::copy_to_device(held.readable(), range_from(range), copies, device::Stream{stream});
+  device::copy_to_device(held.readable(), range_from(range), copies, method_from(by_kernel),
+                         device::Stream{stream});
 }
 
 void copy_to_host(const RangeTuple& range,
                   const py::buffer& host,
                   const std::vector<RunTuple>& runs,
+                  bool by_kernel,
                   std::uint64_t stream) {
   const HeldBuffer held(host, true);
   const std::vector<device::CopyRun> copies = runs_from(runs);
   const py::gil_scoped_release released;
-  device::copy_to_host(range_from(range), held.writable(), copies, device::Stream{stream});
+  device::copy_to_host(range_from(range), held.writable(), copies, method_from(by_kernel),
+                       device::Stream{stream});
 }
 
 template <PagedMove move>
@@ -71,8 +79,10 @@ void move_rows(const Geometry& geometry,
 }  // namespace
 
 void bind_device(py::module_& module) {
-  module.def("copy_to_device", &copy_to_device, "host"_a, "device"_a, "runs"_a, "stream"_a);
-  module.def("copy_to_host", &copy_to_host, "device"_a, "host"_a, "runs"_a, "stream"_a);
+  module.def("copy_to_device", &copy_to_device, "host"_a, "device"_a, "runs"_a, "by_kernel"_a,
+             "stream"_a);
+  module.def("copy_to_host", &copy_to_host, "device"_a, "host"_a, "runs"_a, "by_kernel"_a,
+             "stream"_a);
   module.def("device_gather_rows", &move_rows<PagedMove::kGather>, "geometry"_a, "plane"_a,
              "pool"_a, "slots"_a, "row_starts"_a, "dense"_a, "status"_a, "stream"_a);
   module.def("device_scatter_rows", &move_rows<PagedMove::kScatter>, "geometry"_a, "plane"_a,

@@ -43,14 +43,25 @@ struct CopyRun {
 /// Joins neighbours that continue each other on both sides; order is kept, empty runs are dropped.
 [[nodiscard]] std::vector<CopyRun> coalesce(const std::vector<CopyRun>& runs);
 
+/// Who carries copies out. Copy engines leave the multiprocessors to the model, but every run costs
+/// them a fixed time; a kernel that reads or writes pinned host memory itself is faster for many
+/// small runs.
+enum class CopyMethod : int { kEngine = 0, kKernel = 1 };
+
 /// Queues the copies on `stream` and returns; `host` must stay alive and unchanged until the stream
-/// has passed them.
+/// has passed them. Runs may be carried out in any order. Where a kernel cannot (host memory that
+/// is not pinned, or something that is no multiple of 16 bytes), the copy engine is used.
 /// @throws ShapeError for a range outside its buffer (nothing is queued then), IoError.
 void copy_to_device(ConstBytes host,
                     DeviceBytes device,
                     const std::vector<CopyRun>& runs,
+                    CopyMethod method,
                     Stream stream);
-void copy_to_host(DeviceBytes device, Bytes host, const std::vector<CopyRun>& runs, Stream stream);
+void copy_to_host(DeviceBytes device,
+                  Bytes host,
+                  const std::vector<CopyRun>& runs,
+                  CopyMethod method,
+                  Stream stream);
 
 /// Arguments of the device twin of kv::move_paged_rows; all four arrays lie in device memory.
 struct PagedArrays {

@@ -20,10 +20,12 @@ int count() noexcept { return 0; }
 void pin(Bytes) { refuse(__LINE__); }
 void unpin(Bytes) noexcept {}
 
-void copy_to_device(ConstBytes, DeviceBytes, const std::vector<CopyRun>&, Stream) {
+void copy_to_device(ConstBytes, DeviceBytes, const std::vector<CopyRun>&, CopyMethod, Stream) {
   refuse(__LINE__);
 }
-void copy_to_host(DeviceBytes, Bytes, const std::vector<CopyRun>&, Stream) { refuse(__LINE__); }
+void copy_to_host(DeviceBytes, Bytes, const std::vector<CopyRun>&, CopyMethod, Stream) {
+  refuse(__LINE__);
+}
 void move_paged_rows(PagedMove, const PagedPlane&, const PagedArrays&, Stream) { refuse(__LINE__); }
 
 }  // namespace kv::device

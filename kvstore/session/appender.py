@@ -220,4 +220,4 @@ class Appender:
         summary = self._summarise(keys, torch.cat(block.positions, dim=1), block.received.cpu())
         self._residency.adopt(key, block.slot_idx, spec.num_layers)
         self._parent, self._next_index, self._next_token = key, entry.index + 1, entry.first_token + entry.num_tokens
-        return NewBlock(entry, pool.slot(block.slot_idx).cpu(), summary)
+        return NewBlock(entry, self._residency.bytes_of(block.slot_idx), summary)

@@ -8,13 +8,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from kvstore.errors import CapacityError
 from kvstore.spec import BlockKey
 from kvstore.store import FetchRequest, Store
-from kvstore.tiers.device import DevicePool
+from kvstore.tiers.device.link import link_to
+from kvstore.tiers.device.pool import DevicePool
 
 
 @dataclass(slots=True)
@@ -63,6 +63,7 @@ class Residency:
 
     def __init__(self, pool: DevicePool, store: Store, owner: str = "") -> None:
         self._pool = pool
+        self._link = link_to(pool)
         self._store = store
         self._owner = owner
         self._places: OrderedDict[BlockKey, _Place] = OrderedDict()
@@ -71,6 +72,10 @@ class Residency:
     def pool(self) -> DevicePool:
         """The slots."""
         return self._pool
+
+    def bytes_of(self, slot_idx: int) -> Tensor:
+        """Return the bytes of a slot in host memory: [slot_nbytes] uint8 CPU."""
+        return self._link.take(slot_idx)
 
     def take_slot(self) -> int:
         """Take a slot for a block that is being written, evicting if the pool is full.
@@ -139,8 +144,11 @@ class Residency:
         return report
 
     def _fetch(self, missing: Sequence[BlockKey], layers: range, report: LoadReport) -> None:
-        slots = [self._pool.slot(self._places[key].slot_idx) for key in missing]
-        staged = [slot if slot.device.type == "cpu" else torch.empty_like(slot, device="cpu") for slot in slots]
+        for first in range(0, len(missing), self._link.batch):
+            self._fetch_batch(missing[first : first + self._link.batch], layers, report)
+
+    def _fetch_batch(self, missing: Sequence[BlockKey], layers: range, report: LoadReport) -> None:
+        staged = self._link.stage([self._places[key].slot_idx for key in missing])
         whole = len(layers) == self._pool.layout.spec.num_layers
         began = time.perf_counter()
         fetched = self._store.fetch(
@@ -154,20 +162,13 @@ class Residency:
         report.load_s += max(elapsed - fetched.decode_s, 0.0)
         for tier, nbytes in fetched.bytes_read.items():
             report.bytes_read[str(tier)] = report.bytes_read.get(str(tier), 0) + nbytes
+        self._link.send([outcome.is_hit for outcome in fetched.outcomes], layers)
         for item, (key, outcome) in enumerate(zip(missing, fetched.outcomes, strict=True)):
-            if not outcome.is_hit:
+            if outcome.is_hit:
+                self._places[key].layers.update(layers)
+            else:
                 report.lost[key] = fetched.reasons.get(item, str(outcome))
                 self._drop(key)
-                continue
-            if staged[item] is not slots[item]:
-                self._copy_layers(staged[item], slots[item], layers)
-            self._places[key].layers.update(layers)
-
-    def _copy_layers(self, source: Tensor, slot: Tensor, layers: range) -> None:
-        layout = self._pool.layout
-        window = slice(layers.start, layers.stop)
-        layout.keys(slot)[window].copy_(layout.keys(source)[window])
-        layout.values(slot)[window].copy_(layout.values(source)[window])
 
     def _drop(self, key: BlockKey) -> None:
         place = self._places[key]

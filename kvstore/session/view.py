@@ -18,7 +18,7 @@ from kvstore.session.attending import Rotate
 from kvstore.session.residency import Residency
 from kvstore.session.retriever import Retriever
 from kvstore.store import Entry, Store, StreamHeader
-from kvstore.tiers.device import DevicePool
+from kvstore.tiers.device.pool import DevicePool
 from kvstore.tiers.manifest import JSON
 
 _MIN_SLOTS = 16

@@ -117,9 +117,9 @@ def test_device_copies_without_a_device_are_refused() -> None:
 
     refusal = StoreIOError if info["has_cuda"] else ConfigError
     with pytest.raises(refusal):
-        copy_to_device(bytes(16), (4096, 16), [(0, 0, 16)], 8)
+        copy_to_device(bytes(16), (4096, 16), [(0, 0, 16)], False, 8)
     with pytest.raises(refusal):
-        copy_to_host((4096, 16), bytearray(16), [(0, 0, 16)], 8)
+        copy_to_host((4096, 16), bytearray(16), [(0, 0, 16)], False, 8)
 
 
 def test_device_copies_check_ranges_and_streams_first() -> None:
@@ -128,4 +128,4 @@ def test_device_copies_check_ranges_and_streams_first() -> None:
 
     for device, run, stream in [((4096, 16), (0, 0, 17), 8), ((4096, 15), (0, 0, 16), 8), ((4096, 16), (0, 0, 16), 0)]:
         with pytest.raises(ShapeError):
-            copy_to_device(bytes(16), device, [run], stream)
+            copy_to_device(bytes(16), device, [run], False, stream)

@@ -13,7 +13,7 @@ from kvstore.codec import Codec
 from kvstore.errors import ConfigError, ShapeError
 from kvstore.native import Calibration, EncodePlan, Geometry
 from kvstore.record import DTYPES
-from kvstore.tiers.device_decode import Pages, paging_of, place_of
+from kvstore.tiers.device.decode import Pages, paging_of, place_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,11 @@ class DevicePool:
         """How many blocks fit."""
         return len(self._is_used)
 
+    @property
+    def memory(self) -> Tensor:
+        """All slots: [num_slots, slot_nbytes] uint8 on `device`, contiguous."""
+        return self._memory
+
     def allocate(self) -> int | None:
         """Take a slot, lowest index first in a fresh pool; None when all are taken."""
         if not self._free:
