@@ -19,7 +19,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser(
         "bench",
         help="measure this machine, from a source tree",
-        description="Run a benchmark of the source tree, such as codec, disk or session. `kvstore bench NAME --help` "
+        description="Run a benchmark of the source tree, such as codec, io or session. `kvstore bench NAME --help` "
         "says what it can vary; --json FILE keeps the figures.",
     )
     parser.add_argument("name", metavar="NAME", nargs="?", help="of the benchmark; without one, those there are")
