@@ -30,7 +30,9 @@ from kvstore.tiers.tables.records import (
 )
 
 _HALF_NBYTES = 16 << 20
-_MAX_LANES = 8
+_MAX_LANES = 64
+# A job costs some 20 us of Python: small blocks are encoded several by one.
+_JOB_NBYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +126,7 @@ class RecordWriter:
             for number, start in enumerate(range(0, len(blocks), self._lanes)):
                 half = number % 2
                 _wait_all(tickets[half])
-                encoded = self._encode(blocks[start : start + self._lanes], half)
-                full = self._submit(blocks[start : start + self._lanes], encoded, keep, written, tickets[half])
+                full = self._write_lanes(blocks[start : start + self._lanes], half, keep, written, tickets[half])
                 if full is not None:
                     break
             began_s = time.perf_counter()
@@ -151,14 +152,35 @@ class RecordWriter:
         self._memory.release()
         self._arena.close()
 
-    def _encode(self, blocks: Sequence[NewRecord], half: int) -> list[_Encoded]:
+    def _write_lanes(
+        self,
+        blocks: Sequence[NewRecord],
+        half: int,
+        keep: Collection[BlockKey],
+        written: list[WrittenRecord],
+        tickets: list[Ticket],
+    ) -> CapacityError | None:
+        """Encode blocks into one half of the memory; what is encoded is written while the rest still is being."""
         first = half * self._lanes
+        step = max(1, _JOB_NBYTES // self._region_nbytes)
+        parts = [blocks[start : start + step] for start in range(0, len(blocks), step)]
         began_s = time.perf_counter()
-        jobs = [self._encoders.submit(self._encode_one, block, first + lane) for lane, block in enumerate(blocks)]
-        wait(jobs)  # all of them: one that failed must not leave others writing to memory that is used again
-        encoded = [job.result() for job in jobs]
+        jobs = [
+            self._encoders.submit(self._encode_some, part, first + number * step) for number, part in enumerate(parts)
+        ]
+        full: CapacityError | None = None
+        try:
+            for part, job in zip(parts, jobs, strict=True):
+                full = self._submit(part, job.result(), keep, written, tickets)
+                if full is not None:
+                    break
+        finally:
+            wait(jobs)  # all of them: one that failed must not leave others writing to memory that is used again
         self._disk.meter.add(TierStats(encode_s=time.perf_counter() - began_s))
-        return encoded
+        return full
+
+    def _encode_some(self, blocks: Sequence[NewRecord], first: int) -> list[_Encoded]:
+        return [self._encode_one(block, first + lane) for lane, block in enumerate(blocks)]
 
     def _encode_one(self, block: NewRecord, region: int) -> _Encoded:
         start = region * self._region_nbytes
