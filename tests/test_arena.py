@@ -12,6 +12,7 @@ from kvstore.errors import ConfigError, ShapeError
 from kvstore.native import Arena, build_info
 
 PAGE = 4096
+HUGE_PAGE = 2 << 20
 
 
 def resident_nbytes() -> int:
@@ -32,6 +33,17 @@ def test_memory_is_page_aligned_and_zero(nbytes: int) -> None:
 
     assert tensor.data_ptr() % PAGE == 0
     assert not tensor.any()
+
+
+@pytest.mark.parametrize("nbytes", [HUGE_PAGE, HUGE_PAGE + PAGE, 5 * HUGE_PAGE - PAGE])
+def test_large_memory_begins_with_a_huge_page(nbytes: int) -> None:
+    arenas = [Arena(nbytes, pinned=False) for _ in range(3)]
+
+    for arena in arenas:
+        tensor = torch.frombuffer(arena, dtype=torch.uint8)
+        assert tensor.data_ptr() % HUGE_PAGE == 0
+        tensor[-1] = 1
+        assert arena.nbytes == nbytes
 
 
 def test_all_views_share_the_memory() -> None:

@@ -15,8 +15,10 @@ namespace kv {
 /// that outlives it reads zeros instead of crashing the process.
 class Arena {
  public:
-  /// Maps `nbytes`, rounded up to whole pages, zero-filled, with huge-page advice.
-  /// @param pinned  page-lock it for device copies; without a CUDA device the memory stays plain.
+  /// Maps `nbytes`, rounded up to whole pages, zero-filled, with huge-page advice; from 2 MiB on
+  /// aligned to huge pages.
+  /// @param pinned  page-lock it for device copies, spread over all NUMA nodes, every page present;
+  /// without a CUDA device the memory stays plain.
   /// @throws CapacityError when the memory cannot be had, ShapeError when `nbytes` is 0.
   Arena(std::size_t nbytes, bool pinned);
   Arena(const Arena&) = delete;
@@ -26,13 +28,17 @@ class Arena {
   ~Arena();
 
   [[nodiscard]] Bytes bytes() const noexcept { return bytes_; }
-  [[nodiscard]] bool is_pinned() const noexcept { return is_pinned_; }
+  [[nodiscard]] bool is_pinned() const noexcept { return pinned_nbytes_ > 0; }
   [[nodiscard]] bool is_closed() const noexcept { return is_closed_; }
   void close() noexcept;
 
  private:
+  // What is pinned at once from `offset` on.
+  [[nodiscard]] Bytes part_at(std::size_t offset) const noexcept;
+  void unpin() noexcept;
+
   Bytes bytes_;
-  bool is_pinned_ = false;
+  std::size_t pinned_nbytes_ = 0;
   bool is_closed_ = false;
 };
 

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The pool under load from several threads, its faults, and its end with work queued, for race
 // checkers to watch.
+#include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
@@ -16,6 +18,7 @@
 #include "io/arena.hpp"
 #include "io/direct_file.hpp"
 #include "io/io_pool.hpp"
+#include "io/memory_nodes.hpp"
 
 namespace {
 
@@ -116,9 +119,33 @@ void the_end_waits_for_queued_work(const kv::IoPool::Options& options,
   ticket->wait();
 }
 
+void memory_is_present_after_a_touch() {
+  const std::size_t nbytes = (std::size_t{130} << 20) + kPage;
+  kv::Arena arena(nbytes, false);
+  kv::interleave(arena.bytes());
+  kv::touch(arena.bytes(), 3);
+  std::vector<unsigned char> present(nbytes / kPage);
+  CHECK(::mincore(arena.bytes().data(), nbytes, present.data()) == 0);
+  CHECK(std::all_of(present.begin(), present.end(), [](unsigned char page) { return page & 1; }));
+  CHECK(std::all_of(arena.bytes().data(), arena.bytes().data() + kPage,
+                    [](std::uint8_t byte) { return byte == 0; }));
+}
+
+void lists_of_nodes_are_read() {
+  using Nodes = std::vector<unsigned>;
+  CHECK(kv::parse_nodes("0") == Nodes{0});
+  CHECK((kv::parse_nodes("0-2,5") == Nodes{0, 1, 2, 5}));
+  for (const char* wrong :
+       {"", "x", "1-", "2-1", "0,", ",0", "1024", "0 1", "99999999999999999999"}) {
+    CHECK(kv::parse_nodes(wrong).empty());
+  }
+}
+
 }  // namespace
 
 void test_io() {
+  memory_is_present_after_a_touch();
+  lists_of_nodes_are_read();
   std::string path = "/tmp/kvstore-native-test-XXXXXX";
   const int descriptor = ::mkstemp(path.data());
   CHECK(descriptor >= 0);
