@@ -77,6 +77,17 @@ def add_reference(view: WriteView, key: BlockKey) -> None:
     view.put(Table.BLOCKS, key, pack_block(replace(record, references=record.references + 1)))
 
 
+def set_references(view: WriteView, key: BlockKey, references: int) -> None:
+    """Correct how many stream entries name a block; does nothing for a block that is not stored."""
+    record = find_block(view, key)
+    if record is None or record.references == references:
+        return
+    _forget_stamp(view, record)
+    view.put(Table.BLOCKS, key, pack_block(replace(record, references=references)))
+    if references == 0:
+        view.put(Table.LRU, pack_stamp(record.stamp), key)
+
+
 def drop_reference(view: WriteView, key: BlockKey) -> Extent | None:
     """Undo one `add_reference`; the last one removes the block and returns its extent, to be freed after the commit.
 

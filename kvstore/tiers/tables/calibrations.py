@@ -37,7 +37,7 @@ def find_decision(view: ReadView, fingerprint: str) -> Decision | None:
 
 
 def put_calibration(view: WriteView, calibration: Calibration) -> None:
-    """Store an object under its id."""
+    """Store an object, for the records that name it."""
     view.put(Table.CALIBRATIONS, _OBJECT + calibration.id, calibration.data)
 
 

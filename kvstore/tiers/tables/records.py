@@ -97,6 +97,10 @@ class ExtentHeader:
     record_crc32c: int
 
 
+ENTRY_NBYTES = _ENTRY.size
+"""Bytes of a packed `Entry`."""
+
+
 def extent_nbytes(record_nbytes: int) -> int:
     """Bytes of the extent that holds a record of `record_nbytes`."""
     return round_up(EXTENT_HEADER_NBYTES + record_nbytes)
