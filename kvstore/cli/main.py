@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes those of the process.
 
     Returns:
-        0 when all went well, 1 when `verify` found damage, 2 for an error that the user can act on, 130 after Ctrl-C.
+        0 when all went well, 1 when something stored is damaged or missing, 2 for an error that the user can act on,
+        130 after Ctrl-C.
     """
     try:
         options = _parser().parse_args(argv)
@@ -56,16 +57,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     # Here, where Ctrl-C is caught: importing them takes a moment.
-    from kvstore.cli import ask, bench, calibrate, counters, ingest, inspection, removal, streams, verify
+    from kvstore.cli import (
+        ask,
+        bench,
+        calibrate,
+        counters,
+        exporting,
+        ingest,
+        inspection,
+        mending,
+        removal,
+        streams,
+        verify,
+    )
 
     parser = argparse.ArgumentParser(
         prog="kvstore",
         description="Turns long videos into streams of KV cache on disk, and answers questions from them.",
-        epilog="Exit codes: 0 all went well, 1 verify found damage, 2 error, 130 interrupted.",
+        epilog="Exit codes: 0 all went well, 1 something is damaged or missing, 2 error, 130 interrupted.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (ingest, ask, streams, inspection, counters, calibrate, verify, removal, bench):
-        command.add_command(commands)
+    for add in (
+        ingest.add_command,
+        ask.add_command,
+        streams.add_command,
+        inspection.add_command,
+        counters.add_command,
+        calibrate.add_command,
+        verify.add_command,
+        mending.add_commands,
+        exporting.add_commands,
+        removal.add_command,
+        bench.add_command,
+    ):
+        add(commands)
     return parser
 
 

@@ -10,10 +10,13 @@ from pathlib import Path
 from kvstore.config import Access, Durability, StoreConfig
 from kvstore.decision import Decision
 from kvstore.errors import CorruptRecordError, KVStoreError, StoreNotFoundError, StreamNotFoundError
+from kvstore.native import IoPool
 from kvstore.spec import BlockKey, ModelSpec
 from kvstore.tiers.disk import DiskTier, Found
 from kvstore.tiers.manifest import Manifest
 from kvstore.tiers.tables.streams import read_manifest, stream_rows
+
+_IO_THREADS = 4
 
 
 class Shelf:
@@ -78,6 +81,21 @@ def open_shelf(folder: Path) -> Iterator[Shelf]:
         raise StoreNotFoundError(f"{folder}: no store here; `kvstore ingest` makes one") from error
     with closing(disk):
         yield Shelf(disk)
+
+
+@contextmanager
+def open_for_upkeep(
+    folder: Path, access: Access = Access.WRITE, *, may_create: bool = False
+) -> Iterator[tuple[DiskTier, IoPool]]:
+    """Open a store and what moves its extents; raises like `open_shelf` unless it may be created, and `BusyError`."""
+    if not may_create:
+        with open_shelf(folder):
+            pass
+    with (
+        closing(DiskTier(folder, StoreConfig(access, Durability.COMMIT, host_nbytes=0))) as disk,
+        closing(IoPool(_IO_THREADS)) as pool,
+    ):
+        yield disk, pool
 
 
 def find_stream(folder: Path, name: str) -> Manifest:

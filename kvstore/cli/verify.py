@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from kvstore.cli import arguments, text
@@ -13,6 +14,7 @@ from kvstore.cli.progress import Progress
 
 if TYPE_CHECKING:
     from kvstore.store import BlockFault, VerifyReport
+    from kvstore.tiers.upkeep.accounting import ByteAccount
 
 _EXIT_DAMAGED = 1
 
@@ -69,6 +71,7 @@ def _as_json(report: VerifyReport) -> dict[str, object]:
             for fault in report.faults
         ],
         "structure": report.structure,
+        "bytes": None if report.account is None else asdict(report.account),
     }
 
 
@@ -77,13 +80,27 @@ def _as_text(report: VerifyReport) -> list[str]:
         f"{text.count(report.num_blocks, 'block')} of {text.count(report.num_streams, 'stream')} checked, "
         f"{text.size(report.nbytes)} read"
     )
+    where = [] if report.account is None else [_account(report.account)]
     if report.is_clean:
-        return [f"no damage: {checked}"]
+        return [f"no damage: {checked}", *where]
     damaged = [f"damaged: {_place(fault)}: {text.printable(fault.reason)}" for fault in report.faults]
     broken = [f"catalogue: {text.printable(problem)}" for problem in report.structure]
     found = text.count(len(report.faults), "damaged block")
     contradictions = f", {text.count(len(broken), 'contradiction')} in the catalogue" if broken else ""
-    return [*damaged, *broken, f"{found}{contradictions}: {checked}"]
+    return [*damaged, *broken, f"{found}{contradictions}: {checked}", *where]
+
+
+def _account(account: ByteAccount) -> str:
+    parts = [
+        (account.record_nbytes, "of records"),
+        (account.padding_nbytes, "of padding"),
+        (account.free_nbytes, "free"),
+        (account.orphan_nbytes, "of nobody"),
+        (-account.beyond_nbytes, "cut off"),
+        (account.unaccounted_nbytes, "unaccounted for"),
+    ]
+    listed = " + ".join(f"{nbytes:,} {what}" for nbytes, what in parts if nbytes or what == "free")
+    return f"extent files: {account.file_nbytes:,} bytes = {listed}"
 
 
 def _place(fault: BlockFault) -> str:
