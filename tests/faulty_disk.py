@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _SOURCE = Path(__file__).with_suffix(".c")
-_CONTROL = struct.Struct("=9Q")
+_CONTROL = struct.Struct("=11Q")
 EIO, ENOSPC, EROFS = errno.EIO, errno.ENOSPC, errno.EROFS
 
 
@@ -38,13 +38,21 @@ def faults(
     read_stall_ms: int = 0,
     write_stall_ms: int = 0,
     sync_stall_ms: int = 0,
+    end_at: int = 0,
+    loses: int = 0,
 ) -> Iterator[None]:
-    """Let transfers of extent files, of the catalogue, or both go wrong inside the `with` block."""
+    """Let transfers of extent files, of the catalogue, or both go wrong inside the `with` block.
+
+    With `end_at` the process is killed before so many writes and syncs. With `loses` what is not synced by then is
+    lost, as in a power cut: all of it (1), or some of it, chosen by that number.
+    """
     path = Path(os.environ["FAULTY_DISK_CONTROL"])
     with path.open("r+b") as file, mmap.mmap(file.fileno(), _CONTROL.size) as control:
         stalls = (read_stall_ms, write_stall_ms, sync_stall_ms)
-        _CONTROL.pack_into(control, 0, extents, catalogue, read_errno, write_errno, sync_errno, is_short, *stalls)
+        _CONTROL.pack_into(
+            control, 0, extents, catalogue, read_errno, write_errno, sync_errno, is_short, *stalls, end_at, loses
+        )
         try:
             yield
         finally:
-            _CONTROL.pack_into(control, 0, *[0] * 9)
+            _CONTROL.pack_into(control, 0, *[0] * 11)

@@ -153,7 +153,7 @@ def torture(path: Path, seconds: float) -> None:
 
 
 def test_readers_beside_a_busy_writer_get_right_bytes_or_none(tmp_path: Path) -> None:
-    torture(tmp_path, 6)
+    torture(tmp_path, 5)
 
 
 @pytest.mark.slow

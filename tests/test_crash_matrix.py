@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The crash matrix of docs/durability.md: a writer ends before each single write and sync, by a kill or a power cut."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+from _pytest.mark.structures import ParameterSet
+
+import kvstore
+import kvstore.store
+from kvstore.native import IoPool
+from kvstore.store import Access, Durability, FetchRequest, Outcome, Store
+from kvstore.tiers.upkeep.compact import Compactor
+from tests.faulty_disk import build, faults
+from tests.store_blocks import (
+    EXTENT_NBYTES,
+    HEADER,
+    block_key,
+    empty_slot,
+    make_blocks,
+    make_slot,
+    open_store,
+    same_block,
+)
+
+NUM_BLOCKS = 6
+PLAIN = range(100, 120)
+BUDGET_NBYTES = (1 << 19) + 30 * EXTENT_NBYTES
+PATIENCE_S = 120
+MOST_CALLS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Something that a writer does, and how many entries of each stream there may be before and after."""
+
+    run: Callable[[Store], object]
+    before: dict[str, int]
+    after: dict[str, int]
+
+
+def append(store: Store) -> None:
+    """A flush makes an append durable; with durability `sync` the append itself."""
+    store.append("lecture", make_blocks(2, NUM_BLOCKS), {"next": NUM_BLOCKS + 2})
+    if store._disk.config.durability is not Durability.SYNC:
+        store.flush()
+
+
+def put_into_a_full_store(store: Store) -> None:
+    numbers = range(200, 216)
+    store.put([block_key(number) for number in numbers], [make_slot(number) for number in numbers], [40] * 16)
+
+
+def compact(store: Store) -> None:
+    store.remove([block_key(number) for number in PLAIN[::2]])
+    Compactor(store._disk, store._pool, 4 * EXTENT_NBYTES).run()
+
+
+def start_another(store: Store) -> None:
+    store.create_stream(replace(HEADER, name="other"))
+    store.append("other", make_blocks(3, 0), {"next": 3})
+    store.flush()
+
+
+CHANGES = {
+    "append": Change(append, {"lecture": NUM_BLOCKS}, {"lecture": NUM_BLOCKS + 2}),
+    "start_another": Change(start_another, {"lecture": NUM_BLOCKS}, {"lecture": NUM_BLOCKS, "other": 3}),
+    "remove_stream": Change(lambda store: store.remove_stream("lecture"), {"lecture": NUM_BLOCKS}, {}),
+    "put_into_a_full_store": Change(put_into_a_full_store, {"lecture": NUM_BLOCKS}, {"lecture": NUM_BLOCKS}),
+    "compact": Change(compact, {"lecture": NUM_BLOCKS}, {"lecture": NUM_BLOCKS}),
+    "close": Change(lambda store: store.close(), {"lecture": NUM_BLOCKS}, {"lecture": NUM_BLOCKS}),
+}
+
+
+def make_store(path: Path) -> None:
+    with open_store(path, disk_nbytes=BUDGET_NBYTES) as store:
+        store.create_stream(HEADER)
+        store.put([block_key(number) for number in PLAIN], [make_slot(number) for number in PLAIN], [40] * len(PLAIN))
+        store.append("lecture", make_blocks(NUM_BLOCKS), {"next": NUM_BLOCKS})
+
+
+def check(path: Path, change: Change, is_acknowledged: bool) -> None:
+    """A sound store, as it was before or after; after, if that was acknowledged."""
+    with open_store(path, Access.WRITE) as store:
+        report = store.verify()
+        assert report.is_clean, report
+        assert report.account is not None
+        assert report.account.unaccounted_nbytes == 0
+        found = {header.name: len(store.manifest(header.name).entries) for header in store.streams()}
+        found = {name: count for name, count in found.items() if count > 0}
+        assert found == change.after or (found == change.before and not is_acknowledged), found
+        for name, count in found.items():
+            assert store.manifest(name).cursor == {"next": count}
+            entries = store.manifest(name).entries
+            requests = [FetchRequest(entry.key, empty_slot()) for entry in entries]
+            assert all(outcome.is_hit for outcome in store.fetch(requests).outcomes)
+            assert all(same_block(request.slot, make_slot(number)) for number, request in enumerate(requests))
+        for number in (*PLAIN, *range(200, 216)):
+            slot = empty_slot()
+            (outcome,) = store.get([block_key(number)], [slot])
+            assert outcome is Outcome.MISS or same_block(slot, make_slot(number)), f"block {number} holds other bytes"
+
+
+def run_all(scratch: Path, name: str, durability: Durability, has_power: bool) -> int:
+    """End a writer before its first call, before its second, and so on until it is through; returns how many."""
+    change = CHANGES[name]
+    template = scratch / f"{name}-{durability}-{has_power}"
+    make_store(template)
+    for number in range(1, MOST_CALLS):
+        path, said = template.with_name("store"), template.with_name("said")
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(template, path)
+        said.unlink(missing_ok=True)
+
+        def work(path: Path = path, said: Path = said, number: int = number) -> None:
+            store = open_store(path, disk_nbytes=BUDGET_NBYTES, durability=durability)
+            loses = 0 if has_power else number  # 1 loses all, others some
+            with faults(extents=True, catalogue=True, end_at=number, loses=loses):
+                change.run(store)
+                said.touch()
+            with faults(extents=True, end_at=1, loses=min(loses, 1)), (path / "last.extents").open("wb", 0) as last:
+                last.write(b"one more call")
+
+        status = in_child(work)
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, "it failed by itself"
+        is_acknowledged = said.exists()
+        checked = in_child(lambda path=path, change=change, said=is_acknowledged: check(path, change, said))  # type: ignore[misc]
+        assert checked == 0, f"ended before call {number}, acknowledged: {is_acknowledged}; its traceback is above"
+        if is_acknowledged:
+            return number
+    raise AssertionError(f"{name} takes more than {MOST_CALLS} calls")
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run in a forked child; returns its wait status."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(PATIENCE_S)
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+            raise
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """A process on the faulty disk, which runs what it is asked to and answers how that went."""
+    # In memory, where it can be: what a sync means is up to the library, and the device's part of it only takes time.
+    memory = Path("/dev/shm")
+    scratch = Path(mkdtemp(dir=memory)) if os.access(memory, os.W_OK) else tmp_path_factory.mktemp("matrix")
+    roots = [str(Path(kvstore.__file__).parents[1]), str(Path(__file__).parents[1])]
+    with subprocess.Popen(
+        [sys.executable, __file__, str(scratch)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **build(scratch), "PYTHONPATH": os.pathsep.join(roots)},
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def run(words: str) -> str:
+            stdin.write(words + "\n")
+            stdin.flush()
+            return stdout.readline().strip()
+
+        yield run
+        stdin.close()
+    shutil.rmtree(scratch)
+
+
+def _cases(quick: tuple[str, ...], levels: tuple[Durability, ...]) -> list[ParameterSet]:
+    """All changes at all levels; the quick ones at `commit` alone are not slow."""
+    return [
+        pytest.param(name, level, marks=() if name in quick and level is Durability.COMMIT else pytest.mark.slow)
+        for level in levels
+        for name in CHANGES
+    ]
+
+
+@pytest.mark.parametrize(("name", "durability"), _cases(("append", "compact"), tuple(Durability)))
+def test_killed_before_any_call(name: str, durability: str, ask: Callable[[str], str]) -> None:
+    answer = ask(f"{name} {durability} power")
+    assert answer.startswith("survived "), answer
+
+
+@pytest.mark.parametrize(("name", "durability"), _cases(tuple(CHANGES), (Durability.COMMIT, Durability.SYNC)))
+def test_without_power_before_any_call(name: str, durability: str, ask: Callable[[str], str]) -> None:
+    answer = ask(f"{name} {durability} none")
+    assert answer.startswith("survived "), answer
+
+
+def serve(scratch: Path) -> None:
+    """Answer each line of words with one line."""
+    # The library sees the calls of threads, not what is handed to the kernel in a ring.
+    setattr(kvstore.store, "IoPool", threads_pool)  # noqa: B010 - a type to mypy
+    for line in sys.stdin:
+        name, durability, power = line.split()
+        try:
+            answer = f"survived {run_all(scratch, name, Durability(durability), power == 'power')}"
+        except AssertionError as error:
+            answer = f"failed: {error}"
+        os.write(1, (" ".join(answer.split()) + "\n").encode())
+
+
+def threads_pool(num_threads: int) -> IoPool:
+    """A pool whose transfers are plain system calls."""
+    try:
+        return IoPool(num_threads, engine="threads")  # type: ignore[call-arg, unused-ignore]
+    except TypeError:
+        return IoPool(num_threads)
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))
