@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -148,6 +148,11 @@ class HostTier:
         """True when a slot holds `key`; does not count as a use."""
         with self._changed:
             return key in self._index
+
+    def present(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """`contains` of many."""
+        with self._changed:
+            return [key in self._index for key in keys]
 
     def keep(self, keys: Iterable[BlockKey]) -> None:
         """Never evict these blocks, as far as they fit half the tier: sinks, which every question attends to."""

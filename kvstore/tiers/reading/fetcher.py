@@ -30,7 +30,7 @@ from kvstore.tiers.host import HostTier
 from kvstore.tiers.moving.backing import Backing
 from kvstore.tiers.moving.ticket import BatchTicket
 from kvstore.tiers.reading.block_reader import BlockReader, Sought
-from kvstore.tiers.reading.flights import Flight, Flights, Seat
+from kvstore.tiers.reading.flights import Flight, Flights, Seat, Wanted
 from kvstore.tiers.reading.request import FetchReport, FetchRequest
 
 _BACKING_NBYTES = 32 << 20
@@ -199,26 +199,29 @@ class Fetcher:
         own: dict[int, Sought] = {}
         flights: dict[int, Flight] = {}
         others: dict[int, Flight] = {}
-        for position in positions:
-            request = batch.requests[position]
-            whole = request.layers is None or len(request.layers) == self._layout.spec.num_layers
-            layers = None if whole else request.layers
-            seat = Seat(batch.ticket, position, request.slot)
-            flight, is_first = self._flights.board((request.key, layers), seat)
+        wanted = [self._wanted(batch, position) for position in positions]
+        for position, (flight, is_first) in zip(positions, self._flights.board(wanted), strict=True):
             if is_first:
-                own[position], flights[position] = Sought(request.key, layers), flight
+                own[position], flights[position] = Sought(*flight.wanted), flight
             else:
                 others[position] = flight
         try:
-            for position in flights:  # what landed between the look into the host tier and now
+            landed = self._host.present([item.key for item in own.values()])  # since the look into the host tier
+            for position in [position for position, is_there in zip(own, landed, strict=True) if is_there]:
                 if self._copy_from_host(batch, position):
                     del own[position]
             self._read(batch, own, flights)
         finally:
             self._flights.end(flights.values())
         for flight in others.values():
-            flight.ended.wait(batch.ticket.left_s)
+            self._flights.wait(flight, batch.ticket.left_s)
         return list(others)
+
+    def _wanted(self, batch: _Batch, position: int) -> tuple[Wanted, Seat]:
+        request = batch.requests[position]
+        whole = request.layers is None or len(request.layers) == self._layout.spec.num_layers
+        seat = Seat(batch.ticket, position, request.slot)
+        return (request.key, None if whole else request.layers), seat
 
     def _read(self, batch: _Batch, items: dict[int, Sought], flights: dict[int, Flight]) -> None:
         def deliver(position: int, decode: Callable[[Tensor], None]) -> None:
@@ -277,7 +280,8 @@ class Fetcher:
             for other in served:
                 self._copy(seat.slot, other.slot, item.layers)
                 other.ticket.unclaim(other.item, source)
-            self._disk.meter.add(TierStats(shared_reads=len(served)))
+            if served:
+                self._disk.meter.add(TierStats(shared_reads=len(served)))
             outcome = source
         finally:
             seat.ticket.unclaim(seat.item, outcome)

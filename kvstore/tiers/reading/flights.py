@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 from torch import Tensor
@@ -17,25 +16,29 @@ Wanted: TypeAlias = "tuple[BlockKey, range | None]"
 """A block, and the layers of it: None for all."""
 
 
-@dataclass(frozen=True, slots=True)
 class Seat:
     """One asker of a flight: where the bytes go, and the right to write there."""
 
-    ticket: BatchTicket
-    item: int
-    slot: Tensor
+    __slots__ = ("item", "slot", "ticket")
+
+    def __init__(self, ticket: BatchTicket, item: int, slot: Tensor) -> None:
+        self.ticket = ticket
+        self.item = item
+        self.slot = slot
 
 
-@dataclass(slots=True)
 class Flight:
     """One read: its asker, and those who came later and wait for its bytes.
 
-    `ended` is set when nobody will be served any more: who still has no outcome then goes on alone.
+    When it `is_over` nobody will be served any more: who still has no outcome goes on alone.
     """
 
-    wanted: Wanted
-    seats: list[Seat]
-    ended: threading.Event = field(default_factory=threading.Event)
+    __slots__ = ("is_over", "seats", "wanted")
+
+    def __init__(self, wanted: Wanted, seat: Seat) -> None:
+        self.wanted = wanted
+        self.seats = [seat]
+        self.is_over = False
 
 
 class Flights:
@@ -45,34 +48,50 @@ class Flights:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._flights: dict[Wanted, Flight] = {}
 
-    def board(self, wanted: Wanted, seat: Seat) -> tuple[Flight, bool]:
-        """Join the flight that brings a block, or start one; True says that the caller has to read."""
-        with self._lock:
-            flight = self._flights.get(wanted)
-            if flight is not None:
-                flight.seats.append(seat)
-                return flight, False
-            flight = self._flights[wanted] = Flight(wanted, [seat])
-            return flight, True
+    def board(self, wanted: Sequence[tuple[Wanted, Seat]]) -> list[tuple[Flight, bool]]:
+        """Join the flights that bring blocks, or start them; True says that the caller has to read."""
+        boarded: list[tuple[Flight, bool]] = []
+        with self._changed:
+            for key, seat in wanted:
+                flight = self._flights.get(key)
+                if flight is None:
+                    flight = self._flights[key] = Flight(key, seat)
+                    boarded.append((flight, True))
+                else:
+                    flight.seats.append(seat)
+                    boarded.append((flight, False))
+        return boarded
 
     def claim(self, flight: Flight) -> Seat | None:
         """Claim the first asker whose slot may still be written; None when nobody is left to want the bytes."""
-        with self._lock:
-            seats = list(flight.seats)
-        return next((seat for seat in seats if seat.ticket.claim(seat.item)), None)
+        number = 0
+        while number < len(flight.seats):  # newcomers are added behind
+            seat = flight.seats[number]
+            if seat.ticket.claim(seat.item):
+                return seat
+            number += 1
+        return None
 
     def land(self, flight: Flight) -> list[Seat]:
         """Close a flight to newcomers, after which its bytes can be found elsewhere; returns all its askers."""
-        with self._lock:
+        with self._changed:
             if self._flights.get(flight.wanted) is flight:
                 del self._flights[flight.wanted]
-            return list(flight.seats)
+        return flight.seats
 
     def end(self, flights: Iterable[Flight]) -> None:
         """Land flights and let those who wait for them go on, served or not."""
-        for flight in flights:
-            self.land(flight)
-            flight.ended.set()
+        with self._changed:
+            for flight in flights:
+                if self._flights.get(flight.wanted) is flight:
+                    del self._flights[flight.wanted]
+                flight.is_over = True
+            self._changed.notify_all()
+
+    def wait(self, flight: Flight, timeout_s: float | None) -> None:
+        """Wait until a flight is over, or for `timeout_s` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: flight.is_over, timeout_s)

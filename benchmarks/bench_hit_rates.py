@@ -74,7 +74,7 @@ def hit_rate(eviction: Eviction, trace: list[int]) -> tuple[float, float]:
 
 def main() -> None:
     """Compare all policies with LRU."""
-    settings = options("hit-rate", __doc__)
+    settings = options("hit-rates", __doc__)
     report = Report(settings, {"capacity": CAPACITY, "blocks": len(KEYS)})
     length = 60_000 if settings.quick else 400_000
     for name, make in TRACES.items():
