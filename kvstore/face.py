@@ -60,6 +60,7 @@ class KVStore:
         sink_tokens: int = 16,
         budget_tokens: int = 256,
         device_nbytes: int = 256 << 20,
+        load_timeout_s: float | None = None,
     ) -> Stream:
         """Open a stream, or start one where the store is open for writing.
 
@@ -70,6 +71,8 @@ class KVStore:
             sink_tokens: first tokens, attended always.
             budget_tokens: most tokens of retrieved blocks per question.
             device_nbytes: memory of the device pool; the window, the sinks and the blocks of a question must fit.
+            load_timeout_s: seconds that a question waits for its blocks each time it loads some, then answers without
+                those that are late; None waits for all.
 
         Raises:
             SpecMismatchError: another model wrote the stream, or this one with blocks of another size.
@@ -82,6 +85,7 @@ class KVStore:
             sink_tokens=sink_tokens,
             budget_tokens=budget_tokens,
             device_nbytes=device_nbytes,
+            load_timeout_s=load_timeout_s,
         )
         layout = self._layout
         if self.blocks.is_writable:

@@ -225,11 +225,15 @@ class Store(BlockCalls):
         """Wait until everything appended is durable; raises what the writer ran into, like `append`."""
         self._writing().writer.flush()
 
-    def fetch(self, requests: Sequence[FetchRequest]) -> FetchReport:
+    def fetch(self, requests: Sequence[FetchRequest], timeout_s: float | None = None) -> FetchReport:
         """Bring blocks into their slots, in one batch: neighbours on disk are read together, decoding overlaps I/O.
 
         Blocks read whole stay in the host tier. A fault concerns its item only: it ends as `MISS`, `DAMAGED`, or
         `UNAVAILABLE` when the device is at fault. A block that another batch is reading is waited for, not read again.
+
+        Args:
+            requests: the blocks.
+            timeout_s: seconds after which those that have not come end as `TIMED_OUT`; see `get`.
 
         Raises:
             ShapeError: a slot or a layer range does not fit.
@@ -240,7 +244,7 @@ class Store(BlockCalls):
         for request in requests:
             check_slot(request.slot, data.layout)
             check_layers(request.layers, data.layout)
-        return data.fetcher.fetch(requests)
+        return data.fetcher.fetch(requests) if timeout_s is None else data.mover.fetch(requests, timeout_s)
 
     def summaries(self, name: str, first: int, count: int) -> dict[int, bytes]:
         """Return summaries of entries `first` to `first + count` by index, those there are; raises like `manifest`."""

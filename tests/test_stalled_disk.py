@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvstore.store import FetchRequest, Outcome, Store
 from tests.store_blocks import HEADER, LAYOUT, block_key, empty_slot, make_blocks, make_slot, open_store, same_block
+from tests.test_face import CPU, forward, open_folder, still
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
@@ -157,6 +159,31 @@ def appends_do_not_wait_until_the_host_tier_is_full(disk: SlowDisk, folder: Path
         assert len(store.manifest("lecture").entries) == 9
 
 
+def a_question_is_answered_from_what_came_in_time(disk: SlowDisk, folder: Path) -> None:
+    with open_folder(folder) as store:
+        stream = store.stream("s", window_tokens=16)
+        stream.bind(still, CPU)
+        for first in range(0, 64, 16):
+            forward(stream, first, 16)
+        stream.commit()
+    answers, lost = [], []
+    for timeout_s, is_stalled in ((None, False), (0.3, True), (HANG_S, False)):
+        with open_folder(folder) as store:
+            stream = store.stream("s", load_timeout_s=timeout_s, window_tokens=16, budget_tokens=32)
+            stream.bind(still, CPU)  # reads the sinks and the window
+            with stream.recalling():
+                forward(stream, 0, 3)
+                disk.set(reads_stall=is_stalled)
+            with stream.asking():
+                answers.append(forward(stream, 0, 3))
+            disk.set()
+            lost.append(set(stream.last.load.lost.values()))
+    assert lost == [set(), {"it did not come within 0.3 s"}, set()]
+    assert torch.equal(answers[0], answers[2])
+    assert not torch.equal(answers[0], answers[1])
+    assert answers[1].isfinite().all()
+
+
 CASES = [
     late_reads_leave_slots_alone,
     late_writes_free_the_slots,
@@ -164,6 +191,7 @@ CASES = [
     the_second_asker_outlives_the_first,
     the_second_asker_goes_on_when_the_first_fails,
     appends_do_not_wait_until_the_host_tier_is_full,
+    a_question_is_answered_from_what_came_in_time,
 ]
 
 

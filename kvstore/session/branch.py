@@ -220,7 +220,7 @@ class Branch(Attending):
         """Load sinks, `chosen` and `near` and make them the past of some layers; returns the blocks that were had."""
         where, unplaced = self._positions((*self._sinks, *chosen, *near))
         wanted = [entry.key for entry in (*self._sinks, *chosen, *near) if entry.index in where]
-        report = self._residency.load(wanted, layers)
+        report = self._residency.load(wanted, layers, self._view.config.load_timeout_s)
         report.lost.update(unplaced)
         self.recall.load.add(report)
         far_had = [entry for entry in (*self._sinks, *chosen) if entry.key not in report.lost]

@@ -104,12 +104,13 @@ class Residency:
         for key in keys:
             self._places[key].pins -= 1
 
-    def load(self, keys: Sequence[BlockKey], layers: range) -> LoadReport:
+    def load(self, keys: Sequence[BlockKey], layers: range, timeout_s: float | None = None) -> LoadReport:
         """Bring blocks to the device and pin them; what cannot be had is reported, not raised.
 
         Args:
             keys: blocks, without repeats.
             layers: layers wanted.
+            timeout_s: seconds to wait for the store; blocks that come later are lost. None waits for all.
 
         Raises:
             CapacityError: more blocks than the pool has slots; nothing is pinned then.
@@ -135,7 +136,7 @@ class Residency:
                 else:
                     missing.append(key)
             if missing:
-                self._fetch(missing, layers, report)
+                self._fetch(missing, layers, report, timeout_s)
         except BaseException:
             for key in pinned:
                 if key not in report.lost:
@@ -143,11 +144,15 @@ class Residency:
             raise
         return report
 
-    def _fetch(self, missing: Sequence[BlockKey], layers: range, report: LoadReport) -> None:
+    def _fetch(self, missing: Sequence[BlockKey], layers: range, report: LoadReport, timeout_s: float | None) -> None:
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
         for first in range(0, len(missing), self._link.batch):
-            self._fetch_batch(missing[first : first + self._link.batch], layers, report)
+            left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
+            self._fetch_batch(missing[first : first + self._link.batch], layers, report, left_s)
 
-    def _fetch_batch(self, missing: Sequence[BlockKey], layers: range, report: LoadReport) -> None:
+    def _fetch_batch(
+        self, missing: Sequence[BlockKey], layers: range, report: LoadReport, timeout_s: float | None
+    ) -> None:
         staged = self._link.stage([self._places[key].slot_idx for key in missing])
         whole = len(layers) == self._pool.layout.spec.num_layers
         began = time.perf_counter()
@@ -155,7 +160,8 @@ class Residency:
             [
                 FetchRequest(key, slot, None if whole else layers, self._owner)
                 for key, slot in zip(missing, staged, strict=True)
-            ]
+            ],
+            timeout_s,
         )
         elapsed = time.perf_counter() - began
         report.decode_s += min(fetched.decode_s, elapsed)

@@ -35,9 +35,11 @@ class SessionConfig:
             blocks.
         budget_tokens: most tokens of retrieved blocks per question.
         device_nbytes: size of the device pool.
+        load_timeout_s: seconds that a question waits for its blocks each time it loads some; it goes on without those
+            that come later. None waits for all. Appending always does: what it stores must not depend on the disk.
 
     Raises:
-        ConfigError: a size is negative, or the window is empty.
+        ConfigError: a size or the time is negative, or the window is empty.
     """
 
     policy: Policy
@@ -45,6 +47,7 @@ class SessionConfig:
     sink_tokens: int = 16
     budget_tokens: int = 128
     device_nbytes: int = 256 << 20
+    load_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.window_tokens < 1:
@@ -52,6 +55,8 @@ class SessionConfig:
         for name in ("sink_tokens", "budget_tokens", "device_nbytes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.load_timeout_s is not None and not self.load_timeout_s >= 0:
+            raise ConfigError(f"load_timeout_s is {self.load_timeout_s}; use seconds from 0 on, or None")
 
     @property
     def prefill(self) -> str:

@@ -17,9 +17,15 @@ from kvstore.tiers.tables.streams import delete_stream
 
 def remove_stream(disk: DiskTier, data: DataPath | None, name: str) -> int:
     """Remove a stream and the blocks that only it needs; returns the bytes freed. See `Store.remove_stream`."""
-    if data is not None and data.write is not None:
+    if data is None or data.write is None:
+        return _remove_stream(disk, data, name)
+    # An append under way may count on blocks of this stream that it finds stored already.
+    with data.write.appender.stopped(name):
         data.write.writer.flush()
-        data.write.appender.forget(name)
+        return _remove_stream(disk, data, name)
+
+
+def _remove_stream(disk: DiskTier, data: DataPath | None, name: str) -> int:
     with disk.mutation:
         gone = disk.catalogue.write(lambda view: delete_stream(view, name))
         disk.allocator.release(extent for _, extent in gone)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +16,7 @@ from kvstore.tiers.host import HostTier, Lease
 from kvstore.tiers.moving.layer_load import LayerLoad
 from kvstore.tiers.moving.ticket import BatchTicket
 from kvstore.tiers.reading.fetcher import Fetcher
-from kvstore.tiers.reading.request import FetchRequest
+from kvstore.tiers.reading.request import FetchReport, FetchRequest
 from kvstore.tiers.writing.jobs import PutJob
 from kvstore.tiers.writing.writer import Writer
 
@@ -48,6 +49,19 @@ class Mover:
         ticket = BatchTicket(len(requests), timeout_s)
         self._threads.submit(self._get, requests, ticket)
         return ticket
+
+    def fetch(self, requests: Sequence[FetchRequest], timeout_s: float) -> FetchReport:
+        """Bring blocks into slots, those that come in time; the report of a batch that did not lacks what was read."""
+        began_s = time.perf_counter()
+        ticket = BatchTicket(len(requests), timeout_s)
+        job = self._threads.submit(self._fetcher.fetch, requests, ticket)
+        outcomes = ticket.wait()
+        assert outcomes is not None, "waited without a limit"
+        if Outcome.TIMED_OUT not in outcomes:
+            return job.result()
+        late = [item for item, outcome in enumerate(outcomes) if outcome is Outcome.TIMED_OUT]
+        reasons = dict.fromkeys(late, f"it did not come within {timeout_s} s")
+        return FetchReport(outcomes, load_s=time.perf_counter() - began_s, reasons=reasons)
 
     def submit_put(
         self, keys: Sequence[BlockKey], slots: Sequence[Tensor], num_tokens: Sequence[int], timeout_s: float | None

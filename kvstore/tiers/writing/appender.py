@@ -102,11 +102,6 @@ class Appender:
         if self._disk.config.durability is Durability.SYNC:
             self._writer.flush()
 
-    def forget(self, name: str) -> None:
-        """Drop what is known about a stream: it was removed."""
-        with self._lock:
-            self._streams.pop(name, None)
-
     @contextmanager
     def stopped(self, name: str) -> Iterator[None]:
         """Let nobody append inside a `with` block, after which a stream may stand elsewhere."""
