@@ -45,7 +45,7 @@ class Eviction(StrEnum):
 
 
 class Admission(StrEnum):
-    """Which blocks that were read from disk stay in the host tier."""
+    """Which blocks enter a tier: all that come, or those that are used a second time."""
 
     ALWAYS = "always"
     SECOND_USE = "second-use"
@@ -59,6 +59,7 @@ class HostConfig:
         eviction: who leaves when it is full.
         admission: which blocks that were read stay in it.
         stream_nbytes: most bytes of one stream's blocks; None for no limit.
+        put_admission: which plain blocks are written to disk: all, or those that are used a second time.
 
     Raises:
         ConfigError: a name that is none, or a negative size.
@@ -67,15 +68,17 @@ class HostConfig:
     eviction: Eviction = Eviction.LRU
     admission: Admission = Admission.ALWAYS
     stream_nbytes: int | None = None
+    put_admission: Admission = Admission.ALWAYS
 
     @staticmethod
-    def named(eviction: str, admission: str, stream_nbytes: int | None) -> HostConfig:
+    def named(eviction: str, admission: str, stream_nbytes: int | None, put_admission: str) -> HostConfig:
         """Make it from what users write."""
         try:
-            return HostConfig(Eviction(eviction), Admission(admission), stream_nbytes)
+            return HostConfig(Eviction(eviction), Admission(admission), stream_nbytes, Admission(put_admission))
         except ValueError as error:
             choices = ", ".join((*Eviction, *Admission))
-            raise ConfigError(f"eviction {eviction!r}, admission {admission!r}: choose from {choices}") from error
+            found = f"eviction {eviction!r}, admission {admission!r} and {put_admission!r}"
+            raise ConfigError(f"{found}: choose from {choices}") from error
 
     def __post_init__(self) -> None:
         if self.stream_nbytes is not None and self.stream_nbytes < 0:

@@ -139,6 +139,7 @@ def open(  # noqa: A001 - reads as kvstore.open
     eviction: str = "lru",
     admission: str = "always",
     stream_nbytes: int | None = None,
+    put_admission: str = "always",
 ) -> KVStore:
     """Open the store in a folder for one model.
 
@@ -154,6 +155,7 @@ def open(  # noqa: A001 - reads as kvstore.open
         eviction: who leaves the host tier when it is full: `lru`, `s3-fifo`, `lfu` or `participation`.
         admission: which blocks that were read stay in it: `always`, or from the `second-use` on.
         stream_nbytes: most bytes of one stream's blocks in it; None for no limit.
+        put_admission: which plain blocks are written to disk: `always`, or from the `second-use` on.
 
     Raises:
         StoreNotFoundError, BusyError, ReadOnlyError, UnsupportedFormatError, CorruptRecordError: see `Store.open`.
@@ -170,6 +172,7 @@ def open(  # noqa: A001 - reads as kvstore.open
         eviction=eviction,
         admission=admission,
         stream_nbytes=stream_nbytes,
+        put_admission=put_admission,
     )
     return KVStore(store, layout, profile)
 

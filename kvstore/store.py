@@ -84,6 +84,7 @@ class Store(BlockCalls):
         admission: str = Admission.ALWAYS,
         stream_nbytes: int | None = None,
         remote: Backing | None = None,
+        put_admission: str = Admission.ALWAYS,
     ) -> Store:
         """Open a store; a writer creates it where there is none.
 
@@ -102,6 +103,7 @@ class Store(BlockCalls):
             stream_nbytes: most bytes of one stream's blocks in it, at least two slots; None for no limit.
             remote: a tier behind the disk (docs/remote.md), of the same layout: blocks that are missing or damaged here
                 are looked for there, and written ones are offered to it. The caller closes it, after the store.
+            put_admission: which plain blocks are written to disk: `always`, or from the `second-use` on.
 
         Raises:
             StoreNotFoundError: a reader found nothing there.
@@ -111,7 +113,7 @@ class Store(BlockCalls):
             CorruptRecordError: the catalogue is damaged.
             ConfigError: a setting is out of range.
         """
-        host = HostConfig.named(eviction, admission, stream_nbytes)
+        host = HostConfig.named(eviction, admission, stream_nbytes, put_admission)
         config = StoreConfig(access, durability, host_nbytes, disk_nbytes, io_threads, decode_threads, host)
         with ExitStack() as building:
             disk = DiskTier(Path(path), config)

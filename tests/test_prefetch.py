@@ -199,3 +199,39 @@ def test_a_misuse_is_refused(tmp_path: Path) -> None:
             store.load_layers([], [], group_layers=0)
         with pytest.raises(ShapeError):
             store.prefetch([BlockKey(b"short")])
+
+
+def test_plain_blocks_are_written_when_they_are_used_a_second_time(tmp_path: Path) -> None:
+    def opened() -> Store:
+        nbytes = 4 * LAYOUT.slot_nbytes
+        return Store.open(tmp_path, access=Access.WRITE, layout=LAYOUT, host_nbytes=nbytes, put_admission="second-use")
+
+    with opened() as store:
+        _put(store, 4)
+        assert store.stats().num_blocks == 0
+        assert store.exists(_keys(0, 1, 2, 3)) == [True] * 4
+        assert _get(store, 0) == [Outcome.HOST]
+        assert store.put(_keys(1), [make_slot(1)], [40]) == [Outcome.STORED]
+        assert store.remove(_keys(2, 9)) == [True, False]
+        store.flush()
+        assert store.stats().num_blocks == 2
+        assert store.put(_keys(5), [make_slot(5)], [40], timeout_s=60) == [Outcome.STORED]
+    with opened() as store:
+        assert _get(store, 0, 1, 2, 3, 5) == [Outcome.DISK, Outcome.DISK, *[Outcome.MISS] * 3]
+        assert store.verify().is_clean
+
+
+def test_a_block_that_finds_no_room_in_memory_is_written_at_once(tmp_path: Path) -> None:
+    with Store.open(
+        tmp_path,
+        access=Access.WRITE,
+        layout=LAYOUT,
+        host_nbytes=2 * LAYOUT.slot_nbytes,
+        put_admission="second-use",
+    ) as store:
+        leases = [store._moving().host.try_reserve(block_key(100 + number)) for number in range(2)]
+        _put(store, 3)
+        assert store.stats().num_blocks == 3
+        for lease in leases:
+            assert lease is not None
+            lease.release()

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from kvstore.codec import Profile
+from kvstore.config import Admission
 from kvstore.errors import ConfigError, SpecMismatchError
 from kvstore.layout import BlockLayout
 from kvstore.native import IoPool
@@ -17,6 +18,7 @@ from kvstore.tiers.manifest import StreamHeader, check_spec
 from kvstore.tiers.moving.backing import Backing
 from kvstore.tiers.moving.mover import Mover
 from kvstore.tiers.moving.prefetcher import Prefetcher
+from kvstore.tiers.moving.trial import Trial
 from kvstore.tiers.reading.fetcher import Fetcher
 from kvstore.tiers.writing.appender import Appender
 from kvstore.tiers.writing.calibrator import Calibrator
@@ -74,7 +76,11 @@ class DataPath:
                 building.callback(writer.close)
                 self.write = WritePath(records, writer, Appender(disk, self.host, writer, layout))
             writing = None if self.write is None else self.write.writer
-            self.mover = Mover(self.host, self.fetcher, writing, layout.slot_nbytes)
+            self.trial: Trial | None = None
+            if writing is not None and disk.config.host.put_admission is Admission.SECOND_USE:
+                self.trial = Trial(self.host, writing)
+                self.fetcher.on_host_hits = self.trial.passed
+            self.mover = Mover(self.host, self.fetcher, writing, self.trial, layout.slot_nbytes)
             building.callback(self.mover.close)
             self.prefetcher = Prefetcher(self.host, self.fetcher, layout.slot_nbytes)
             building.callback(self.prefetcher.close)

@@ -183,7 +183,10 @@ class BlockCalls:
         self._check_open(writing=True)
         check_keys(keys)
         try:
-            return remove_blocks(self._disk, self._data, keys)
+            trial = None if self._data is None else self._data.trial
+            waiting = [trial is not None and trial.forget(key) for key in keys]
+            stored = remove_blocks(self._disk, self._data, keys)
+            return [was_waiting or is_removed for was_waiting, is_removed in zip(waiting, stored, strict=True)]
         except KVStoreError as error:
             log_fault("blocks not removed", store=str(self._disk.folder), blocks=len(keys), reason=str(error))
             return [False] * len(keys)

@@ -15,6 +15,7 @@ from kvstore.tiers.base import Outcome
 from kvstore.tiers.host import HostTier, Lease
 from kvstore.tiers.moving.layer_load import LayerLoad
 from kvstore.tiers.moving.ticket import BatchTicket
+from kvstore.tiers.moving.trial import Trial
 from kvstore.tiers.reading.fetcher import Fetcher
 from kvstore.tiers.reading.request import FetchReport, FetchRequest
 from kvstore.tiers.writing.jobs import PutJob
@@ -34,13 +35,17 @@ class Mover:
         host: where puts with a deadline leave copies.
         fetcher: brings blocks.
         writer: stores them; None for a reader.
+        trial: holds first puts back; None where all are written.
         slot_nbytes: bytes of a slot.
     """
 
-    def __init__(self, host: HostTier, fetcher: Fetcher, writer: Writer | None, slot_nbytes: int) -> None:
+    def __init__(
+        self, host: HostTier, fetcher: Fetcher, writer: Writer | None, trial: Trial | None, slot_nbytes: int
+    ) -> None:
         self._host = host
         self._fetcher = fetcher
         self._writer = writer
+        self._trial = trial
         self._unit_blocks = max(1, _UNIT_NBYTES // slot_nbytes)
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="kvstore-mover")
 
@@ -73,10 +78,14 @@ class Mover:
         """
         assert self._writer is not None, "a store open for writing has a writer"
         ticket = BatchTicket(len(keys), timeout_s)
-        if timeout_s is None:
-            self._writer.put(PutJob(ticket, range(len(keys)), tuple(keys), tuple(slots), tuple(num_tokens)))
-        else:
-            self._threads.submit(self._put_copies, self._writer, keys, slots, num_tokens, ticket)
+        items: Sequence[int] = range(len(keys))
+        if self._trial is not None:
+            items = self._trial.hold(ticket, keys, slots, num_tokens)
+        if timeout_s is not None:
+            self._threads.submit(self._put_copies, self._writer, items, keys, slots, num_tokens, ticket)
+        elif items:
+            own = tuple(keys[item] for item in items), tuple(slots[item] for item in items)
+            self._writer.put(PutJob(ticket, items, *own, tuple(num_tokens[item] for item in items)))
         return ticket
 
     def submit_layers(self, load: LayerLoad) -> None:
@@ -100,6 +109,7 @@ class Mover:
     def _put_copies(
         self,
         writer: Writer,
+        items: Sequence[int],
         keys: Sequence[BlockKey],
         slots: Sequence[Tensor],
         num_tokens: Sequence[int],
@@ -110,17 +120,18 @@ class Mover:
         def hand_over() -> None:
             if not waiting:
                 return
-            items, leases = [item for item, _ in waiting], tuple(lease for _, lease in waiting)
+            copied, leases = [item for item, _ in waiting], tuple(lease for _, lease in waiting)
             waiting.clear()
-            own = [keys[item] for item in items]
-            tokens = [num_tokens[item] for item in items]
-            job = PutJob(ticket, items, own, [lease.slot for lease in leases], tokens, leases)
+            own = [keys[item] for item in copied]
+            tokens = [num_tokens[item] for item in copied]
+            job = PutJob(ticket, copied, own, [lease.slot for lease in leases], tokens, leases)
             try:
                 writer.put(job)
             except BusyError:
                 job.drop()
 
-        for item, key in enumerate(keys):
+        for item in items:
+            key = keys[item]
             lease = self._host.try_reserve(key) if len(waiting) < _MAX_PUT_BLOCKS else None
             if lease is None:  # hand over what has been copied: only the writer frees the slots that are waited for
                 hand_over()

@@ -79,6 +79,8 @@ class Fetcher:
         self._num_demands = 0
         self._is_closing = False
         self.host_meter = Meter()
+        self.on_host_hits: Callable[[Sequence[BlockKey]], None] | None = None
+        """Called after a fetch with the blocks that were found in memory."""
 
     @property
     def damaged(self) -> set[BlockKey]:
@@ -119,6 +121,9 @@ class Fetcher:
         self._disk.meter.add(
             TierStats(hits=report.outcomes.count(Outcome.DISK), misses=report.outcomes.count(Outcome.MISS))
         )
+        if self.on_host_hits is not None and num_host:
+            pairs = zip(served, report.outcomes, strict=True)
+            self.on_host_hits([requests[position].key for position, outcome in pairs if outcome is Outcome.HOST])
         self._disk.note_use(
             requests[position].key for position, outcome in zip(served, report.outcomes, strict=True) if outcome.is_hit
         )
@@ -280,7 +285,8 @@ class Fetcher:
             for other in served:
                 self._copy(seat.slot, other.slot, item.layers)
                 other.ticket.unclaim(other.item, source)
-            if served:
+            if others:  # who waited need not wait for the rest of this batch
+                self._flights.end([flight])
                 self._disk.meter.add(TierStats(shared_reads=len(served)))
             outcome = source
         finally:
