@@ -61,6 +61,7 @@ class KVStore:
         budget_tokens: int = 256,
         device_nbytes: int = 256 << 20,
         load_timeout_s: float | None = None,
+        prefetch_tokens: int = 0,
     ) -> Stream:
         """Open a stream, or start one where the store is open for writing.
 
@@ -73,6 +74,8 @@ class KVStore:
             device_nbytes: memory of the device pool; the window, the sinks and the blocks of a question must fit.
             load_timeout_s: seconds that a question waits for its blocks each time it loads some, then answers without
                 those that are late; None waits for all.
+            prefetch_tokens: tokens of the next best blocks to bring to memory behind a question that ranks the stream
+                once (`maxsim`); 0 brings none.
 
         Raises:
             SpecMismatchError: another model wrote the stream, or this one with blocks of another size.
@@ -86,6 +89,7 @@ class KVStore:
             budget_tokens=budget_tokens,
             device_nbytes=device_nbytes,
             load_timeout_s=load_timeout_s,
+            prefetch_tokens=prefetch_tokens,
         )
         layout = self._layout
         if self.blocks.is_writable:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,31 @@ def test_a_failure_that_another_stream_was_told_of_is_not_forgotten(
                 other.commit()
         with pytest.raises(StoreIOError, match="open the stream again"):
             one.commit()
+
+
+def test_the_next_best_blocks_wait_in_memory_and_change_no_answer(tmp_path: Path) -> None:
+    with open_folder(tmp_path) as store:
+        stream = store.stream("s", window_tokens=16)
+        stream.bind(still, CPU)
+        for first in range(0, 96, 16):
+            forward(stream, first, 16)
+        stream.commit()
+    answers, brought = [], []
+    for prefetch_tokens in (0, 24):
+        with open_folder(tmp_path) as store:
+            stream = store.stream("s", window_tokens=16, budget_tokens=16, prefetch_tokens=prefetch_tokens)
+            stream.bind(still, CPU)
+            with stream.recalling():
+                forward(stream, 0, 3)
+            until_s = time.monotonic() + 60
+            while prefetch_tokens and not store.blocks.stats().host.prefetched_blocks:
+                assert time.monotonic() < until_s
+                time.sleep(0.01)
+            brought.append(store.blocks.stats().host.prefetched_blocks)
+            with stream.asking():
+                answers.append(forward(stream, 0, 3))
+    assert brought[0] == 0 < brought[1]
+    assert torch.equal(*answers)
 
 
 def test_budgets_that_are_too_small_are_named(tmp_path: Path) -> None:

@@ -200,8 +200,16 @@ class Branch(Attending):
         ranking = self._view.retriever.rank_stream(question.float().cpu(), len(self._entries))
         chosen = self._choose(ranking)
         attended = self._attend_to(self, chosen, self._recent, range(len(self.contexts)))
+        self._prefetch(ranking, chosen)
         scored = list(zip(ranking.blocks.tolist(), ranking.scores.tolist(), strict=True))
         self.recall.spans = cite(scored, self._entries, attended)
+
+    def _prefetch(self, ranking: Ranking, chosen: Sequence[Entry]) -> None:
+        """Have the next best blocks brought to memory: the next question is often about the same."""
+        excluded = self._excluded.union(entry.index for entry in chosen)
+        blocks = select(ranking, self._sizes, self._view.config.prefetch_tokens, excluded)
+        if blocks:
+            self._view.store.prefetch([self._entries[block].key for block in blocks])
 
     def _select_for_layer(self, layer: int, query: Tensor) -> None:
         queries = query[0].unflatten(0, (self._view.header.spec.kv_heads, -1))

@@ -37,6 +37,8 @@ class SessionConfig:
         device_nbytes: size of the device pool.
         load_timeout_s: seconds that a question waits for its blocks each time it loads some; it goes on without those
             that come later. None waits for all. Appending always does: what it stores must not depend on the disk.
+        prefetch_tokens: tokens of the next best blocks that are brought to host memory after a question has chosen for
+            all layers, while nobody waits for the disk; 0 brings none.
 
     Raises:
         ConfigError: a size or the time is negative, or the window is empty.
@@ -48,11 +50,12 @@ class SessionConfig:
     budget_tokens: int = 128
     device_nbytes: int = 256 << 20
     load_timeout_s: float | None = None
+    prefetch_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.window_tokens < 1:
             raise ConfigError(f"window_tokens is {self.window_tokens}; it must be positive")
-        for name in ("sink_tokens", "budget_tokens", "device_nbytes"):
+        for name in ("sink_tokens", "budget_tokens", "device_nbytes", "prefetch_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.load_timeout_s is not None and not self.load_timeout_s >= 0:

@@ -77,6 +77,7 @@ class Mover:
         the slots are the caller's again when time is up, whatever the disk does.
         """
         assert self._writer is not None, "a store open for writing has a writer"
+        keys, slots, num_tokens = tuple(keys), tuple(slots), tuple(num_tokens)  # the lists are the caller's
         ticket = BatchTicket(len(keys), timeout_s)
         items: Sequence[int] = range(len(keys))
         if self._trial is not None:
