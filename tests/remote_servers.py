@@ -131,7 +131,7 @@ class MooncakeServers:
         segment_nbytes: memory of the storage client.
     """
 
-    def __init__(self, folder: Path, segment_nbytes: int = 128 << 20) -> None:
+    def __init__(self, folder: Path, segment_nbytes: int) -> None:
         pytest.importorskip("mooncake.store", reason="pip install 'tiered-kvstore[remote]', and libibverbs1 for it")
         self.port = free_port()
         self._folder = folder
@@ -186,9 +186,9 @@ class MooncakeServers:
 
 
 @contextmanager
-def mooncake_servers(folder: Path) -> Iterator[MooncakeServers]:
+def mooncake_servers(folder: Path, segment_nbytes: int = 128 << 20) -> Iterator[MooncakeServers]:
     """A master and a storage client for the length of a `with` block."""
-    servers = MooncakeServers(folder)
+    servers = MooncakeServers(folder, segment_nbytes)
     try:
         yield servers
     finally:

@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         inspection,
         mending,
         removal,
+        sharing,
         streams,
         verify,
     )
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         verify.add_command,
         mending.add_commands,
         exporting.add_commands,
+        sharing.add_command,
         removal.add_command,
         bench.add_command,
     ):

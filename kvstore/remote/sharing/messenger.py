@@ -14,7 +14,7 @@ from kvstore.remote.records import fetch_records, send_records
 from kvstore.remote.server import RemoteServer
 from kvstore.spec import BlockKey
 from kvstore.tiers.base import Outcome
-from kvstore.tiers.calibrations import Calibrations
+from kvstore.tiers.codec_shelf import CalibrationSource
 
 _EXCHANGE_S = 30.0
 _CALL_S = 300.0
@@ -25,10 +25,10 @@ class Messenger:
 
     Args:
         server: the server.
-        calibrations: of the store at this end.
+        calibrations: of the store at this end, if there is one.
     """
 
-    def __init__(self, server: RemoteServer, calibrations: Calibrations) -> None:
+    def __init__(self, server: RemoteServer, calibrations: CalibrationSource | None) -> None:
         self._server = server
         self._calibrations = RemoteCalibrations(server.namespace, calibrations)
 

@@ -22,7 +22,7 @@ _BATCH_BLOCKS = 32
 _BATCH_NBYTES = 8 << 20
 
 
-def find_remote_stream(store: Store, server: RemoteServer, name: str) -> StreamHeader:
+def find_remote_stream(server: RemoteServer, name: str) -> StreamHeader:
     """Fetch the header of a stream that was pushed.
 
     Raises:
@@ -30,7 +30,7 @@ def find_remote_stream(store: Store, server: RemoteServer, name: str) -> StreamH
         CorruptRecordError: what it has is damaged.
         StoreIOError: the server failed.
     """
-    return _fetch_head(Messenger(server, store.calibrations), server, name).header
+    return _fetch_head(Messenger(server, None), server, name).header
 
 
 def pull(store: Store, server: RemoteServer, name: str, progress: Progress | None = None) -> ShareReport:
