@@ -164,7 +164,6 @@ class Lanes:
         self._lock = threading.Lock()
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._lanes: dict[Lane, threading.Thread] = {}
-        self._num_idle = 0
         self._is_closed = False
 
     @property

@@ -26,6 +26,8 @@ from kvstore.tiers.slots import check_blocks, check_gets, check_keys
 
 _MAX_ROOMS_NBYTES = 8 << 20
 _MAX_BATCH_BLOCKS = 128
+_MIN_PART_NBYTES = 2 << 20
+"""Smaller parts are not worth a second thread: what they would gain they lose to Python's lock."""
 
 
 class RemoteTier:
@@ -178,9 +180,10 @@ class RemoteTier:
 
     def _submit(self, batch: Batch, carry: Callable[[Lane, Batch, Sequence[int]], None]) -> Ticket:
         """Cut a batch so that all lanes work on it, and each part fits a lane's memory."""
-        count, ticket = len(batch.keys), batch.ticket
-        most = max(1, min(_MAX_ROOMS_NBYTES // self._courier.room_nbytes, _MAX_BATCH_BLOCKS))
-        step = max(1, min(most, -(-count // self._server.config.lanes.count)))
+        count, ticket, room_nbytes = len(batch.keys), batch.ticket, self._courier.room_nbytes
+        most = max(1, min(_MAX_ROOMS_NBYTES // room_nbytes, _MAX_BATCH_BLOCKS))
+        share = max(-(-count // self._server.config.lanes.count), _MIN_PART_NBYTES // room_nbytes)
+        step = max(1, min(most, share))
         for first in range(0, count, step):
             items = range(first, min(first + step, count))
 
