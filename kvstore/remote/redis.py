@@ -14,6 +14,9 @@ from kvstore.tiers.base import Outcome
 _MAX_COMMANDS = 128
 """Commands under way at once: their answers, a few bytes each, must fit the socket while the last are being sent."""
 
+_AHEAD_NBYTES = 2 << 20
+"""Values that are asked for before the first has come."""
+
 
 class RedisTransport:
     """One server. Values are plain strings; the server's own persistence and eviction are its owner's choice.
@@ -62,19 +65,23 @@ class _RedisLink:
         return outcomes
 
     def get(self, keys: Sequence[str], rooms: Sequence[Span], deadline_s: float) -> list[int | Outcome]:
-        """GET."""
+        """GET, a few ahead: a server that has read many commands copies all their values before it sends the first."""
         found: list[int | Outcome] = []
+        num_asked = 0
+        ahead = max(2, min(_MAX_COMMANDS, _AHEAD_NBYTES // max(room.nbytes for room in rooms))) if rooms else 0
         while len(found) < len(keys):
-            some = slice(len(found), len(found) + _MAX_COMMANDS)
-            self._connection.send([[b"GET", key.encode()] for key in keys[some]], deadline_s)
-            for room in rooms[some]:
-                nbytes = self._connection.read_value(self._part(room))
-                if nbytes == -1:
-                    # The rest of the batch is asked for again: to read past a value that may be terabytes takes longer.
-                    found.append(Outcome.DAMAGED)
-                    self._connection.close()
-                    self._connection = RespConnection(self._endpoint, deadline_s)
-                    break
+            if num_asked - len(found) <= ahead // 2:
+                some = keys[num_asked : len(found) + ahead]
+                self._connection.send([[b"GET", key.encode()] for key in some], deadline_s)
+                num_asked += len(some)
+            nbytes = self._connection.read_value(self._part(rooms[len(found)]))
+            if nbytes == -1:
+                # The rest of the batch is asked for again: to read past a value that may be terabytes takes longer.
+                found.append(Outcome.DAMAGED)
+                self._connection.close()
+                self._connection = RespConnection(self._endpoint, deadline_s)
+                num_asked = len(found)
+            else:
                 found.append(self._found(nbytes))
         return found
 
