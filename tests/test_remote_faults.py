@@ -65,6 +65,11 @@ def get(tier: RemoteTier, *numbers: int) -> list[Outcome]:
     return outcomes
 
 
+def is_kept(tier: RemoteTier, number: int) -> bool:
+    """Put a block and read it: Mooncake calls one stored whose earlier put failed and is still being undone."""
+    return put(tier, number) == [Outcome.STORED] and get(tier, number) == [Outcome.REMOTE]
+
+
 def text(number: int) -> str:
     """What the server calls a block."""
     return block_space(open_server("redis://localhost/tests").namespace, LAYOUT).key(Kind.BLOCK, block_key(number))
@@ -210,8 +215,7 @@ def test_a_killed_mooncake_client_loses_its_blocks_and_nothing_else(mooncake: Mo
         outcome = get(tier, 0)[0]
         assert outcome in (Outcome.UNAVAILABLE, Outcome.TIMED_OUT, Outcome.MISS)
         mooncake.start_client()
-        wait_for(lambda: put(tier, 1) == [Outcome.STORED], "room on the new client")
-        wait_for(lambda: get(tier, 1) == [Outcome.REMOTE], "the new block")
+        wait_for(lambda: is_kept(tier, 1), "room on the new client")
 
 
 def test_a_killed_mooncake_master_is_unavailable_until_it_is_back(mooncake: MooncakeServers) -> None:
@@ -222,8 +226,7 @@ def test_a_killed_mooncake_master_is_unavailable_until_it_is_back(mooncake: Moon
             assert get(tier, 0)[0] in (Outcome.UNAVAILABLE, Outcome.TIMED_OUT)
         assert tier.stats().breaker_opened >= 1
         mooncake.start_master()
-        wait_for(lambda: put(tier, 1) == [Outcome.STORED], "room, now that the client has found the master again")
-        wait_for(lambda: get(tier, 1) == [Outcome.REMOTE], "the new block")
+        wait_for(lambda: is_kept(tier, 1), "room, now that the client has found the master again")
 
 
 def test_nobody_at_the_address_is_unavailable(tmp_path: Path) -> None:

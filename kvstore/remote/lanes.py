@@ -104,6 +104,7 @@ class Lane:
         except BaseException as error:
             self._began_s = None
             self.hang_up()
+            self._change_memory()
             self._count_failure(error)
             raise
         self._began_s = None
@@ -130,6 +131,14 @@ class Lane:
         self.hang_up()
         self.memory.release()
         self._arena.close()
+
+    def _change_memory(self) -> None:
+        """Go on with other memory: a library that has given up may yet write to this."""
+        old = self._arena
+        self.memory.release()
+        self._arena = Arena(old.nbytes, False)
+        self.memory = memoryview(self._arena)
+        self._transport.retire(old)
 
     def _count_failure(self, error: BaseException) -> None:
         with self._counting:

@@ -37,6 +37,10 @@ class RedisTransport:
         """Open a connection of its own for this link."""
         return _RedisLink(self._endpoint, memory, deadline_s)
 
+    def retire(self, memory: Arena) -> None:
+        """Nobody writes to it behind our back."""
+        memory.close()
+
     def close(self) -> None:
         """Nothing is shared."""
 

@@ -74,6 +74,10 @@ class Transport(Protocol):
         """Open a link whose values lie in `memory`; raises `StoreIOError`."""
         ...
 
+    def retire(self, memory: Arena) -> None:
+        """Take the memory of a link that failed; close it when nothing writes to it any more."""
+        ...
+
     def close(self) -> None:
         """Release what all links share; no link is used any more."""
         ...
