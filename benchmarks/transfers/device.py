@@ -7,6 +7,7 @@ import torch
 
 from harness import Report, check
 from kvstore.native import Arena, copy_to_device, copy_to_host
+from kvstore.tiers.device.copies import copy_costs
 from transfers.rounds import Call, rounds
 
 _CALL_NBYTES = 64 << 20
@@ -25,20 +26,27 @@ def bench_device(report: Report, sizes: list[int], least: int) -> None:
         runs = [(number * size, place * size, size) for number, place in enumerate(order)]
         host.random_(0, 256)
         expected = host.clone()
-        copy_to_device(arena, target, runs, stream.cuda_stream)
+        copy_to_device(arena, target, runs, False, stream.cuda_stream)
         stream.synchronize()
         host.zero_()
-        copy_to_host(target, arena, runs, stream.cuda_stream)
+        copy_to_host(target, arena, runs, True, stream.cuda_stream)
         stream.synchronize()
         check(torch.equal(host, expected), f"pieces of {size} bytes came back changed")
         for way in ("host->device", "device->host"):
             goes_down = way == "host->device"
 
-            def ours(goes_down: bool = goes_down, runs: list[tuple[int, int, int]] = runs) -> None:
+            costs = copy_costs(torch.cuda.current_device(), to_device=goes_down)
+            by_kernel = costs.prefers_kernel(len(runs), _CALL_NBYTES)
+
+            def ours(
+                goes_down: bool = goes_down,
+                runs: list[tuple[int, int, int]] = runs,
+                by_kernel: bool = by_kernel,
+            ) -> None:
                 if goes_down:
-                    copy_to_device(arena, target, runs, stream.cuda_stream)
+                    copy_to_device(arena, target, runs, by_kernel, stream.cuda_stream)
                 else:
-                    copy_to_host(target, arena, runs, stream.cuda_stream)
+                    copy_to_host(target, arena, runs, by_kernel, stream.cuda_stream)
                 stream.synchronize()
 
             def limit(goes_down: bool = goes_down) -> None:
@@ -48,5 +56,5 @@ def bench_device(report: Report, sizes: list[int], least: int) -> None:
 
             timings = rounds({"batched copies": Call(ours), "pinned copy": Call(limit)}, least=least, most_s=1.0)
             found, against = ("batched copies", timings["batched copies"]), ("pinned copy", timings["pinned copy"])
-            case = {"way": way, "size": size, "gpu": torch.cuda.get_device_name()}
+            case = {"way": way, "size": size, "by_kernel": by_kernel, "gpu": torch.cuda.get_device_name()}
             report.rate("transfer", _CALL_NBYTES / 1e9, "GB/s", found, against, **case)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -259,17 +260,12 @@ class Fetcher:
                     continue
                 item, keeper = items[position], batch.requests[position].owner if batch.is_kept else None
                 item.outcome = None
-
-                def copy(target: Tensor, source: Tensor = slot, layers: range | None = item.layers) -> None:
-                    self._copy(source, target, layers)
-
+                copy = partial(self._copy, slot, layers=item.layers)
                 self._deliver(item, flights[position], copy, keeper, Outcome.REMOTE)
-                batch.report.bytes_read[Tier.REMOTE] = (
-                    batch.report.bytes_read.get(Tier.REMOTE, 0) + self._layout.slot_nbytes
-                )
+                batch.report.bytes_read[Tier.REMOTE] += self._layout.slot_nbytes
 
     def _deliver(
-        self, item: Sought, flight: Flight, decode: Callable[[Tensor], None], keeper: str | None, source: Outcome
+        self, item: Sought, flight: Flight, decode: Callable[[Tensor], object], keeper: str | None, source: Outcome
     ) -> None:
         """Decode into the first slot that is still wanted, keep a copy, hand copies to all who waited."""
         seat = self._flights.claim(flight)

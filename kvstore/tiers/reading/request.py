@@ -43,7 +43,7 @@ class FetchReport:
     """
 
     outcomes: list[Outcome]
-    bytes_read: dict[Tier, int] = field(default_factory=lambda: {Tier.HOST: 0, Tier.DISK: 0})
+    bytes_read: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys((Tier.HOST, Tier.DISK, Tier.REMOTE), 0))
     load_s: float = 0.0
     decode_s: float = 0.0
     reasons: dict[int, str] = field(default_factory=dict)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 from kvstore.errors import ConfigError, CorruptRecordError, KVStoreError
 from kvstore.native import IoPool
@@ -72,8 +73,6 @@ class Sharing:
         """
         cursor_json = dump_json(dict(cursor), "cursor")
         write = None if self._data is None else self._data.write
-        if write is not None:
-            write.writer.flush()
 
         def append(view: WriteView) -> None:
             stream_id = find_stream(view, name).stream_id
@@ -82,7 +81,8 @@ class Sharing:
                 raise ConfigError(f"stream {name!r}: entry {entries[0].index} adopted, it continues at {num_entries}")
             append_entries(view, stream_id, entries, summaries, cursor_json)
 
-        with self._disk.mutation:
-            self._disk.catalogue.write(append)
-        if write is not None:
-            write.appender.forget(name)
+        with nullcontext() if write is None else write.appender.stopped(name):
+            if write is not None:
+                write.writer.flush()
+            with self._disk.mutation:
+                self._disk.catalogue.write(append)
