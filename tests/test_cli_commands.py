@@ -135,7 +135,7 @@ def test_ask_prints_one_json_object(folder: Path, ingested: Path, command: Comma
         assert span["start_s"] < span["end_s"], "the preamble is no part of the video"
     assert answer["stages_s"].keys() == {"retrieve", "load", "decode", "attend"}
     assert answer["ttft_s"] == pytest.approx(sum(answer["stages_s"].values()), abs=0.01)
-    assert answer["bytes_read"].keys() == {"device", "host", "disk"}
+    assert answer["bytes_read"].keys() == {"device", "host", "disk", "remote"}
     assert answer["bytes_read"]["disk"] > 0
     assert 0 < answer["tokens_attended"] < answer["tokens_in_stream"]
     assert answer["policy"] == "maxsim"
