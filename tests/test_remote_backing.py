@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ import torch
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
 from kvstore.remote.address import open_server
-from kvstore.remote.breaker import BreakerState
+from kvstore.remote.breaker import BreakerConfig, BreakerState
+from kvstore.remote.lanes import LaneConfig
 from kvstore.remote.server import RemoteConfig
 from kvstore.remote.tier import RemoteTier
 from kvstore.store import Access, Outcome, Store, Tier
-from tests.remote_servers import RedisServer, redis_server, wait_for
+from tests.remote_servers import MooncakeServers, RedisServer, mooncake_servers, redis_server, wait_for
 from tests.store_blocks import (
     HEADER,
     LAYOUT,
@@ -32,6 +34,7 @@ from tests.store_blocks import (
 )
 
 _PATIENCE_S = 30.0
+_HURRIED = RemoteConfig(0.2, LaneConfig(deadline_s=0.2, patience_s=0.1), BreakerConfig(first_wait_s=0.2))
 
 
 @pytest.fixture
@@ -119,26 +122,58 @@ def test_a_disk_that_has_all_asks_nobody(tmp_path: Path, redis: RedisServer) -> 
         assert tier.stats().tier.hits == tier.stats().tier.misses == 0
 
 
-def test_a_hung_server_delays_no_append_and_reads_go_on(tmp_path: Path, redis: RedisServer) -> None:
-    with open_tier(redis, offers_nbytes=4 * LAYOUT.slot_nbytes) as tier, open_store(tmp_path / "a", tier) as store:
-        store.create_stream(HEADER)
+FAILURES: dict[str, tuple[Any, Callable[[Any], None]]] = {
+    "redis-hangs": (redis_server, RedisServer.stop),
+    "redis-is-killed": (redis_server, RedisServer.kill),
+    "mooncake-client-hangs": (mooncake_servers, MooncakeServers.stop_client),
+    "mooncake-client-is-killed": (mooncake_servers, MooncakeServers.kill_client),
+    "mooncake-master-is-killed": (mooncake_servers, MooncakeServers.kill_master),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_store_goes_on_whatever_becomes_of_the_server(tmp_path: Path, name: str) -> None:
+    start, fail = FAILURES[name]
+    with start(tmp_path) as server:
+        remote = open_server(server.address, _HURRIED)
+        assert remote.is_reachable(_PATIENCE_S)
+        with (
+            RemoteTier(remote, LAYOUT, offers_nbytes=4 * LAYOUT.slot_nbytes) as tier,
+            open_store(tmp_path / "a", tier) as store,
+        ):
+            store.create_stream(HEADER)
+            store.append("lecture", make_blocks(4), {"next": 4})
+            store.flush()
+            tier.flush(_PATIENCE_S)
+            fail(server)
+            for first in range(4, 40, 4):
+                store.append("lecture", make_blocks(4, first), {"next": first + 4})
+            store.flush()
+            assert len(store.manifest("lecture").entries) == 40, "acknowledged, whatever the server does"
+            began_s = time.monotonic()
+            requests = requests_for(make_blocks(40))
+            assert all(outcome.is_hit for outcome in store.fetch(requests).outcomes)
+            assert all(same_block(request.slot, make_slot(index)) for index, request in enumerate(requests))
+            for _ in range(10):  # blocks that nobody has: the breaker keeps these from waiting each time
+                assert store.get([block_key(999)], [empty_slot()]) == [Outcome.MISS]
+            assert time.monotonic() - began_s < 20.0
+            stats = tier.stats()
+            told = (stats.queued_offers, stats.dropped_offers, stats.timed_out, stats.unavailable, stats.tier.misses)
+            assert sum(told) > 0, "the counters tell"
+
+
+def test_a_server_that_goes_on_is_taken_back(tmp_path: Path, redis: RedisServer) -> None:
+    with (
+        RemoteTier(open_server(redis.address, _HURRIED), LAYOUT) as tier,
+        open_store(tmp_path / "a", tier) as store,
+    ):
         redis.stop()
-        for first in range(0, 40, 4):
-            store.append("lecture", make_blocks(4, first), {"next": first + 4})
-        store.flush()
-        assert len(store.manifest("lecture").entries) == 40, "acknowledged, whatever the server does"
-        began_s = time.monotonic()
-        outcomes = store.fetch(requests_for(make_blocks(40))).outcomes
-        assert all(outcome.is_hit for outcome in outcomes)
-        for _ in range(10):  # blocks that nobody has: the breaker keeps these from waiting each time
+        while tier.stats().breaker is not BreakerState.OPEN:
             assert store.get([block_key(999)], [empty_slot()]) == [Outcome.MISS]
-        assert time.monotonic() - began_s < 20.0
-        stats = tier.stats()
-        assert stats.queued_offers + stats.dropped_offers > 0
-        assert stats.breaker_opened > 0
         redis.go_on()
         wait_for(lambda: tier.put([block_key(0)], [make_slot(0)], [40]) == [Outcome.STORED], "the server again")
         assert tier.stats().breaker is BreakerState.CLOSED
+        assert store.get([block_key(0)], [empty_slot()]) == [Outcome.REMOTE]
 
 
 def test_a_tier_of_another_layout_is_refused(tmp_path: Path, redis: RedisServer) -> None:

@@ -82,7 +82,7 @@ class MooncakeTransport:
         try:
             from mooncake.store import MooncakeDistributedStore, ReplicateConfig
         except ImportError as error:
-            raise missing_dependency("mooncake", "the remote tier over Mooncake") from error
+            raise missing_dependency("mooncake", f"the remote tier over Mooncake ({error})") from error
         if cluster.protocol not in ("tcp", "rdma"):
             raise ConfigError(f"{cluster}: protocol {cluster.protocol!r}; use tcp or rdma")
         self._cluster = cluster
@@ -138,7 +138,7 @@ class MooncakeTransport:
             done = subprocess.run(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=10.0, check=False
             )
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except (OSError, ValueError, subprocess.TimeoutExpired) as error:  # ValueError: an impossible host name
             raise StoreIOError(f"{cluster}: the master does not answer: {error}") from error
         if done.returncode != 0:
             raise StoreIOError(f"{cluster}: joining the cluster failed; its log is on stderr of a process that has it")
