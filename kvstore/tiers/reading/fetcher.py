@@ -14,7 +14,6 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from kvstore.errors import KVStoreError
@@ -30,12 +29,10 @@ from kvstore.tiers.eviction.admission import Doorkeeper
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.moving.backing import Backing
 from kvstore.tiers.moving.ticket import BatchTicket
+from kvstore.tiers.reading.behind import read_behind
 from kvstore.tiers.reading.block_reader import BlockReader, Sought
 from kvstore.tiers.reading.flights import Flight, Flights, Seat, Wanted
 from kvstore.tiers.reading.request import FetchReport, FetchRequest
-
-_BACKING_NBYTES = 32 << 20
-"""Memory for blocks that come from behind the disk, at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,12 +227,20 @@ class Fetcher:
         return (request.key, None if whole else request.layers), seat
 
     def _read(self, batch: _Batch, items: dict[int, Sought], flights: dict[int, Flight]) -> None:
-        def deliver(position: int, decode: Callable[[Tensor], None]) -> None:
+        def deliver(position: int, decode: Callable[[Tensor], object]) -> None:
             keeper = batch.requests[position].owner if batch.is_kept else None
             self._deliver(items[position], flights[position], decode, keeper, Outcome.DISK)
 
         batch.report.bytes_read[Tier.DISK] += self._reader.read(items, deliver) if items else 0
-        self._read_backing(batch, {n: item for n, item in items.items() if item.outcome is not None}, flights)
+        if self._backing is not None:
+
+            def deliver_copy(position: int, block: Tensor) -> None:
+                item, keeper = items[position], batch.requests[position].owner if batch.is_kept else None
+                copy = partial(self._copy, block, layers=item.layers)
+                self._deliver(item, flights[position], copy, keeper, Outcome.REMOTE)
+
+            came = read_behind(self._backing, self._layout, items, lambda: batch.ticket.left_s, deliver_copy)
+            batch.report.bytes_read[Tier.REMOTE] = batch.report.bytes_read.get(Tier.REMOTE, 0) + came
         for position, item in items.items():
             batch.report.decode_s += item.decode_s
             if item.outcome is not None:
@@ -243,26 +248,6 @@ class Fetcher:
                     batch.report.reasons[position] = str(item.fault)
                 batch.ticket.settle(position, item.outcome)
         self._disk.meter.add(TierStats(read_blocks=sum(item.is_delivered for item in items.values())))
-
-    def _read_backing(self, batch: _Batch, items: dict[int, Sought], flights: dict[int, Flight]) -> None:
-        """Ask the tier behind for what the disk does not have; what it does not have either keeps its outcome."""
-        step = max(1, _BACKING_NBYTES // self._layout.slot_nbytes)
-        positions = list(items) if self._backing is not None else []
-        for first in range(0, len(positions), step):
-            some = positions[first : first + step]
-            # Into memory of its own: slots are not claimed for as long as a server may take.
-            memory = torch.empty(len(some), self._layout.slot_nbytes, dtype=torch.uint8)
-            assert self._backing is not None, "there is something to ask for"
-            keys = [items[position].key for position in some]
-            outcomes = self._backing.bring(keys, list(memory), batch.ticket.left_s)
-            for position, slot, outcome in zip(some, memory, outcomes, strict=True):
-                if not outcome.is_hit:
-                    continue
-                item, keeper = items[position], batch.requests[position].owner if batch.is_kept else None
-                item.outcome = None
-                copy = partial(self._copy, slot, layers=item.layers)
-                self._deliver(item, flights[position], copy, keeper, Outcome.REMOTE)
-                batch.report.bytes_read[Tier.REMOTE] += self._layout.slot_nbytes
 
     def _deliver(
         self, item: Sought, flight: Flight, decode: Callable[[Tensor], object], keeper: str | None, source: Outcome
