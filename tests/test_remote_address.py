@@ -28,7 +28,7 @@ def test_addresses_name_server_and_namespace(address: str, place: str) -> None:
 
 def test_mooncake_has_settings() -> None:
     pytest.importorskip("mooncake.store", reason="pip install 'tiered-kvstore[remote]', and libibverbs1 for it")
-    with open_server("mooncake://master/x?replicas=2&host=10.0.0.7&segment=1048576&protocol=tcp") as server:
+    with open_server("mooncake://master/x?replicas=2&host=10.0.0.7&protocol=tcp") as server:
         assert server.place == "mooncake://master:50051/x"
     with pytest.raises(ConfigError, match="protocol"):
         open_server("mooncake://master/x?protocol=smoke")

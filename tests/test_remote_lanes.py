@@ -16,7 +16,7 @@ from kvstore.remote.breaker import BreakerConfig, BreakerState
 from kvstore.remote.lanes import LaneConfig
 from kvstore.remote.server import RemoteConfig, RemoteServer
 from kvstore.remote.tier import RemoteTier
-from kvstore.remote.transport import Link, Span
+from kvstore.remote.transport import Link, Memory, Span
 from kvstore.tiers.base import Outcome
 from tests.remote_servers import wait_for
 from tests.store_blocks import LAYOUT, block_key, empty_slot, make_slot, same_block
@@ -39,11 +39,14 @@ class SleepyLibrary:
         self.awake.set()
         self.num_links = 0
 
-    def connect(self, memory: Arena, deadline_s: float) -> Link:
+    def connect(self, memory: Memory, deadline_s: float) -> Link:
         self.num_links += 1
         return _SleepyLink(self, memoryview(memory))
 
-    def retire(self, memory: Arena) -> None:
+    def allocate(self, nbytes: int) -> Memory:
+        return Arena(nbytes, False)
+
+    def free(self, memory: Memory) -> None:
         memory.close()
 
     def close(self) -> None:

@@ -15,9 +15,8 @@ from kvstore.remote.transport import Transport
 _FORMS = (
     "redis://[user:password@]host[:port]/namespace[?db=1], rediss://... with TLS, "
     "redis+unix:///path/of/socket?namespace=name, "
-    "mooncake://master[:port]/namespace[?replicas=1&host=own-address&segment=bytes&protocol=tcp&devices=names]"
+    "mooncake://master[:port]/namespace[?replicas=1&host=own-address&protocol=tcp&devices=names]"
 )
-_MAX_SEGMENT_NBYTES = 1 << 44
 
 
 def open_server(address: str, config: RemoteConfig | None = None) -> RemoteServer:
@@ -76,7 +75,6 @@ def _cluster(address: str, url: SplitResult, port: int, query: dict[str, str]) -
         port=port,
         local_host=query.pop("host", "127.0.0.1"),
         replicas=_number(address, query, "replicas", 1, 64) or 1,
-        segment_nbytes=_number(address, query, "segment", 0, _MAX_SEGMENT_NBYTES),
         protocol=query.pop("protocol", "tcp"),
         devices=query.pop("devices", ""),
     )

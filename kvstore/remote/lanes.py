@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kvstore.errors import KVStoreError, StoreIOError
-from kvstore.native import Arena
 from kvstore.remote.breaker import Breaker, BreakerState
 from kvstore.remote.transport import Link, Span, Transport
 
@@ -55,11 +54,11 @@ class Lane:
         self._breaker = breaker
         self._config = config
         self._link: Link | None = None
-        self._arena = Arena(_MIN_MEMORY_NBYTES, False)
+        self._buffer = transport.allocate(_MIN_MEMORY_NBYTES)
         self._began_s: float | None = None
         self._counting = threading.Lock()
         self._is_counted = False
-        self.memory = memoryview(self._arena)
+        self.memory = memoryview(self._buffer)
         self.is_retired = False
 
     def rooms(self, count: int, nbytes: int) -> list[Span]:
@@ -68,9 +67,9 @@ class Lane:
         if needed_nbytes > len(self.memory):
             self.hang_up()
             self.memory.release()
-            self._arena.close()
-            self._arena = Arena(needed_nbytes, False)
-            self.memory = memoryview(self._arena)
+            self._transport.free(self._buffer)
+            self._buffer = self._transport.allocate(needed_nbytes)
+            self.memory = memoryview(self._buffer)
         return [Span(_SCRATCH_NBYTES + number * nbytes, nbytes) for number in range(count)]
 
     def scratch(self, nbytes: int) -> Span:
@@ -99,12 +98,11 @@ class Lane:
         until_s = self._began_s + (self._config.deadline_s if deadline_s is None else deadline_s)
         try:
             if self._link is None:
-                self._link = self._transport.connect(self._arena, until_s)
+                self._link = self._transport.connect(self._buffer, until_s)
             result = action(self._link, until_s)
         except BaseException as error:
             self._began_s = None
             self.hang_up()
-            self._change_memory()
             self._count_failure(error)
             raise
         self._began_s = None
@@ -130,15 +128,7 @@ class Lane:
         """Hang up and free the memory: nobody else writes to it any more."""
         self.hang_up()
         self.memory.release()
-        self._arena.close()
-
-    def _change_memory(self) -> None:
-        """Go on with other memory: a library that has given up may yet write to this."""
-        old = self._arena
-        self.memory.release()
-        self._arena = Arena(old.nbytes, False)
-        self.memory = memoryview(self._arena)
-        self._transport.retire(old)
+        self._transport.free(self._buffer)
 
     def _count_failure(self, error: BaseException) -> None:
         with self._counting:

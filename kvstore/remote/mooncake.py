@@ -1,28 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transport to a Mooncake Store (FAST '25, arXiv 2407.00079): registered memory, batched, replicated. Imports mooncake.
+"""Transport to a Mooncake Store (FAST '25, arXiv 2407.00079): registered memory, batched, replicated.
 
-Its calls cannot be given a deadline: a hung peer holds them for 30 to 90 seconds. The lanes above leave them behind.
+The library's calls heed no deadline: a hung peer holds them for 30 s, a lost master for 90 s with Python's lock in
+hand, and a process that ends meanwhile crashes. So each link has a process of its own, which is killed when it is
+late; values lie in memory that both share.
 """
 
 from __future__ import annotations
 
+import json
+import mmap
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from importlib.util import find_spec
+from pathlib import Path
+from typing import BinaryIO
 
 from kvstore.errors import ConfigError, StoreIOError
 from kvstore.extras import missing_dependency
-from kvstore.native import Arena
-from kvstore.remote.transport import Link, Span
+from kvstore.remote.transport import Link, Memory, Span
 from kvstore.tiers.base import Outcome
 
 # Error codes of the store (its types.h).
@@ -32,14 +34,10 @@ _NO_SUCH_KEY = -704
 _IS_THERE_ALREADY = -705
 _NOT_READY = -703
 
-_LOCAL_BUFFER_NBYTES = 16 << 20
-_LATE_WRITE_S = 120.0  # longer than any of its own limits
+_JOIN_S = 15.0
+_LEAVE_S = 0.5
 _MARK_NBYTES = 64
-_METADATA = "P2PHANDSHAKE"
-_PROBE = (
-    "import sys; from mooncake.store import MooncakeDistributedStore as S; "
-    "sys.exit(S().setup(sys.argv[1], sys.argv[2], 0, 1 << 20, sys.argv[3], sys.argv[4], sys.argv[5]) != 0)"
-)
+_WORKER = Path(__file__).with_name("mooncake_worker.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +49,36 @@ class MooncakeCluster:
         port: of the master.
         local_host: address of this machine that the others reach.
         replicas: copies of every value, on different machines.
-        segment_nbytes: memory that this process lends to the cluster; 0 to store nothing for others.
         protocol: `tcp` or `rdma`.
         devices: RDMA devices, comma-separated; empty for all.
+
+    Raises:
+        ConfigError: another protocol.
     """
 
     host: str
     port: int = 50051
     local_host: str = "127.0.0.1"
     replicas: int = 1
-    segment_nbytes: int = 0
     protocol: str = "tcp"
     devices: str = ""
+
+    def __post_init__(self) -> None:
+        if self.protocol not in ("tcp", "rdma"):
+            raise ConfigError(f"{self}: protocol {self.protocol!r}; use tcp or rdma")
 
     def __str__(self) -> str:
         return f"mooncake://{self.host}:{self.port}"
 
 
+class _SharedMemory(mmap.mmap):
+    """Memory that a worker maps, too; `descriptor` is how."""
+
+    descriptor: int
+
+
 class MooncakeTransport:
-    """One client of a cluster, shared by all links; it joins with the first.
+    """Starts workers, one a link.
 
     Args:
         cluster: the cluster.
@@ -79,99 +88,91 @@ class MooncakeTransport:
     """
 
     def __init__(self, cluster: MooncakeCluster) -> None:
-        try:
-            from mooncake.store import MooncakeDistributedStore, ReplicateConfig
-        except ImportError as error:
-            raise missing_dependency("mooncake", f"the remote tier over Mooncake ({error})") from error
-        if cluster.protocol not in ("tcp", "rdma"):
-            raise ConfigError(f"{cluster}: protocol {cluster.protocol!r}; use tcp or rdma")
+        if find_spec("mooncake") is None:
+            raise missing_dependency("mooncake", "the remote tier over Mooncake")
         self._cluster = cluster
-        self._client: Any = None
-        self._new_client = MooncakeDistributedStore
-        self._joining = threading.Lock()
-        self._retired: deque[tuple[float, Arena]] = deque()
-        self._config = ReplicateConfig()
-        self._config.replica_num = cluster.replicas
-        # Without it the client looks for an address in the local network, and finds none on a loopback-only host.
-        os.environ.setdefault("MC_TCP_BIND_ADDRESS", cluster.local_host)
 
     @property
     def place(self) -> str:
         """Where the master is."""
         return str(self._cluster)
 
-    def connect(self, memory: Arena, deadline_s: float) -> Link:
-        """Join the cluster if that is still to be done, and register the memory."""
-        with self._joining:
-            if self._client is None:
-                self._client = self._join(deadline_s)
-        address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-        if self._client.register_buffer(address, memory.nbytes) != 0:
-            raise StoreIOError(f"{self._cluster}: {memory.nbytes} bytes of memory cannot be registered")
-        return _MooncakeLink(self._cluster, self._client, self._config, memory, address)
+    def allocate(self, nbytes: int) -> Memory:
+        """Memory that a worker can share."""
+        descriptor = os.memfd_create("kvstore-remote", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(descriptor, nbytes)
+            memory = _SharedMemory(descriptor, nbytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        memory.descriptor = descriptor
+        return memory
 
-    def retire(self, memory: Arena) -> None:
-        """Keep it while a transfer that the client has given up may yet end in it."""
-        now_s = time.monotonic()
-        with self._joining:
-            self._retired.append((now_s + _LATE_WRITE_S, memory))
-            while self._retired[0][0] < now_s:
-                self._retired.popleft()[1].close()
+    def free(self, memory: Memory) -> None:
+        """Unmapped when the last view of it is gone."""
+        assert isinstance(memory, _SharedMemory), "it was allocated here"
+        os.close(memory.descriptor)
+
+    def connect(self, memory: Memory, deadline_s: float) -> Link:
+        """Start a worker and have it join; that may take longer than an exchange."""
+        assert isinstance(memory, _SharedMemory), "it was allocated here"
+        return _MooncakeLink(self._cluster, memory, max(deadline_s, time.monotonic() + _JOIN_S))
 
     def close(self) -> None:
-        """Leave the cluster."""
-        with self._joining:
-            if self._client is not None:
-                self._client.close()
-                self._client = None
-            self._retired.clear()
-
-    def _join(self, deadline_s: float) -> Any:
-        """Join; tried by a child process first, since the library holds Python's lock for minutes when it fails."""
-        cluster = self._cluster
-        setup = (cluster.local_host, _METADATA, cluster.protocol, cluster.devices, f"{cluster.host}:{cluster.port}")
-        try:
-            left_s = deadline_s - time.monotonic()
-            socket.create_connection((cluster.host, cluster.port), max(left_s, 0.001)).close()
-            command = [sys.executable, "-c", _PROBE, *setup]
-            # Joining takes longer than a call may: nobody waits for this one, it ends for the next call's sake.
-            done = subprocess.run(
-                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=10.0, check=False
-            )
-        except (OSError, ValueError, subprocess.TimeoutExpired) as error:  # ValueError: an impossible host name
-            raise StoreIOError(f"{cluster}: the master does not answer: {error}") from error
-        if done.returncode != 0:
-            raise StoreIOError(f"{cluster}: joining the cluster failed; its log is on stderr of a process that has it")
-        client = self._new_client()
-        host, metadata, protocol, devices, master = setup
-        result = client.setup(host, metadata, cluster.segment_nbytes, _LOCAL_BUFFER_NBYTES, protocol, devices, master)
-        if result != 0:
-            raise StoreIOError(f"{cluster}: joining the cluster failed with {result}")
-        return client
+        """Nothing is shared."""
 
 
 class _MooncakeLink:
-    """See `Link`. No call heeds its deadline."""
+    """See `Link`. An answer that is late ends the worker."""
 
-    def __init__(self, cluster: MooncakeCluster, client: Any, config: Any, memory: Arena, address: int) -> None:
+    def __init__(self, cluster: MooncakeCluster, memory: _SharedMemory, deadline_s: float) -> None:
         self._cluster = cluster
-        self._client = client
-        self._config = config
-        self._memory = memoryview(memory)  # kept: its address is registered
-        self._address = address
+        self._memory = memoryview(memory)
+        try:  # a child takes a second to find out
+            left_s = min(deadline_s - time.monotonic(), _JOIN_S)
+            socket.create_connection((cluster.host, cluster.port), left_s).close()
+            self._socket, theirs = socket.socketpair()
+        except (OSError, ValueError) as error:  # ValueError: an impossible host name
+            raise StoreIOError(f"{cluster}: the master does not answer: {error}") from error
+        settings = {
+            "local_host": cluster.local_host,
+            "master": f"{cluster.host}:{cluster.port}",
+            "replicas": cluster.replicas,
+            "protocol": cluster.protocol,
+            "devices": cluster.devices,
+            "nbytes": len(memory),
+            "memory": memory.descriptor,
+            "socket": theirs.fileno(),
+        }
+        with theirs:
+            self._worker = subprocess.Popen(
+                [sys.executable, "-P", str(_WORKER), json.dumps(settings)],  # -P: this folder has modules of its own
+                pass_fds=(memory.descriptor, theirs.fileno()),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        self._lines: BinaryIO = self._socket.makefile("rb")
+        try:
+            (code,) = self._read(1, deadline_s)
+            if code != 0:
+                raise self._failed(code)
+        except StoreIOError:
+            self.close()
+            raise
 
     def put(
         self, keys: Sequence[str], values: Sequence[Span], deadline_s: float, *, replace: bool = False
     ) -> list[Outcome]:
         """Create objects, or update them; a plain put keeps an object that is there."""
-        store = self._client.batch_upsert_from if replace else self._client.batch_put_from
         once = dict(zip(keys, values, strict=True))
-        codes = self._checked(store(list(once), *self._places(list(once.values())), self._config), len(once))
+        codes = self._ask("replace" if replace else "put", list(once), deadline_s, list(once.values()))
         outcomes = {key: self._stored(code) for key, code in zip(once, codes, strict=True)}
         return [outcomes[key] for key in keys]
 
     def get(self, keys: Sequence[str], rooms: Sequence[Span], deadline_s: float) -> list[int | Outcome]:
-        """Read objects straight into the registered memory.
+        """Read objects straight into the shared memory.
 
         The client says that it has filled every room of a key that is asked for twice, and fills one: each is asked for
         once. Rooms are marked as empty before, so that what it has not filled is not taken for an answer.
@@ -181,7 +182,7 @@ class _MooncakeLink:
             once.setdefault(key, room)
             mark = min(room.nbytes, _MARK_NBYTES)
             self._memory[room.offset : room.offset + mark] = bytes(mark)
-        codes = self._checked(self._client.batch_get_into(list(once), *self._places(list(once.values()))), len(once))
+        codes = self._ask("get", list(once), deadline_s, list(once.values()))
         found = {key: self._found(code, once[key].nbytes) for key, code in zip(once, codes, strict=True)}
         for key, room in zip(keys, rooms, strict=True):
             nbytes, source = found[key], once[key]
@@ -192,30 +193,56 @@ class _MooncakeLink:
 
     def exists(self, keys: Sequence[str], deadline_s: float) -> list[bool]:
         """Ask the master."""
-        codes = self._checked(self._client.batch_is_exist(list(keys)), len(keys))
+        codes = self._ask("exists", keys, deadline_s)
         if any(code < 0 for code in codes):
             raise self._failed(min(codes))
         return [code == 1 for code in codes]
 
     def remove(self, keys: Sequence[str], deadline_s: float) -> list[bool]:
         """Remove objects, also those that were read a moment ago, which the master would keep for their readers."""
-        codes = self._checked(self._client.batch_remove(list(keys), True), len(keys))
+        codes = self._ask("remove", keys, deadline_s)
         for code in codes:
             if code not in (0, _NO_SUCH_KEY):
                 raise self._failed(code)
         return [code == 0 for code in codes]
 
     def close(self) -> None:
-        """Forget the memory."""
-        self._client.unregister_buffer(self._address)
+        """Let the worker leave, or end it: when this returns, nobody writes to the memory."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._lines.close()
+        self._socket.close()
+        try:
+            self._worker.wait(_LEAVE_S)
+        except subprocess.TimeoutExpired:
+            self._worker.kill()
+            self._worker.wait()
         self._memory.release()
 
-    def _places(self, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
-        return [self._address + span.offset for span in spans], [span.nbytes for span in spans]
+    def _ask(self, verb: str, keys: Sequence[str], deadline_s: float, spans: Sequence[Span] = ()) -> list[int]:
+        if not keys:
+            return []
+        request = {
+            "verb": verb,
+            "keys": list(keys),
+            "offsets": [span.offset for span in spans],
+            "nbytes": [span.nbytes for span in spans],
+        }
+        try:
+            self._socket.settimeout(max(deadline_s - time.monotonic(), 0.001))
+            self._socket.sendall(json.dumps(request).encode() + b"\n")
+        except OSError as error:
+            raise StoreIOError(f"{self._cluster}: the worker is gone: {error}") from error
+        return self._read(len(keys), deadline_s)
 
-    def _checked(self, codes: object, count: int) -> list[int]:
-        if not isinstance(codes, list) or len(codes) != count:
-            raise StoreIOError(f"{self._cluster}: the client answered a batch of {count} keys with {codes!r:.80}")
+    def _read(self, count: int, deadline_s: float) -> list[int]:
+        try:
+            self._socket.settimeout(max(deadline_s - time.monotonic(), 0.001))
+            codes = json.loads(self._lines.readline() or b"null")
+        except (OSError, ValueError) as error:
+            raise StoreIOError(f"{self._cluster}: no answer: {error}") from error
+        if not isinstance(codes, list) or len(codes) != count or not all(isinstance(code, int) for code in codes):
+            raise StoreIOError(f"{self._cluster}: the worker has ended, or is out of step")
         return codes
 
     def _stored(self, code: int) -> Outcome:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from kvstore.errors import StoreIOError
 from kvstore.native import Arena
 from kvstore.remote.resp import Endpoint, Refusal, RespConnection
-from kvstore.remote.transport import Link, Span
+from kvstore.remote.transport import Link, Memory, Span
 from kvstore.tiers.base import Outcome
 
 _MAX_COMMANDS = 128
@@ -33,11 +33,15 @@ class RedisTransport:
         """Where the server is."""
         return str(self._endpoint)
 
-    def connect(self, memory: Arena, deadline_s: float) -> Link:
+    def connect(self, memory: Memory, deadline_s: float) -> Link:
         """Open a connection of its own for this link."""
         return _RedisLink(self._endpoint, memory, deadline_s)
 
-    def retire(self, memory: Arena) -> None:
+    def allocate(self, nbytes: int) -> Memory:
+        """Plain memory."""
+        return Arena(nbytes, False)
+
+    def free(self, memory: Memory) -> None:
         """Nobody writes to it behind our back."""
         memory.close()
 
@@ -48,7 +52,7 @@ class RedisTransport:
 class _RedisLink:
     """See `Link`."""
 
-    def __init__(self, endpoint: Endpoint, memory: Arena, deadline_s: float) -> None:
+    def __init__(self, endpoint: Endpoint, memory: Memory, deadline_s: float) -> None:
         self._endpoint = endpoint
         self._memory = memoryview(memory)
         self._connection = RespConnection(endpoint, deadline_s)

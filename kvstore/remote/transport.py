@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from mmap import mmap
+from typing import NamedTuple, Protocol, TypeAlias
 
 from kvstore.native import Arena
 from kvstore.tiers.base import Outcome
+
+Memory: TypeAlias = Arena | mmap
+"""Where a link's values lie; a writable buffer."""
 
 
 class Span(NamedTuple):
@@ -70,12 +74,16 @@ class Transport(Protocol):
         """Where the server is, for messages; without passwords."""
         ...
 
-    def connect(self, memory: Arena, deadline_s: float) -> Link:
+    def connect(self, memory: Memory, deadline_s: float) -> Link:
         """Open a link whose values lie in `memory`; raises `StoreIOError`."""
         ...
 
-    def retire(self, memory: Arena) -> None:
-        """Take the memory of a link that failed; close it when nothing writes to it any more."""
+    def allocate(self, nbytes: int) -> Memory:
+        """Make memory for links."""
+        ...
+
+    def free(self, memory: Memory) -> None:
+        """Give memory back; no link uses it any more."""
         ...
 
     def close(self) -> None:

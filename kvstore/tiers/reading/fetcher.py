@@ -240,7 +240,7 @@ class Fetcher:
                 self._deliver(item, flights[position], copy, keeper, Outcome.REMOTE)
 
             came = read_behind(self._backing, self._layout, items, lambda: batch.ticket.left_s, deliver_copy)
-            batch.report.bytes_read[Tier.REMOTE] = batch.report.bytes_read.get(Tier.REMOTE, 0) + came
+            batch.report.bytes_read[Tier.REMOTE] += came
         for position, item in items.items():
             batch.report.decode_s += item.decode_s
             if item.outcome is not None:
