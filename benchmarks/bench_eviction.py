@@ -18,7 +18,7 @@ from kvstore.codec import Profile
 from kvstore.layout import BlockLayout
 from kvstore.spec import ModelSpec, chain_key
 from kvstore.store import Access, Durability, Outcome, Store
-from kvstore.tiers.free_space import FreeSpace
+from kvstore.tiers.placing.free_space import FreeSpace
 from machine import file_system
 
 BATCH = 16

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from kvstore.errors import ConfigError
 
@@ -97,6 +98,8 @@ class StoreConfig:
         io_threads: native threads that read and write extents.
         decode_threads: threads that encode and decode records.
         host: how the host tier is shared.
+        extent_folders: folders on other drives that a writer spreads new extents over, beside the store's own; they
+            are remembered, and ignored by readers.
 
     Raises:
         ConfigError: a size is negative, or a thread count is below one.
@@ -109,6 +112,7 @@ class StoreConfig:
     io_threads: int = 4
     decode_threads: int = 2
     host: HostConfig = HostConfig()
+    extent_folders: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("io_threads", "decode_threads"):

@@ -54,7 +54,7 @@ __all__ = [
 class Store(BlockCalls):
     """One open store folder; make it with `Store.open`, close it with `with`. Thread-safe.
 
-    One process writes, any number read beside it and see what it has committed; changing calls raise `ReadOnlyError`
+    One process writes, any number read beside it what it has committed; changing calls raise `ReadOnlyError`
     for them. A process opens a store once and shares the object; a forked child opens its own.
 
     Args:
@@ -85,6 +85,7 @@ class Store(BlockCalls):
         stream_nbytes: int | None = None,
         remote: Backing | None = None,
         put_admission: str = Admission.ALWAYS,
+        extent_folders: Sequence[str | os.PathLike[str]] = (),
     ) -> Store:
         """Open a store; a writer creates it where there is none.
 
@@ -104,17 +105,17 @@ class Store(BlockCalls):
             remote: a tier behind the disk (docs/remote.md), of the same layout: blocks that are missing or damaged here
                 are looked for there, and written ones are offered to it. The caller closes it, after the store.
             put_admission: which plain blocks are written to disk: `always`, or from the `second-use` on.
+            extent_folders: on other drives, remembered: new extents go to them too; one that is away is misses.
 
         Raises:
             StoreNotFoundError: a reader found nothing there.
-            BusyError: another process writes it, or this one has it open.
-            ReadOnlyError: a writer may not write there.
-            UnsupportedFormatError: the store is newer than this program.
-            CorruptRecordError: the catalogue is damaged.
+            BusyError, ReadOnlyError: another process writes it, this one has it open, or a writer may not write there.
+            UnsupportedFormatError, CorruptRecordError: it is newer than this program; its catalogue is damaged.
             ConfigError: a setting is out of range.
         """
         host = HostConfig.named(eviction, admission, stream_nbytes, put_admission)
-        config = StoreConfig(access, durability, host_nbytes, disk_nbytes, io_threads, decode_threads, host)
+        folders = tuple(map(Path, extent_folders))
+        config = StoreConfig(access, durability, host_nbytes, disk_nbytes, io_threads, decode_threads, host, folders)
         with ExitStack() as building:
             disk = DiskTier(Path(path), config)
             building.callback(disk.close)
@@ -260,8 +261,7 @@ class Store(BlockCalls):
         """Remove a stream and the blocks that only it needs, in one transaction; returns the bytes freed.
 
         Raises:
-            StreamNotFoundError: there is none of that name.
-            KVStoreError: what an earlier append ran into; the stream is still there.
+            StreamNotFoundError, KVStoreError: there is none of that name; what an earlier append ran into.
         """
         self._check_open(writing=True)
         return remove_stream(self._disk, self._data, name)

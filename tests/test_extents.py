@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from kvstore.errors import CorruptRecordError
 from kvstore.layout import ALIGNMENT
 from kvstore.tiers.base import Extent
-from kvstore.tiers.extents import MIN_STEP_NBYTES, ExtentAllocator, ExtentFiles
-from kvstore.tiers.free_space import FreeSpace
+from kvstore.tiers.extents import ExtentFiles
+from kvstore.tiers.placing.allocator import MIN_STEP_NBYTES, ExtentAllocator
+from kvstore.tiers.placing.free_space import FreeSpace
 
 
 def test_an_empty_range_has_nothing_to_give() -> None:
@@ -60,7 +61,7 @@ def test_used_ranges_behind_the_end_lengthen_the_range() -> None:
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 40), st.integers(0, 100)), max_size=80), st.integers(2, 5))
 def test_no_byte_has_two_owners_and_none_is_lost(steps: list[tuple[bool, int, int]], bucket_ranges: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvstore.tiers.free_space._MAX_BUCKET_RANGES", bucket_ranges)
+        patch.setattr("kvstore.tiers.placing.free_space._MAX_BUCKET_RANGES", bucket_ranges)
         _check_free_space(steps)
 
 

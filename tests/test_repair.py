@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.errors import ReadOnlyError, UnsupportedFormatError
+from kvstore.errors import ReadOnlyError
 from kvstore.store import Access, Durability, FetchRequest, Outcome, Store
 from kvstore.tiers.catalogue import Catalogue, Table, WriteView
-from kvstore.tiers.tables.meta import FORMAT_MAJOR, FORMAT_MINOR
 from kvstore.tiers.tables.records import position_key
 from kvstore.tiers.upkeep.repair import Repairer, RepairReport
 from tests.store_blocks import (
@@ -179,15 +178,6 @@ def test_a_stream_that_lost_its_cursor_counts_as_complete(tmp_path: Path) -> Non
     _repair(tmp_path)
     with open_store(tmp_path, Access.READ) as store:
         assert store.manifest("lecture").is_complete
-
-
-def test_a_store_of_a_newer_minor_version_is_used_and_not_mended(tmp_path: Path) -> None:
-    _fill(tmp_path)
-    _change(tmp_path, _put(Table.META, b"format", struct.pack("<4sHHd", b"KVXS", FORMAT_MAJOR, FORMAT_MINOR + 1, 0.0)))
-    with open_store(tmp_path) as store:
-        assert all(_outcomes(store, "lecture"))
-        with pytest.raises(UnsupportedFormatError, match="upgrade"):
-            Repairer(store._disk, store._pool)
 
 
 def _rows(path: Path) -> list[tuple[Table, bytes, bytes]]:

@@ -19,8 +19,10 @@ from kvstore.stats import DiskUsage, Meter, TierStats
 from kvstore.tiers.base import Extent
 from kvstore.tiers.calibrations import Calibrations
 from kvstore.tiers.catalogue import Catalogue, WriteView
-from kvstore.tiers.extents import ExtentAllocator, ExtentFiles, sync_folder
+from kvstore.tiers.extents import ExtentFiles, sync_folder
 from kvstore.tiers.lock import WriterLock
+from kvstore.tiers.placing.allocator import ExtentAllocator
+from kvstore.tiers.placing.extent_folders import add_folders
 from kvstore.tiers.room import describe_full, refusal
 from kvstore.tiers.tables.blocks import (
     delete_block,
@@ -30,6 +32,7 @@ from kvstore.tiers.tables.blocks import (
     taken_extents,
     touch,
 )
+from kvstore.tiers.tables.folders import FolderMap, read_folders, write_folders
 from kvstore.tiers.tables.meta import begin_epoch, check_format
 from kvstore.tiers.tables.records import BlockRecord
 
@@ -89,22 +92,25 @@ class DiskTier:
             )
             cleanup.callback(self.catalogue.close)
             self.calibrations = Calibrations(self.catalogue)
-            self.files = ExtentFiles(folder / "extents", writable=self.is_writable)
             self._touched: dict[BlockKey, None] = {}
             self._allocated_nbytes = 0
             self._touched_lock = threading.Lock()
             if self.is_writable:
                 self._numbers = count(self.catalogue.write(lambda view: begin_epoch(view, time.time())))
-                self.count_free_space()
             else:
                 with self.catalogue.read() as view:
                     check_format(view)
+            self.files = ExtentFiles(folder / "extents", writable=self.is_writable, read_map=self._read_folders)
+            if self.is_writable:
+                if config.extent_folders:
+                    self._place(add_folders(self.files.folders, config.extent_folders))
+                self.count_free_space()
             cleanup.pop_all()
 
     def count_free_space(self) -> None:
         """Take everything that the catalogue does not name for free, as at opening; called under `mutation`."""
         with self.catalogue.read() as view:
-            self.allocator = ExtentAllocator(self.files, taken_extents(view))
+            self.allocator = ExtentAllocator(self.files, taken_extents(view), self._place)
 
     def next_number(self) -> int:
         """Draw a generation or a stamp: unique in the life of the store, and larger than all before."""
@@ -118,7 +124,8 @@ class DiskTier:
             with_directory: per key, also return the record's header and plane directory.
 
         Returns:
-            Per key: the block, None when it is not stored, or the error that its damaged entry caused.
+            Per key: the block, None when it is not stored or in a folder that is away, or the error that its damaged
+            entry caused.
         """
         found: list[Found | KVStoreError | None] = []
         with self.catalogue.read() as view:
@@ -128,8 +135,10 @@ class DiskTier:
                 except KVStoreError as error:
                     found.append(error)
                     continue
-                directory = find_directory(view, key) if wants_directory and record is not None else None
-                found.append(None if record is None else Found(record, directory))
+                if record is None or self.files.is_away(record.extent.file_id):
+                    found.append(None)
+                    continue
+                found.append(Found(record, find_directory(view, key) if wants_directory else None))
         return found
 
     def note_use(self, keys: Iterable[BlockKey]) -> None:
@@ -219,7 +228,9 @@ class DiskTier:
             freed = list(work(view))
             idle: dict[BlockKey, BlockRecord] = {}
             candidates = islice(oldest_first(view, idle), _MAX_VICTIMS_PER_COMMIT + len(keep))
-            victims = choose_victims(candidates, target_nbytes=evict_nbytes, keep=keep)
+            # What is in a folder that is away makes no room, and may come back.
+            here = (each for each in candidates if not self.files.is_away(idle[each.key].extent.file_id))
+            victims = choose_victims(here, target_nbytes=evict_nbytes, keep=keep)
             freed += [delete_block(view, victim.key, idle[victim.key]) for victim in victims]
             return freed, len(victims)
 
@@ -235,6 +246,14 @@ class DiskTier:
         if limit is None or wanted > limit // _MOST_AHEAD:
             return 0  # the file system says when it is full; a small store is used to the last block
         return max(0, min(wanted, self.allocator.used_nbytes + wanted - limit))
+
+    def _read_folders(self) -> FolderMap:
+        with self.catalogue.read() as view:
+            return read_folders(view)
+
+    def _place(self, folders: FolderMap) -> None:
+        self.catalogue.write(lambda view: write_folders(view, folders))
+        self.files.use(folders)
 
     def _describe_lack(self, nbytes: int) -> str:
         """Say which is full, the budget or the file system."""

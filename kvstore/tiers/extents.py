@@ -1,71 +1,97 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extent files: open handles, preallocation in steps, and who owns which bytes."""
+"""Extent files: open handles, in the store's own folder and in others that may be away."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
-from contextlib import suppress
-from itertools import groupby
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from kvstore.errors import CapacityError, CorruptRecordError, StoreIOError
-from kvstore.layout import ALIGNMENT
+from kvstore.errors import StoreIOError
 from kvstore.native import DirectFile
-from kvstore.tiers.base import Extent
-from kvstore.tiers.free_space import FreeSpace
-
-MIN_STEP_NBYTES = 1 << 20
-MAX_STEP_NBYTES = 256 << 20
-MAX_FILE_NBYTES = 64 << 30
+from kvstore.tiers.placing.extent_folders import is_marked
+from kvstore.tiers.tables.folders import FolderMap
 
 
 class ExtentFiles:
     """Open handles of a store's extent files, by file id; opened on first use, closed together. Thread-safe.
 
+    A folder beside the store's own may be away: its files are not opened, not listed, and nothing is put there.
+
     Args:
-        folder: holds `00000000.extents`, `00000001.extents`, ...
+        folder: the store's own, number 0; holds `00000000.extents`, `00000001.extents`, ...
         writable: open handles for writing; missing files are created.
+        read_map: says where files lie; asked again for files that were not known.
     """
 
-    def __init__(self, folder: Path, *, writable: bool) -> None:
+    def __init__(
+        self, folder: Path, *, writable: bool, read_map: Callable[[], FolderMap] = lambda: FolderMap("")
+    ) -> None:
         self._folder = folder
         self._writable = writable
+        self._read_map = read_map
         self._lock = threading.Lock()
         self._files: dict[int, DirectFile] = {}
-        self._has_new_file = False
+        self._unsynced: set[Path] = set()
+        self.folders = read_map()
+        self._present = self._find_present()
+
+    def use(self, folders: FolderMap) -> None:
+        """Go by a new map: the writer's, which has just been committed."""
+        with self._lock:
+            self.folders = folders
+            self._present = self._find_present()
+
+    def present(self) -> list[int]:
+        """Numbers of the folders that are there, ascending; 0 always is."""
+        return sorted(self._present)
+
+    def is_away(self, file_id: int) -> bool:
+        """Whether a file is in a folder that is not there."""
+        return self._number(file_id) not in self._present
 
     def path(self, file_id: int) -> Path:
         """Where the file lies."""
-        return self._folder / f"{file_id:08d}.extents"
+        number = self._number(file_id)
+        return self._folder_path(number) / f"{file_id:08d}.extents"
 
     def file(self, file_id: int) -> DirectFile:
         """Return the open handle.
 
         Raises:
-            StoreIOError: the file is missing or cannot be opened.
+            StoreIOError: the file is missing, its folder is away, or it cannot be opened.
         """
         with self._lock:
             found = self._files.get(file_id)
             if found is None:
-                self._has_new_file |= self._writable and not self.path(file_id).exists()
-                found = DirectFile(str(self.path(file_id)), self._writable)
+                path = self.path(file_id)
+                if self.is_away(file_id):
+                    raise StoreIOError(f"{path}: the folder is not there")
+                is_new = self._writable and not path.exists()
+                found = DirectFile(str(path), self._writable)
+                if is_new:
+                    self._unsynced.add(path.parent)
                 self._files[file_id] = found
             return found
 
     def sizes(self) -> dict[int, int]:
-        """Bytes of every extent file in the folder, by file id in ascending order."""
-        paths = sorted(self._folder.glob("*.extents"))
-        return {int(path.stem): path.stat().st_size for path in paths if path.stem.isdigit()}
+        """Bytes of every extent file that is there, by file id in ascending order."""
+        sizes: dict[int, int] = {}
+        for number in self._present:
+            for path in self._folder_path(number).glob("*.extents"):
+                if path.stem.isdigit() and self._number(int(path.stem)) == number:
+                    sizes[int(path.stem)] = path.stat().st_size
+        return dict(sorted(sizes.items()))
 
     def sync(self, file_ids: Iterable[int]) -> None:
         """Return when what was written to these files survives a power cut, new files included."""
         for file_id in sorted(set(file_ids)):
             self.file(file_id).sync()
-        if self._has_new_file:
-            sync_folder(self._folder)
-            self._has_new_file = False
+        while self._unsynced:
+            folder = next(iter(self._unsynced))
+            sync_folder(folder)
+            self._unsynced.discard(folder)
 
     def shorten(self, file_id: int, nbytes: int) -> None:
         """Give everything behind the first `nbytes` bytes back to the file system.
@@ -86,130 +112,21 @@ class ExtentFiles:
                 file.close()
             self._files.clear()
 
+    def _number(self, file_id: int) -> int:
+        if file_id >= len(self.folders.of_file) and not self._writable:
+            known = self.folders
+            self.folders = self._read_map()  # the writer may have added files, and folders, since
+            if self.folders.paths != known.paths:
+                self._present = self._find_present()
+        return self.folders.folder_of(file_id)
 
-class ExtentAllocator:
-    """Hands out extents and takes them back; grows the files in steps. The writer owns the only one. Thread-safe.
+    def _folder_path(self, number: int) -> Path:
+        return self._folder if number == 0 else Path(self.folders.paths[number - 1])
 
-    Nothing of it is stored: at open, everything that the catalogue does not name is free, so a crash leaks nothing.
-
-    Args:
-        files: where the extents lie.
-        allocated: the extents that the catalogue names, in disk order.
-    """
-
-    def __init__(self, files: ExtentFiles, allocated: Iterable[Extent]) -> None:
-        self._files = files
-        self._lock = threading.Lock()
-        sizes = files.sizes()
-        self._spaces: dict[int, FreeSpace] = {}
-        for file_id, extents in groupby(allocated, key=lambda extent: extent.file_id):
-            size = _whole_pages(sizes.pop(file_id, 0))
-            self._spaces[file_id] = FreeSpace.around(((e.offset, e.nbytes) for e in extents), size)
-        for file_id, size in sizes.items():
-            self._spaces[file_id] = FreeSpace(_whole_pages(size))
-        self._spaces = dict(sorted(self._spaces.items()))
-
-    @property
-    def used_nbytes(self) -> int:
-        """Bytes handed out."""
-        with self._lock:
-            return sum(space.used_nbytes for space in self._spaces.values())
-
-    @property
-    def file_nbytes(self) -> int:
-        """Length of all files."""
-        with self._lock:
-            return sum(space.nbytes for space in self._spaces.values())
-
-    def lengths(self) -> dict[int, int]:
-        """Return every file's length, as the allocator knows it."""
-        with self._lock:
-            return {file_id: space.nbytes for file_id, space in self._spaces.items()}
-
-    def free_ranges(self) -> dict[int, list[tuple[int, int]]]:
-        """Return every file's free (offset, nbytes), sorted."""
-        with self._lock:
-            return {file_id: space.ranges() for file_id, space in self._spaces.items()}
-
-    def allocate(self, nbytes: int, limit_nbytes: int | None) -> Extent | None:
-        """Hand out an extent of `nbytes` (a multiple of the alignment), growing a file where needed.
-
-        Args:
-            nbytes: length.
-            limit_nbytes: most bytes that all files may have together; None for no limit.
-
-        Returns:
-            The extent; None when neither the limit nor the file system leaves room.
-        """
-        assert nbytes % ALIGNMENT == 0, f"extent of {nbytes} bytes"
-        with self._lock:
-            for file_id, space in self._spaces.items():
-                offset = space.allocate(nbytes)
-                if offset is not None:
-                    return Extent(file_id, offset, nbytes)
-            return self._allocate_grown(nbytes, limit_nbytes)
-
-    def allocate_before(self, extent: Extent) -> Extent | None:
-        """Hand out as many bytes nearer to the front than `extent`; None when no hole there has them."""
-        with self._lock:
-            for file_id, space in self._spaces.items():
-                if file_id > extent.file_id:
-                    break
-                offset = space.allocate(extent.nbytes, extent.offset if file_id == extent.file_id else None)
-                if offset is not None:
-                    return Extent(file_id, offset, extent.nbytes)
-            return None
-
-    def has_hole_before(self, extent: Extent) -> bool:
-        """Whether anything nearer to the front than `extent` is free."""
-        with self._lock:
-            for file_id, space in self._spaces.items():
-                first = space.first_free
-                if first is not None and (file_id, first) < (extent.file_id, extent.offset):
-                    return True
-            return False
-
-    def release(self, extents: Iterable[Extent]) -> None:
-        """Take extents back, after the commit that stopped naming them."""
-        with self._lock:
-            for extent in extents:
-                # In a damaged catalogue two blocks may claim one place. It stays taken until the next open, and
-                # verify reports it; freeing it would give it to a third.
-                with suppress(CorruptRecordError, KeyError):
-                    self._spaces[extent.file_id].release(extent.offset, extent.nbytes)
-
-    def trim(self, least_nbytes: int) -> None:
-        """Give free tails of at least `least_nbytes` back to the file system; what it does not take stays free.
-
-        A reader of an extent that was there sees a short file, looks again, and misses.
-        """
-        with self._lock:
-            for file_id, space in self._spaces.items():
-                if space.tail_nbytes >= max(least_nbytes, ALIGNMENT):
-                    with suppress(StoreIOError):
-                        self._files.shorten(file_id, space.nbytes - space.tail_nbytes)
-                        space.cut_tail()
-
-    def _allocate_grown(self, nbytes: int, limit_nbytes: int | None) -> Extent | None:
-        file_id, space = next(reversed(self._spaces.items()), (0, FreeSpace()))
-        if space.nbytes - space.tail_nbytes + nbytes > MAX_FILE_NBYTES:
-            file_id, space = file_id + 1, FreeSpace()
-        lacking = nbytes - space.tail_nbytes
-        comfortable = max(lacking, min(max(space.nbytes, MIN_STEP_NBYTES), MAX_STEP_NBYTES))
-        present = sum(each.nbytes for each in self._spaces.values())
-        for step in (comfortable, lacking):
-            if limit_nbytes is not None and present + step > limit_nbytes:
-                continue
-            try:
-                self._files.file(file_id).preallocate(space.nbytes + step)
-            except CapacityError:
-                continue
-            self._spaces[file_id] = space
-            space.extend(space.nbytes + step)
-            offset = space.allocate(nbytes)
-            assert offset is not None, "a grown file has room"
-            return Extent(file_id, offset, nbytes)
-        return None
+    def _find_present(self) -> frozenset[int]:
+        numbers = range(1, len(self.folders.paths) + 1)
+        there = {n for n in numbers if is_marked(self._folder_path(n), self.folders.store_id, n)}
+        return frozenset({0, *there})
 
 
 def sync_folder(folder: Path) -> None:
@@ -219,7 +136,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _whole_pages(nbytes: int) -> int:
-    return nbytes // ALIGNMENT * ALIGNMENT

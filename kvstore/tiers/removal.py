@@ -10,7 +10,7 @@ from kvstore.tiers.base import Extent
 from kvstore.tiers.catalogue import WriteView
 from kvstore.tiers.data_path import DataPath
 from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.extents import MIN_STEP_NBYTES
+from kvstore.tiers.placing.allocator import MIN_STEP_NBYTES
 from kvstore.tiers.tables.blocks import delete_unreferenced
 from kvstore.tiers.tables.streams import delete_stream
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from kvstore.codec import Codec, RecordInfo
-from kvstore.errors import CorruptRecordError, KVStoreError, SpecMismatchError
+from kvstore.errors import CorruptRecordError, KVStoreError, SpecMismatchError, StoreIOError
 from kvstore.layout import BlockLayout
 from kvstore.native import Arena, IoPool
 from kvstore.spec import BLOCK_KEY_NBYTES, BlockKey, ModelSpec
 from kvstore.tiers.catalogue import ReadView, Table
 from kvstore.tiers.disk import DiskTier, Found
 from kvstore.tiers.reading.extent_check import record_in
-from kvstore.tiers.tables.blocks import has_block
+from kvstore.tiers.tables.blocks import find_block, has_block
 from kvstore.tiers.tables.records import Entry
 from kvstore.tiers.tables.streams import StreamRow, every_stream, find_state, find_stream, read_entries
 from kvstore.tiers.upkeep.accounting import ByteAccount, TableCheck
@@ -184,7 +184,7 @@ class Verifier:
             if isinstance(found, KVStoreError):
                 return found
             if found is None:
-                return CorruptRecordError("the block is not stored") if before is None else None
+                return self._why_missing(key) if before is None else None
             try:
                 self._read_block(key, found)
             except KVStoreError as error:
@@ -193,6 +193,13 @@ class Verifier:
                 before = found
             else:
                 return None
+
+    def _why_missing(self, key: BlockKey) -> KVStoreError:
+        with self._disk.catalogue.read() as view:
+            record = find_block(view, key)
+        if record is not None and self._disk.files.is_away(record.extent.file_id):
+            return StoreIOError(f"{self._disk.files.path(record.extent.file_id).parent}: the folder is not there")
+        return CorruptRecordError("the block is not stored")
 
     def _read_block(self, key: BlockKey, found: Found) -> None:
         extent, record = found.record.extent, found.record

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 from kvstore.errors import CorruptRecordError, StoreNotFoundError, UnsupportedFormatError
 from kvstore.tiers.catalogue import ReadView, Table, WriteView
+from kvstore.tiers.tables.folders import new_folders, write_folders
 
 FORMAT_MAJOR = 1
-FORMAT_MINOR = 0
+FORMAT_MINOR = 1
 
 _FORMAT_KEY = b"format"
 _EPOCH_KEY = b"epoch"
@@ -42,32 +44,41 @@ def check_format(view: ReadView) -> None:
         )
 
 
-def check_minor(view: ReadView) -> None:
-    """Refuse a catalogue that may hold values which this program takes for damaged.
-
-    Raises:
-        UnsupportedFormatError: the minor version is newer: this program can use the store, and not mend it.
-    """
-    check_format(view)
-    _, major, minor, _ = _FORMAT.unpack(view.get(Table.META, _FORMAT_KEY) or b"")
-    if minor > FORMAT_MINOR:
-        raise UnsupportedFormatError(
-            f"the store has format {major}.{minor}; this program mends up to {FORMAT_MAJOR}.{FORMAT_MINOR}: "
-            "upgrade kvstore"
-        )
-
-
 def begin_epoch(view: WriteView, now_unix_s: float) -> int:
-    """Write the format version of a new store, and count one more writer.
+    """Write the format version of a new store, bring an older one up to date, and count one more writer.
 
     Returns:
         The first number of this writer's range: generations and stamps drawn from it are unique in the life of the
         store even when an earlier writer died before it committed the ones it had used.
+
+    Raises:
+        CorruptRecordError, UnsupportedFormatError: see `check_format`.
+        UnsupportedFormatError: the minor version is newer: a writer would take its values for damaged.
     """
     if view.get(Table.META, _FORMAT_KEY) is None:
+        write_folders(view, new_folders())
         view.put(Table.META, _FORMAT_KEY, _FORMAT.pack(_FORMAT_MAGIC, FORMAT_MAJOR, FORMAT_MINOR, now_unix_s))
     check_format(view)
+    magic, major, minor, created_unix_s = _FORMAT.unpack(view.get(Table.META, _FORMAT_KEY) or b"")
+    if minor > FORMAT_MINOR:
+        raise UnsupportedFormatError(
+            f"the store has format {major}.{minor}; this program writes up to {FORMAT_MAJOR}.{FORMAT_MINOR}: "
+            "upgrade kvstore, or open it for reading"
+        )
+    for step in _STEPS[minor:]:
+        step(view)
+    if minor < FORMAT_MINOR:
+        view.put(Table.META, _FORMAT_KEY, _FORMAT.pack(magic, major, FORMAT_MINOR, created_unix_s))
     return _next(view, _EPOCH_KEY) << _EPOCH_SHIFT
+
+
+def _to_1_1(view: WriteView) -> None:
+    """1.1 knows several folders of extents, and gives the store an id that marks them."""
+    write_folders(view, new_folders())
+
+
+_STEPS: tuple[Callable[[WriteView], None], ...] = (_to_1_1,)
+"""Step i takes a store from minor version i to the next one, in the transaction that lets the first new writer in."""
 
 
 def next_stream_id(view: WriteView) -> int:

@@ -12,7 +12,7 @@ from kvstore.layout import ALIGNMENT
 from kvstore.spec import BlockKey
 from kvstore.tiers.catalogue import ReadView, Table
 from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.free_space import FreeSpace
+from kvstore.tiers.placing.free_space import FreeSpace
 from kvstore.tiers.tables.blocks import find_block
 from kvstore.tiers.tables.records import BlockRecord, check_key, unpack_extent
 

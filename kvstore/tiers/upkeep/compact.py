@@ -14,7 +14,7 @@ from kvstore.spec import BlockKey
 from kvstore.tiers.base import Extent
 from kvstore.tiers.catalogue import ReadView, WriteView
 from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.extents import MIN_STEP_NBYTES
+from kvstore.tiers.placing.allocator import MIN_STEP_NBYTES
 from kvstore.tiers.reading.extent_check import record_in
 from kvstore.tiers.tables.blocks import allocated_backwards, find_block, move_block
 from kvstore.tiers.tables.records import BlockRecord

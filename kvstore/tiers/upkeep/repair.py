@@ -13,7 +13,6 @@ from kvstore.tiers.catalogue import Table, WriteView
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.reading.verify import Verifier
 from kvstore.tiers.tables.blocks import find_block, find_directory
-from kvstore.tiers.tables.meta import check_minor
 from kvstore.tiers.tables.records import BlockRecord, pack_block, pack_extent, pack_stamp
 from kvstore.tiers.upkeep.mend_streams import mend_streams
 from kvstore.tiers.upkeep.transfer import RecordTransfer, directory_of
@@ -53,14 +52,11 @@ class Repairer:
 
     Raises:
         ReadOnlyError: the store is open for reading.
-        UnsupportedFormatError: a newer program wrote it, whose values would look damaged.
     """
 
     def __init__(self, disk: DiskTier, pool: IoPool) -> None:
         if not disk.is_writable:
             raise ReadOnlyError(f"{disk.folder}: open for reading; open it with Access.WRITE")
-        with disk.catalogue.read() as view:
-            check_minor(view)
         self._disk = disk
         self._verifier = Verifier(disk, pool, None)
         self._transfer = RecordTransfer(disk, pool)
