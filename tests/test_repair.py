@@ -110,7 +110,8 @@ def test_blocks_behind_the_end_of_a_cut_file_go_and_those_of_a_missing_file_stay
         report = Repairer(store._disk, store._pool).run()
         assert not report.dropped
         assert len(report.unreadable) == 8
-    (tmp_path / EXTENT_FILE).unlink(missing_ok=True)
+        store.put([block_key(60)], [make_slot(60)], [40])
+        assert store.get([block_key(60)], [empty_slot()])[0].is_hit, "new blocks go to a new file"
     (tmp_path / "elsewhere").rename(tmp_path / EXTENT_FILE)
     assert _hits(tmp_path) == [True] * 6
     os.truncate(tmp_path / EXTENT_FILE, 4 * EXTENT_NBYTES + 4096)

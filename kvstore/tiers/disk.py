@@ -228,8 +228,8 @@ class DiskTier:
             freed = list(work(view))
             idle: dict[BlockKey, BlockRecord] = {}
             candidates = islice(oldest_first(view, idle), _MAX_VICTIMS_PER_COMMIT + len(keep))
-            # What is in a folder that is away makes no room, and may come back.
-            here = (each for each in candidates if not self.files.is_away(idle[each.key].extent.file_id))
+            # What is in a file that is not there makes no room, and may come back.
+            here = (each for each in candidates if not self.allocator.is_absent(idle[each.key].extent.file_id))
             victims = choose_victims(here, target_nbytes=evict_nbytes, keep=keep)
             freed += [delete_block(view, victim.key, idle[victim.key]) for victim in victims]
             return freed, len(victims)

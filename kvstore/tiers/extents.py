@@ -21,7 +21,7 @@ class ExtentFiles:
 
     Args:
         folder: the store's own, number 0; holds `00000000.extents`, `00000001.extents`, ...
-        writable: open handles for writing; missing files are created.
+        writable: open handles for writing.
         read_map: says where files lie; asked again for files that were not known.
     """
 
@@ -56,8 +56,13 @@ class ExtentFiles:
         number = self._number(file_id)
         return self._folder_path(number) / f"{file_id:08d}.extents"
 
-    def file(self, file_id: int) -> DirectFile:
+    def file(self, file_id: int, *, create: bool = False) -> DirectFile:
         """Return the open handle.
+
+        Args:
+            file_id: of the file.
+            create: make a file that is missing; a file that blocks lie in and that is missing may come back, and must
+                not find another one in its place.
 
         Raises:
             StoreIOError: the file is missing, its folder is away, or it cannot be opened.
@@ -68,10 +73,11 @@ class ExtentFiles:
                 path = self.path(file_id)
                 if self.is_away(file_id):
                     raise StoreIOError(f"{path}: the folder is not there")
-                is_new = self._writable and not path.exists()
-                found = DirectFile(str(path), self._writable)
-                if is_new:
+                if not path.exists():
+                    if not create:
+                        raise StoreIOError(f"{path}: the file is missing")
                     self._unsynced.add(path.parent)
+                found = DirectFile(str(path), self._writable)
                 self._files[file_id] = found
             return found
 

@@ -44,6 +44,7 @@ class ExtentAllocator:
         self._handed_out_nbytes = 0
         self._lock = threading.Lock()
         sizes = files.sizes()
+        present = frozenset(sizes)
         self._spaces: dict[int, FreeSpace] = {}
         for file_id, extents in groupby(allocated, key=lambda extent: extent.file_id):
             size = _whole_pages(sizes.pop(file_id, 0))
@@ -51,18 +52,23 @@ class ExtentAllocator:
         for file_id, size in sizes.items():
             self._spaces[file_id] = FreeSpace(_whole_pages(size))
         self._spaces = dict(sorted(self._spaces.items()))
+        self._absent = self._spaces.keys() - present
 
     @property
     def used_nbytes(self) -> int:
-        """Bytes handed out."""
+        """Bytes handed out, in files that are there."""
         with self._lock:
-            return sum(space.used_nbytes for space in self._spaces.values())
+            return sum(space.used_nbytes for file_id, space in self._spaces.items() if file_id not in self._absent)
 
     @property
     def file_nbytes(self) -> int:
-        """Length of all files."""
+        """Length of all files that are there."""
         with self._lock:
-            return sum(space.nbytes for space in self._spaces.values())
+            return self._file_nbytes()
+
+    def is_absent(self, file_id: int) -> bool:
+        """Whether a file that extents lie in was not there when the store was opened: nothing is put in its place."""
+        return file_id in self._absent
 
     def lengths(self) -> dict[int, int]:
         """Return every file's length, as the allocator knows it."""
@@ -88,7 +94,7 @@ class ExtentAllocator:
         with self._lock:
             for folder in self._in_turn(nbytes):
                 for file_id, space in self._spaces.items():
-                    if self._files.folders.folder_of(file_id) == folder:
+                    if file_id not in self._absent and self._files.folders.folder_of(file_id) == folder:
                         offset = space.allocate(nbytes)
                         if offset is not None:
                             return Extent(file_id, offset, nbytes)
@@ -130,7 +136,7 @@ class ExtentAllocator:
         """
         with self._lock:
             for file_id, space in self._spaces.items():
-                if space.tail_nbytes >= max(least_nbytes, ALIGNMENT) and not self._files.is_away(file_id):
+                if space.tail_nbytes >= max(least_nbytes, ALIGNMENT) and file_id not in self._absent:
                     with suppress(StoreIOError):
                         self._files.shorten(file_id, space.nbytes - space.tail_nbytes)
                         space.cut_tail()
@@ -148,13 +154,18 @@ class ExtentAllocator:
         return [
             (file_id, space)
             for file_id, space in self._spaces.items()
-            if file_id <= extent.file_id and folder_of(file_id) == folder_of(extent.file_id)
+            if file_id <= extent.file_id
+            and file_id not in self._absent
+            and folder_of(file_id) == folder_of(extent.file_id)
         ]
+
+    def _file_nbytes(self) -> int:
+        return sum(space.nbytes for file_id, space in self._spaces.items() if file_id not in self._absent)
 
     def _last_file(self, folder: int) -> tuple[int, FreeSpace]:
         """The last file of a folder, or a new one."""
         folders = self._files.folders
-        ids = [file_id for file_id in self._spaces if folders.folder_of(file_id) == folder]
+        ids = [each for each in self._spaces if each not in self._absent and folders.folder_of(each) == folder]
         if ids:
             return ids[-1], self._spaces[ids[-1]]
         return self._new_file_id(), FreeSpace()
@@ -168,14 +179,14 @@ class ExtentAllocator:
             file_id, space = self._new_file_id(), FreeSpace()
         lacking = nbytes - space.tail_nbytes
         comfortable = max(lacking, min(max(space.nbytes, MIN_STEP_NBYTES), MAX_STEP_NBYTES))
-        present = sum(each.nbytes for each in self._spaces.values())
+        present = self._file_nbytes()
         for step in (comfortable, lacking):
             if limit_nbytes is not None and present + step > limit_nbytes:
                 continue
             try:
                 if file_id not in self._spaces and self._files.folders.paths:
                     self._place(self._files.folders.with_file(file_id, folder))
-                self._files.file(file_id).preallocate(space.nbytes + step)
+                self._files.file(file_id, create=True).preallocate(space.nbytes + step)
             except CapacityError:
                 continue
             self._spaces[file_id] = space
