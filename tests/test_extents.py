@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 from pathlib import Path
 
@@ -147,3 +148,27 @@ def test_trimming_gives_free_tails_back_to_the_file_system(tmp_path: Path) -> No
     allocator.trim(MIN_STEP_NBYTES)
     assert (tmp_path / "00000000.extents").stat().st_size == ALIGNMENT
     assert allocator.allocate(ALIGNMENT, None) == Extent(0, ALIGNMENT, ALIGNMENT)
+
+
+def test_blocks_of_many_sizes_that_come_and_go_leave_most_of_the_file_in_use() -> None:
+    """Least recently used leaves first, in steps of 1/64, with random uses between: as a full store does it."""
+    rng = random.Random(1)
+    pages = 256 * 500
+    space = FreeSpace(pages)
+    held: dict[int, tuple[int, int]] = {}
+    least = pages
+    for number in range(12_000):
+        size = rng.randint(1, 256)
+        while (offset := space.allocate(size)) is None:
+            freed = 0
+            while freed < max(size, space.used_nbytes // 64):
+                gone = held.pop(next(iter(held)))
+                space.release(*gone)
+                freed += gone[1]
+        held[number] = (offset, size)
+        for used in (rng.randrange(max(0, number - 1500), number + 1) for _ in range(2)):
+            if used in held:
+                held[used] = held.pop(used)
+        if number > 3000:
+            least = min(least, space.used_nbytes)
+    assert least > 0.85 * pages
