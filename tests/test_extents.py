@@ -93,13 +93,13 @@ def test_space_can_be_asked_for_in_front_of_a_place(below: int | None, found: in
     assert space.allocate(10, below) == found
 
 
-def test_a_million_holes_are_searched_in_buckets() -> None:
-    space = FreeSpace.around(((2 * page, 1) for page in range(1_000_000)), 2_000_000)
+def test_very_many_holes_are_searched_in_buckets() -> None:
+    space = FreeSpace.around(((2 * page, 1) for page in range(100_000)), 200_000)
     assert space.allocate(2) is None
-    space.release(1_500_000, 1)
-    assert space.allocate(3) == 1_499_999
+    space.release(150_000, 1)
+    assert space.allocate(3) == 149_999
     assert space.allocate(1) == 1
-    assert len(space.ranges()) == 1_000_000 - 3
+    assert len(space.ranges()) == 100_000 - 3
 
 
 def _allocator(folder: Path, allocated: list[Extent]) -> ExtentAllocator:
