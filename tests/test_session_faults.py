@@ -57,8 +57,8 @@ def test_a_lost_block_is_named_and_the_rest_answers(
         key = attached.session.view.entries[best].key
     fetch = Store.fetch
 
-    def losing(self: Store, requests: list[FetchRequest]) -> FetchReport:
-        report = fetch(self, requests)
+    def losing(self: Store, requests: list[FetchRequest], timeout_s: float | None = None) -> FetchReport:
+        report = fetch(self, requests, timeout_s)
         for number, request in enumerate(requests):
             is_search = name == "maxsim" and request.layers is not None and len(request.layers) == 1
             if request.key == key and not is_search:
@@ -96,8 +96,8 @@ def test_an_answer_without_a_block_is_as_if_it_had_not_been_chosen(
         key = attached.session.view.entries[gone].key
     fetch, choose = Store.fetch, Branch._choose
 
-    def losing(self: Store, requests: list[FetchRequest]) -> FetchReport:
-        report = fetch(self, requests)
+    def losing(self: Store, requests: list[FetchRequest], timeout_s: float | None = None) -> FetchReport:
+        report = fetch(self, requests, timeout_s)
         for number, request in enumerate(requests):
             if request.key == key and (request.layers is None or len(request.layers) > 1):  # not when it is searched
                 report.outcomes[number] = Outcome.DAMAGED
@@ -143,8 +143,8 @@ def test_a_block_whose_keys_cannot_be_read_is_named_and_the_others_are_found(
         key = attached.session.view.entries[5].key
     fetch = Store.fetch
 
-    def losing(self: Store, requests: list[FetchRequest]) -> FetchReport:
-        report = fetch(self, requests)
+    def losing(self: Store, requests: list[FetchRequest], timeout_s: float | None = None) -> FetchReport:
+        report = fetch(self, requests, timeout_s)
         for number, request in enumerate(requests):
             if request.key == key:
                 report.outcomes[number], report.reasons[number] = Outcome.DAMAGED, "its first plane is torn"
@@ -289,8 +289,8 @@ def test_a_stream_whose_end_is_damaged_cannot_be_continued(filled: Path, monkeyp
     model = make_model()
     fetch = Store.fetch
 
-    def losing(self: Store, requests: list[FetchRequest]) -> FetchReport:
-        report = fetch(self, requests)
+    def losing(self: Store, requests: list[FetchRequest], timeout_s: float | None = None) -> FetchReport:
+        report = fetch(self, requests, timeout_s)
         report.outcomes[-1] = Outcome.DAMAGED
         return report
 
