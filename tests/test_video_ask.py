@@ -35,9 +35,9 @@ def test_stages_end_with_the_first_token(tmp_path: Path, monkeypatch: pytest.Mon
     loads: list[range] = []
     load = Residency.load
 
-    def slow(self: Residency, keys: Sequence[BlockKey], layers: range) -> LoadReport:
+    def slow(self: Residency, keys: Sequence[BlockKey], layers: range, timeout_s: float | None = None) -> LoadReport:
         loads.append(layers)
-        report = load(self, keys, layers)
+        report = load(self, keys, layers, timeout_s)
         report.load_s += 1.0
         return report
 
