@@ -6,6 +6,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
+from collections.abc import Iterator
 from itertools import count
 
 from kvstore.spec import BlockKey
@@ -49,22 +50,25 @@ class FadingScores:
         """Forget a key."""
         self._entries.pop(key, None)
 
-    def pop_lowest(self, may_leave: MayLeave) -> BlockKey | None:
-        """Take the lowest score off, of equal ones that which grew longest ago; None when no key may leave."""
+    def pop_lowest(self, may_leave: MayLeave) -> tuple[BlockKey | None, list[BlockKey]]:
+        """Take the lowest score off, of equal ones that which grew longest ago; None when no key may leave.
+
+        Returns:
+            The key, and those in front of it that may not leave: let them grow or drop them, else they are lost.
+        """
         held: list[BlockKey] = []
-        found = None
-        while self._heap and found is None:
+        while self._heap:
             level, number, key = heapq.heappop(self._heap)
             if self._entries.get(key) != (level, number):
                 continue
             if may_leave(key):
                 del self._entries[key]
-                found = key
-            else:
-                held.append(key)
-        for key in held:
-            heapq.heappush(self._heap, (*self._entries[key], key))
-        return found
+                return key, held
+            held.append(key)
+        return None, held
+
+    def __iter__(self) -> Iterator[BlockKey]:
+        return iter(self._entries)
 
     def _enter(self, key: BlockKey, entry: tuple[float, int]) -> None:
         self._entries[key] = entry
@@ -102,7 +106,10 @@ class FadingLFU:
 
     def victim(self, may_leave: MayLeave) -> BlockKey | None:
         """See `EvictionPolicy`."""
-        return self._scores.pop_lowest(may_leave)
+        found, held = self._scores.pop_lowest(may_leave)
+        for key in held:
+            self._scores.grow(key, 1.0)
+        return found
 
 
 class Participation:
@@ -123,11 +130,7 @@ class Participation:
 
     def add(self, key: BlockKey) -> None:
         """See `EvictionPolicy`."""
-        self._order[key] = None
-        if len(self._order) > self._num_recent:
-            eldest, _ = self._order.popitem(last=False)
-            self._scores.grow(eldest, self._recent.score(eldest))
-            self._recent.drop(eldest)
+        self._enter(key, 0.0)
 
     def use(self, key: BlockKey) -> None:
         """Being fetched is no use: only attention counts."""
@@ -146,9 +149,22 @@ class Participation:
 
     def victim(self, may_leave: MayLeave) -> BlockKey | None:
         """See `EvictionPolicy`."""
-        found = self._scores.pop_lowest(may_leave)
+        found, held = self._scores.pop_lowest(may_leave)
+        for key in held:
+            score = self._scores.score(key)
+            self._scores.drop(key)
+            self._enter(key, score)
         if found is None:
-            found = next((key for key in self._order if may_leave(key)), None)
+            found = next((key for key in (*self._order, *self._scores) if may_leave(key)), None)
             if found is not None:
                 self.remove(found)
         return found
+
+    def _enter(self, key: BlockKey, score: float) -> None:
+        """Make a block the newest; the eldest of the recent ones then stands on its score."""
+        self._order[key] = None
+        self._recent.grow(key, score)
+        if len(self._order) > self._num_recent:
+            eldest, _ = self._order.popitem(last=False)
+            self._scores.grow(eldest, self._recent.score(eldest))
+            self._recent.drop(eldest)
