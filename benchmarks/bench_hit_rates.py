@@ -16,47 +16,53 @@ CAPACITY = 1000
 KEYS = [chain_key(None, number.to_bytes(4, "little"), "bench") for number in range(20 * CAPACITY)]
 
 
-def zipf(rng: random.Random, length: int) -> Iterator[int]:
+Ask = tuple[int, float]
+"""A block, and how much attention it gets."""
+
+
+def zipf(rng: random.Random, length: int) -> Iterator[Ask]:
     """Few blocks are asked for most of the time."""
     weights = [1 / (rank + 1) ** 0.9 for rank in range(len(KEYS))]
-    yield from rng.choices(range(len(KEYS)), weights, k=length)
+    yield from ((number, 1.0) for number in rng.choices(range(len(KEYS)), weights, k=length))
 
 
-def scans(rng: random.Random, length: int) -> Iterator[int]:
+def scans(rng: random.Random, length: int) -> Iterator[Ask]:
     """A working set of half the tier, and every now and then somebody reads 3,000 blocks once."""
     left = length
     while left > 0:
-        yield from (rng.randrange(CAPACITY // 2) for _ in range(4000))
+        yield from ((rng.randrange(CAPACITY // 2), 1.0) for _ in range(4000))
         first = rng.randrange(CAPACITY, len(KEYS) - 3000)
-        yield from range(first, first + 3000)
+        yield from ((number, 0.0) for number in range(first, first + 3000))
         left -= 7000
 
 
-def loop(rng: random.Random, length: int) -> Iterator[int]:
+def loop(rng: random.Random, length: int) -> Iterator[Ask]:
     """The same blocks in turns, a fifth more than fit."""
-    yield from (step % (CAPACITY * 6 // 5) for step in range(length))
+    yield from ((step % (CAPACITY * 6 // 5), 1.0) for step in range(length))
 
 
-def questions(rng: random.Random, length: int) -> Iterator[int]:
-    """Questions about one stream: sinks, the latest blocks, and a few favourites among all."""
+def questions(rng: random.Random, length: int) -> Iterator[Ask]:
+    """Questions about a stream: sinks, the latest blocks, favourites that are attended to, others that are not."""
     favourites = rng.sample(range(len(KEYS)), 2 * CAPACITY)
     for step in range(length // 64):
         newest = 2000 + step % (len(KEYS) - 2000)
-        yield from range(4)
-        yield from range(newest - 20, newest)
-        yield from rng.choices(favourites, [1 / (rank + 1) for rank in range(len(favourites))], k=40)
+        yield from ((number, 1.0) for number in range(4))
+        yield from ((number, 0.05) for number in range(newest - 12, newest))
+        weights = [1 / (rank + 1) for rank in range(len(favourites))]
+        yield from ((number, 0.5) for number in rng.choices(favourites, weights, k=32))
+        yield from ((rng.randrange(newest), 0.01) for _ in range(16))
 
 
 TRACES = {"zipf": zipf, "scans": scans, "loop": loop, "questions": questions}
 
 
-def hit_rate(eviction: Eviction, trace: list[int]) -> tuple[float, float]:
+def hit_rate(eviction: Eviction, trace: list[Ask]) -> tuple[float, float]:
     """Play a trace; returns the share of hits and microseconds per ask."""
     policy = make_policy(eviction, CAPACITY)
     held: set[BlockKey] = set()
     num_hits = 0
     began_s = time.perf_counter()
-    for number in trace:
+    for number, mass in trace:
         key = KEYS[number]
         if key in held:
             num_hits += 1
@@ -68,7 +74,7 @@ def hit_rate(eviction: Eviction, trace: list[int]) -> tuple[float, float]:
                 held.remove(victim)
             policy.add(key)
             held.add(key)
-        policy.attend(key, 1.0)
+        policy.attend(key, mass)
     return num_hits / len(trace), (time.perf_counter() - began_s) / len(trace) * 1e6
 
 
