@@ -149,9 +149,9 @@ def test_a_stream_cannot_push_another_out_beyond_its_quota(tmp_path: Path) -> No
         Store.open(tmp_path, access=Access.WRITE, layout=LAYOUT, stream_nbytes=nbytes)
 
 
-@pytest.mark.parametrize("group_layers", [1, 2, 3, 5])
+@pytest.mark.parametrize("group_layers", [1, 2, 3, 5, None])
 @pytest.mark.parametrize("in_memory", [False, True])
-def test_layers_come_in_order_and_make_whole_blocks(tmp_path: Path, group_layers: int, in_memory: bool) -> None:
+def test_layers_come_in_order_and_make_whole_blocks(tmp_path: Path, group_layers: int | None, in_memory: bool) -> None:
     with open_store(tmp_path, host_slots=4) as store:
         _put(store, 4)
         if in_memory:

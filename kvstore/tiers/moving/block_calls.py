@@ -22,6 +22,9 @@ from kvstore.tiers.removal import remove_blocks
 from kvstore.tiers.slots import check_blocks, check_gets, check_keys
 from kvstore.tiers.tables.blocks import has_block
 
+_GROUP_NBYTES = 1 << 20
+"""Smaller groups make the first layer come sooner, and all of them later."""
+
 
 class BlockCalls:
     """The block store that a folder is. Thread-safe.
@@ -116,7 +119,7 @@ class BlockCalls:
         keys: Sequence[BlockKey],
         slots: Sequence[Tensor],
         *,
-        group_layers: int = 1,
+        group_layers: int | None = None,
         on_layers: Callable[[range, Sequence[Outcome]], None] | None = None,
     ) -> LayerLoad:
         """Bring blocks layer by layer, so that attention over the first can begin while the others are read.
@@ -127,14 +130,17 @@ class BlockCalls:
         Args:
             keys: the blocks.
             slots: [slot_nbytes] uint8 CPU, contiguous, each; a layer's bytes may be read once its `wait` has returned.
-            group_layers: layers that are read at once, at least 1.
+            group_layers: layers that are read at once, at least 1; None for as many as make up 1 MiB of a block.
             on_layers: called when layers have come; see `LayerLoad`.
         """
         check_gets(keys, slots, self.layout)
+        num_layers = self.layout.spec.num_layers
+        if group_layers is None:
+            group_layers = max(1, _GROUP_NBYTES * num_layers // self.layout.slot_nbytes)
         if group_layers < 1:
             raise ConfigError(f"group_layers is {group_layers}; at least one layer comes at a time")
         requests = [FetchRequest(key, slot) for key, slot in zip(keys, slots, strict=True)]
-        load = LayerLoad(requests, self.layout.spec.num_layers, group_layers, on_layers)
+        load = LayerLoad(requests, num_layers, group_layers, on_layers)
         self._moving().mover.submit_layers(load)
         return load
 
