@@ -124,7 +124,7 @@ def test_cancelling_what_has_ended_changes_nothing(tmp_path: Path, pool: IoPool)
     assert ticket.errors() == {}
 
 
-@pytest.mark.parametrize("sizes", [[], [0], [PAGE], [MIB], [MIB + PAGE], [PAGE, 2 * MIB, PAGE]])
+@pytest.mark.parametrize("sizes", [[], [0], [PAGE], [MIB], [4 * MIB], [4 * MIB + PAGE], [PAGE, 2 * MIB, PAGE]])
 def test_moving_and_waiting_in_one_call(tmp_path: Path, pool: IoPool, sizes: list[int]) -> None:
     data = noise(sum(sizes) + PAGE)
     file = DirectFile(str(tmp_path / "data"), writable=True)

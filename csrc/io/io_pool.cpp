@@ -98,8 +98,9 @@ void IoPool::write(std::shared_ptr<DirectFile> file, ConstBytes buffer, std::vec
 }
 
 void IoPool::move_and_wait(const std::shared_ptr<Ticket>& ticket, const std::vector<IoOp>& ops) {
-  if (ops.size() == 1 && ops[0].nbytes <= Ticket::kPieceNbytes) {
-    if (std::optional<Piece> piece = ticket->take()) {
+  if (ops.size() == 1 && ops[0].nbytes <= kMaxOwnNbytes) {
+    // Nobody else knows the ticket: what is taken of it need not be counted.
+    if (std::optional<Piece> piece = ticket->take(kMaxOwnNbytes)) {
       piece->transfer();
     }
     return;

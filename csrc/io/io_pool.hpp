@@ -27,6 +27,8 @@ class IoPool {
  public:
   static constexpr std::size_t kMaxThreads = 256;
   static constexpr unsigned kMaxDepth = 1024;
+  /// A longer transfer gains from being cut into pieces that are in flight together.
+  static constexpr std::size_t kMaxOwnNbytes = std::size_t{4} << 20;
 
   struct Options {
     std::size_t num_threads;           ///< of the engine `kThreads`: its transfers in flight
@@ -54,8 +56,8 @@ class IoPool {
                                                      ConstBytes buffer,
                                                      std::vector<IoOp> ops);
 
-  /// Like submit_read, and waits. A single short transfer is made on the calling thread: waking
-  /// another one takes as long as the device.
+  /// Like submit_read, and waits. A single transfer of up to kMaxOwnNbytes is made on the calling
+  /// thread: waking another one takes as long as the device.
   void read(std::shared_ptr<DirectFile> file, Bytes buffer, std::vector<IoOp> ops);
 
   /// Like submit_write, and waits; see read.

@@ -100,7 +100,7 @@ void Ticket::cancel() {
   }
 }
 
-std::optional<Piece> Ticket::take() {
+std::optional<Piece> Ticket::take(std::size_t most_nbytes) {
   const std::lock_guard<std::mutex> lock(mutex_);
   while (next_op_ < ops_.size()) {
     const IoOp& op = ops_[next_op_];
@@ -120,7 +120,7 @@ std::optional<Piece> Ticket::take() {
     piece.file = file_;
     piece.direction = direction_;
     piece.memory = buffer_.data() + op.buffer_offset + next_at_;
-    piece.nbytes = std::min<std::size_t>(kPieceNbytes, left);
+    piece.nbytes = std::min<std::size_t>(most_nbytes, left);
     piece.file_offset = op.file_offset + next_at_;
     piece.op = next_op_;
     piece.may_fall_back = file_->is_direct();

@@ -66,8 +66,8 @@ class Ticket {
   /// Ends what has not begun, as an IoError with ECANCELED; what has begun runs to its end.
   void cancel();
 
-  /// For engines: the next piece to begin, none when all have begun.
-  [[nodiscard]] std::optional<Piece> take();
+  /// For engines: the next piece to begin, of `most_nbytes` at most; none when all have begun.
+  [[nodiscard]] std::optional<Piece> take(std::size_t most_nbytes = kPieceNbytes);
 
   /// For engines: a piece has ended; `error` is null when it went well.
   void finish(std::size_t op, std::exception_ptr error) noexcept;
