@@ -25,10 +25,8 @@ FILE_NBYTES = 24 << 20  # more than all the memory to read to
 class Reading:
     """A reader of two files of noise, and what it handed over."""
 
-    def __init__(self, folder: Path, pool: IoPool, consumers: ThreadPoolExecutor) -> None:
-        self.data = [os.urandom(FILE_NBYTES) for _ in range(2)]
-        for number, data in enumerate(self.data):
-            (folder / f"{number:08d}.extents").write_bytes(data)
+    def __init__(self, folder: Path, data: list[bytes], pool: IoPool, consumers: ThreadPoolExecutor) -> None:
+        self.data = data
         self.reader = ExtentReader(ExtentFiles(folder, writable=False), pool, consumers, 1 << 20)
 
     def read(self, pieces: list[Piece]) -> tuple[int, dict[int, bool], dict[int, KVStoreError]]:
@@ -44,11 +42,21 @@ class Reading:
         return nbytes, right, failed
 
 
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[bytes]]:
+    """Two extent files, and what is in them."""
+    folder = tmp_path_factory.mktemp("extents")
+    data = [os.urandom(FILE_NBYTES) for _ in range(2)]
+    for number, each in enumerate(data):
+        (folder / f"{number:08d}.extents").write_bytes(each)
+    return folder, data
+
+
 @pytest.fixture
-def reading(tmp_path: Path, engine: str) -> Iterator[Reading]:
+def reading(noise: tuple[Path, list[bytes]], engine: str) -> Iterator[Reading]:
     pool = IoPool(2, engine)
     with ThreadPoolExecutor(2) as consumers:
-        found = Reading(tmp_path, pool, consumers)
+        found = Reading(*noise, pool, consumers)
         yield found
         found.reader.close()
     pool.close()
