@@ -24,7 +24,7 @@ from kvstore.codec import Profile
 from kvstore.layout import BlockLayout
 from kvstore.remote.address import open_server
 from kvstore.remote.envelope import ENVELOPE_NBYTES
-from kvstore.remote.lanes import Lane, LaneConfig
+from kvstore.remote.lane import Lane, LaneConfig
 from kvstore.remote.server import RemoteConfig, RemoteServer
 from kvstore.remote.tier import RemoteTier
 from kvstore.spec import ModelSpec, chain_key

@@ -21,7 +21,7 @@ import pytest
 
 from kvstore.remote.resp import Endpoint, RespConnection
 
-_PATIENCE_S = 30.0
+_PATIENCE_S = 60.0
 
 
 def free_port() -> int:
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def wait_for(holds: Callable[[], bool], what: str) -> None:
-    """Wait until something holds; fails after half a minute."""
+    """Wait until something holds; fails after a minute."""
     give_up_s = time.monotonic() + _PATIENCE_S
     while not holds():
         assert time.monotonic() < give_up_s, f"waited in vain for {what}"

@@ -16,7 +16,7 @@ from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
 from kvstore.remote.address import open_server
 from kvstore.remote.breaker import BreakerConfig, BreakerState
-from kvstore.remote.lanes import LaneConfig
+from kvstore.remote.lane import LaneConfig
 from kvstore.remote.server import RemoteConfig
 from kvstore.remote.tier import RemoteTier
 from kvstore.store import Access, Outcome, Store, Tier

@@ -14,7 +14,7 @@ from kvstore.layout import BlockLayout
 from kvstore.remote.address import open_server
 from kvstore.remote.breaker import BreakerConfig, BreakerState
 from kvstore.remote.envelope import Kind
-from kvstore.remote.lanes import LaneConfig
+from kvstore.remote.lane import LaneConfig
 from kvstore.remote.server import RemoteConfig
 from kvstore.remote.tier import RemoteTier, block_space
 from kvstore.tiers.base import Outcome

@@ -15,7 +15,7 @@ import torch
 
 from kvstore.remote.address import open_server
 from kvstore.remote.breaker import BreakerConfig, BreakerState
-from kvstore.remote.lanes import LaneConfig
+from kvstore.remote.lane import LaneConfig
 from kvstore.remote.server import RemoteConfig
 from kvstore.remote.tier import RemoteTier
 from kvstore.tiers.base import Outcome

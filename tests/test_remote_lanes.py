@@ -13,7 +13,7 @@ import torch
 from kvstore.errors import StoreIOError
 from kvstore.native import Arena
 from kvstore.remote.breaker import BreakerConfig, BreakerState
-from kvstore.remote.lanes import LaneConfig
+from kvstore.remote.lane import LaneConfig
 from kvstore.remote.server import RemoteConfig, RemoteServer
 from kvstore.remote.tier import RemoteTier
 from kvstore.remote.transport import Link, Memory, Span

@@ -10,7 +10,7 @@ from kvstore.calibration import CALIBRATION_ID_NBYTES, Calibration
 from kvstore.decision import Decision
 from kvstore.errors import CorruptRecordError
 from kvstore.remote.envelope import Namespace
-from kvstore.remote.lanes import Lane
+from kvstore.remote.lane import Lane
 from kvstore.remote.objects import fetch_object, has_object, object_key, send_object
 from kvstore.spec import ModelSpec
 from kvstore.tiers.codec_shelf import CalibrationSource

@@ -15,7 +15,7 @@ from kvstore.errors import CapacityError, KVStoreError, StoreIOError
 from kvstore.layout import BlockLayout
 from kvstore.remote.calibrations import RemoteCalibrations
 from kvstore.remote.envelope import ENVELOPE_NBYTES, Kind, Namespace, seal, unseal
-from kvstore.remote.lanes import Lane
+from kvstore.remote.lane import Lane
 from kvstore.remote.transport import Span
 from kvstore.spec import BlockKey
 from kvstore.stats import Meter, TierStats

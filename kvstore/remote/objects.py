@@ -8,7 +8,7 @@ import struct
 
 from kvstore.errors import CapacityError, ConfigError, CorruptRecordError
 from kvstore.remote.envelope import ENVELOPE_NBYTES, Kind, Namespace, seal, unseal
-from kvstore.remote.lanes import Lane
+from kvstore.remote.lane import Lane
 from kvstore.remote.transport import Span
 from kvstore.tiers.base import Outcome
 

@@ -12,7 +12,7 @@ from kvstore.errors import CapacityError, KVStoreError, StoreIOError
 from kvstore.remote.breaker import BreakerState
 from kvstore.remote.calibrations import RemoteCalibrations
 from kvstore.remote.envelope import Namespace
-from kvstore.remote.lanes import Lane
+from kvstore.remote.lane import Lane
 from kvstore.remote.meter import RemoteMeter
 from kvstore.remote.records import send_records
 from kvstore.remote.server import RemoteServer

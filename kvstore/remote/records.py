@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from kvstore.errors import KVStoreError
 from kvstore.remote.envelope import ENVELOPE_NBYTES, Kind, Namespace, seal, unseal
-from kvstore.remote.lanes import Lane
+from kvstore.remote.lane import Lane
 from kvstore.remote.transport import Span
 from kvstore.spec import BlockKey
 from kvstore.tiers.base import Outcome

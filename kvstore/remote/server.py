@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from kvstore.errors import StoreIOError
 from kvstore.remote.breaker import Breaker, BreakerConfig
 from kvstore.remote.envelope import Kind, Namespace
-from kvstore.remote.lanes import LaneConfig, Lanes
+from kvstore.remote.lane import LaneConfig
+from kvstore.remote.lanes import Lanes
 from kvstore.remote.transport import Transport
 
 

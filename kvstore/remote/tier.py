@@ -13,7 +13,7 @@ from kvstore.layout import BlockLayout
 from kvstore.remote.calibrations import RemoteCalibrations
 from kvstore.remote.courier import Batch, Courier
 from kvstore.remote.envelope import Kind, Namespace
-from kvstore.remote.lanes import Lane
+from kvstore.remote.lane import Lane
 from kvstore.remote.meter import RemoteMeter, RemoteStats
 from kvstore.remote.offers import Offers
 from kvstore.remote.server import RemoteServer
