@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -227,6 +229,23 @@ def test_a_killed_mooncake_master_is_unavailable_until_it_is_back(mooncake: Moon
         assert tier.stats().breaker_opened >= 1
         mooncake.start_master()
         wait_for(lambda: is_kept(tier, 1), "room, now that the client has found the master again")
+
+
+def workers() -> list[int]:
+    """Processes of this one that run Mooncake's library."""
+    found = [word for path in Path("/proc/self/task").glob("*/children") for word in path.read_text().split()]
+    return [int(pid) for pid in found if b"mooncake_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_a_crashed_worker_is_replaced_and_none_outlives_its_tier(mooncake: MooncakeServers) -> None:
+    with open_tier(mooncake.address) as tier:
+        assert put(tier, 0) == [Outcome.STORED]
+        (worker,) = workers()
+        os.kill(worker, signal.SIGKILL)
+        assert get(tier, 0)[0] in (Outcome.UNAVAILABLE, Outcome.TIMED_OUT)
+        wait_for(lambda: get(tier, 0) == [Outcome.REMOTE], "the block, through another worker")
+        assert workers() != [worker]
+    assert workers() == []
 
 
 def test_nobody_at_the_address_is_unavailable(tmp_path: Path) -> None:
