@@ -144,6 +144,7 @@ def open(  # noqa: A001 - reads as kvstore.open
     admission: str = "always",
     stream_nbytes: int | None = None,
     put_admission: str = "always",
+    extent_folders: Sequence[str | os.PathLike[str]] = (),
 ) -> KVStore:
     """Open the store in a folder for one model.
 
@@ -160,6 +161,7 @@ def open(  # noqa: A001 - reads as kvstore.open
         admission: which blocks that were read stay in it: `always`, or from the `second-use` on.
         stream_nbytes: most bytes of one stream's blocks in it; None for no limit.
         put_admission: which plain blocks are written to disk: `always`, or from the `second-use` on.
+        extent_folders: folders on other drives that blocks are spread over too; remembered.
 
     Raises:
         StoreNotFoundError, BusyError, ReadOnlyError, UnsupportedFormatError, CorruptRecordError: see `Store.open`.
@@ -177,6 +179,7 @@ def open(  # noqa: A001 - reads as kvstore.open
         admission=admission,
         stream_nbytes=stream_nbytes,
         put_admission=put_admission,
+        extent_folders=extent_folders,
     )
     return KVStore(store, layout, profile)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import kvstore
 from kvstore.errors import ConfigError, CorruptRecordError
 from kvstore.store import Access, Outcome, Store
 from kvstore.tiers.catalogue import Catalogue, Table
@@ -19,6 +20,7 @@ from tests.store_blocks import (
     EXTENT_NBYTES,
     HEADER,
     LAYOUT,
+    SPEC,
     block_key,
     empty_slot,
     make_blocks,
@@ -170,3 +172,11 @@ def test_a_damaged_map_of_folders_is_a_typed_error(tmp_path: Path, value: bytes)
     for access in Access:
         with pytest.raises(CorruptRecordError, match="extent folders"):
             open_store(tmp_path / "store", access)
+
+
+def test_the_face_takes_folders_too(tmp_path: Path) -> None:
+    with kvstore.open(tmp_path / "store", SPEC, block_tokens=40, extent_folders=[tmp_path / "second"]) as store:
+        for first in range(0, 32, 8):
+            numbers = range(first, first + 8)
+            store.put([block_key(number) for number in numbers], [make_slot(number) for number in numbers], [40] * 8)
+    assert _files(tmp_path / "second") == {"00000001.extents"}
