@@ -91,20 +91,22 @@ class TableCheck:
             else:
                 totals["record"] += record.record_nbytes
                 totals["padding"] += extent.nbytes - record.record_nbytes
-        for file_id, size in self._disk.files.sizes().items():
+        sizes = self._disk.files.sizes()  # once: a writer in another process may lengthen them meanwhile
+        for file_id, size in sizes.items():
             named.setdefault(file_id, [])
             totals["file"] += size
             totals["free"] += size % ALIGNMENT
             totals["beyond"] -= size // ALIGNMENT * ALIGNMENT
-        self._add_free(named, totals)
+        self._add_free(named, sizes, totals)
         self.account = ByteAccount(
             *(totals[name] for name in ("record", "padding", "orphan", "free", "beyond", "file"))
         )
 
-    def _add_free(self, named: Mapping[int, list[tuple[int, int]]], totals: Counter[str]) -> None:
+    def _add_free(
+        self, named: Mapping[int, list[tuple[int, int]]], sizes: Mapping[int, int], totals: Counter[str]
+    ) -> None:
         """Add what is free, and the length of the address ranges that it and the extents fill."""
         if not self._disk.is_writable:
-            sizes = self._disk.files.sizes()
             for file_id, pieces in named.items():  # a reader knows no list: what is not named is free
                 space = FreeSpace.around(pieces, sizes.get(file_id, 0) // ALIGNMENT * ALIGNMENT)
                 totals["free"] += space.free_nbytes
