@@ -161,13 +161,13 @@ def main() -> None:
     settings = options("eviction", __doc__, add)
     report = Report(settings, {"aged": f"{AGED}x"})
     bench_allocator(report, (1_000, 100_000) if settings.quick else (1_000, 100_000, 1_000_000))
-    cases = [(1 << 18, 64 << 20), (1 << 16, 64 << 20)] if settings.quick else [(1 << 18, 512 << 20), (4096, 512 << 20)]
+    cases = [(1 << 18, 64 << 20), (1 << 16, 64 << 20)] if settings.quick else [(1 << 18, 256 << 20), (4096, 64 << 20)]
     with TemporaryDirectory(dir=settings.folder) as scratch:
         for block_nbytes, capacity_nbytes in cases:
             for has_many_sizes in (False, True):
                 for durability in (Durability.NONE, Durability.COMMIT):
                     if block_nbytes == 4096 and durability is Durability.COMMIT:
-                        continue  # a million blocks of 16 a sync: an hour of syncs
+                        continue  # so many blocks, 16 a sync: an hour of syncs
                     bench_put(report, Path(scratch), block_nbytes, capacity_nbytes, has_many_sizes, durability)
     report.write()
 
