@@ -22,6 +22,7 @@ from kvstore.session.view import SessionConfig
 from kvstore.spec import BlockKey, ModelSpec
 from kvstore.store import Outcome, Store, check_spec
 from kvstore.tiers.manifest import StreamHeader
+from kvstore.tiers.moving.backing import Backing
 
 if TYPE_CHECKING:
     from kvstore.engines.transformers import Attached, Model
@@ -145,6 +146,7 @@ def open(  # noqa: A001 - reads as kvstore.open
     stream_nbytes: int | None = None,
     put_admission: str = "always",
     extent_folders: Sequence[str | os.PathLike[str]] = (),
+    remote: Backing | None = None,
 ) -> KVStore:
     """Open the store in a folder for one model.
 
@@ -162,6 +164,7 @@ def open(  # noqa: A001 - reads as kvstore.open
         stream_nbytes: most bytes of one stream's blocks in it; None for no limit.
         put_admission: which plain blocks are written to disk: `always`, or from the `second-use` on.
         extent_folders: folders on other drives that blocks are spread over too; remembered.
+        remote: a tier behind the disk, of the same layout (docs/remote.md); the caller closes it, after the store.
 
     Raises:
         StoreNotFoundError, BusyError, ReadOnlyError, UnsupportedFormatError, CorruptRecordError: see `Store.open`.
@@ -180,6 +183,7 @@ def open(  # noqa: A001 - reads as kvstore.open
         stream_nbytes=stream_nbytes,
         put_admission=put_admission,
         extent_folders=extent_folders,
+        remote=remote,
     )
     return KVStore(store, layout, profile)
 
