@@ -115,7 +115,7 @@ def test_lies_end_in_time_and_touch_no_slot(name: str) -> None:
         outcomes = tier.put([block_key(0)], [make_slot(0)], [40])
         assert set(outcomes) <= {Outcome.UNAVAILABLE, Outcome.TIMED_OUT}
         assert tier.exists([block_key(0)]) == [False]
-        assert time.monotonic() - began_s < 10.0
+        assert time.monotonic() - began_s < 30.0
         assert not any(torch.any(slot) for slot in slots)
 
 
@@ -131,4 +131,4 @@ def test_a_liar_is_left_alone_after_a_few_calls() -> None:
         began_s = time.monotonic()
         for _ in range(1000):
             assert tier.get([block_key(0)], [empty_slot()]) == [Outcome.UNAVAILABLE]
-        assert time.monotonic() - began_s < 10.0
+        assert time.monotonic() - began_s < 30.0
