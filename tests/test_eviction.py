@@ -17,7 +17,7 @@ from kvstore.tiers.eviction.partitions import make_policy
 from tests.store_blocks import block_key
 
 KEYS = [block_key(number) for number in range(200)]
-SIZES = [1, 2, 3, 10, 37]
+SIZES = [1, 2, 3, 10, 37, 100]
 
 
 class Reference(Protocol):
@@ -172,7 +172,8 @@ def test_nothing_leased_leaves_and_the_tier_never_overflows(eviction: Eviction, 
         assert len(cache.held) <= size
         assert not (before - cache.held) & cache.leased
         assert cache.held >= cache.leased
-        cache.leased = {other for other in cache.held if rng.random() < 0.3}
+        share = rng.choice((0.3, 0.3, 0.95, 1.0))
+        cache.leased = {other for other in cache.held if rng.random() < share}
         if cache.held - cache.leased and rng.random() < 0.05:
             gone = rng.choice(sorted(cache.held - cache.leased))
             cache.policy.remove(gone)
@@ -201,22 +202,38 @@ def test_leased_blocks_are_not_looked_at_again_and_again(eviction: Eviction) -> 
     assert num_asked < 8 * size, "a full queue of unwritten blocks must not slow every append down"
 
 
+@pytest.mark.parametrize("size", [8, 100])
 @pytest.mark.parametrize("eviction", Eviction)
-def test_the_last_block_that_may_leave_is_found(eviction: Eviction) -> None:
-    for alone in range(8):
-        cache = Cache(eviction, 8)
-        for key in KEYS[:8]:
+def test_the_last_block_that_may_leave_is_found(eviction: Eviction, size: int) -> None:
+    for alone in (*range(8), size - 1):
+        cache = Cache(eviction, size)
+        for key in KEYS[:size]:
             cache.ask(key)
         for _ in range(5):
             cache.ask(KEYS[alone])
             cache.policy.attend(KEYS[alone], 1.0)
-        cache.leased = set(KEYS[:8]) - {KEYS[alone]}
-        cache.ask(KEYS[50])
+        cache.leased = set(KEYS[:size]) - {KEYS[alone]}
+        cache.ask(KEYS[150])
         assert KEYS[alone] not in cache.held
-        assert KEYS[50] in cache.held
+        assert KEYS[150] in cache.held
         cache.leased = set(cache.held)
-        cache.ask(KEYS[51])
-        assert KEYS[51] not in cache.held
+        cache.ask(KEYS[151])
+        assert KEYS[151] not in cache.held
+
+
+@pytest.mark.parametrize("num_idle", [0, 1, 5, 11, 50])
+@pytest.mark.parametrize("eviction", Eviction)
+def test_blocks_wait_for_the_writer_and_the_newest_may_leave(eviction: Eviction, num_idle: int) -> None:
+    cache = Cache(eviction, 100)
+    for key in KEYS[:100]:
+        cache.ask(key)
+    cache.leased = set(KEYS[: 100 - num_idle])
+    for key in KEYS[100 : 100 + num_idle]:
+        cache.ask(key)
+        assert key in cache.held
+        cache.leased.add(key)
+    cache.ask(KEYS[199])
+    assert KEYS[199] not in cache.held
 
 
 def test_what_attention_uses_stays_and_the_newest_stay_without() -> None:

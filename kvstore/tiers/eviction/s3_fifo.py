@@ -53,7 +53,8 @@ class S3FIFO:
         """See `EvictionPolicy`."""
         held: set[BlockKey] = set()
         while len(held) < len(self._small) + len(self._main):
-            is_small = len(self._small) >= self._small_size or not self._main
+            # Small comes early when main has nothing else: who is held there would come round for ever.
+            is_small = len(self._small) >= self._small_size or len(held) == len(self._main)
             queue = self._small if is_small else self._main
             key, uses = queue.popitem(last=False)
             if is_small and uses > 1:
