@@ -137,7 +137,11 @@ class MooncakeServers:
         self._folder = folder
         self._segment_nbytes = segment_nbytes
         self.start_master()
-        self.start_client()
+        try:
+            self.start_client()
+        except BaseException:
+            self.kill_master()
+            raise
 
     @property
     def address(self) -> str:
