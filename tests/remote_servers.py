@@ -152,7 +152,7 @@ class MooncakeServers:
         """Start the master, again after it was killed."""
         program = str(Path(sys.executable).parent / "mooncake_master")
         command = [program, "--rpc_address=127.0.0.1", f"--rpc_port={self.port}", "--enable_metric_reporting=false"]
-        command += [f"--metrics_port={free_port()}", "--metrics_host=127.0.0.1", "--client_ttl=2"]
+        command += [f"--metrics_port={free_port()}", "--metrics_host=127.0.0.1", "--client_ttl=8"]
         with (self._folder / "master.log").open("ab") as log:
             self.master = subprocess.Popen(command, stdout=log, stderr=log)
         wait_for(lambda: answers(self.port), f"mooncake_master, see {self._folder}")
