@@ -22,7 +22,7 @@ Records (kvstore.codec is their face):
 
 Memory and files:
     Arena(nbytes, pinned): page-aligned writable memory, zero-filled, `nbytes` rounded up to pages; a buffer of uint8.
-        `pinned` page-locks it when a CUDA device is there. `close()` gives the pages back; views left read zeros.
+        `pinned` page-locks it when a CUDA device is there. The memory lives as long as any view of it.
     DirectFile(path, writable): O_DIRECT where the file system offers it (`is_direct`), else buffered. A writable file
         is created when missing.
     IoPool(num_threads, engine, depth): `engine` says what moves the bytes: "io_uring", with up to `depth` transfers in

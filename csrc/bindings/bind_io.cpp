@@ -26,6 +26,18 @@ using WithoutGil = py::call_guard<py::gil_scoped_release>;
 namespace kv::bindings {
 namespace {
 
+// Deletes what may take long to end, or to give back, while other threads run Python.
+struct DeleteWithoutGil {
+  template <typename T>
+  void operator()(T* owned) const {
+    const py::gil_scoped_release released;
+    delete owned;
+  }
+};
+
+template <typename T>
+using Owner = std::unique_ptr<T, DeleteWithoutGil>;
+
 // DirectFile that Python can close: transfers in flight keep the native file open until they end.
 class PyFile {
  public:
@@ -151,9 +163,9 @@ void write(IoPool& pool,
   pool.write(std::move(opened), held.readable(), ops_from(ops));
 }
 
-std::unique_ptr<IoPool> make_pool(std::size_t num_threads,
-                                  const std::optional<std::string>& engine,
-                                  unsigned depth) {
+Owner<IoPool> make_pool(std::size_t num_threads,
+                        const std::optional<std::string>& engine,
+                        unsigned depth) {
   IoPool::Options options{num_threads, std::nullopt, depth};
   if (engine.has_value()) {
     KV_EXPECT(*engine == "threads" || *engine == "io_uring", ConfigError,
@@ -161,16 +173,15 @@ std::unique_ptr<IoPool> make_pool(std::size_t num_threads,
     options.engine = *engine == "threads" ? EngineKind::kThreads : EngineKind::kUring;
   }
   const py::gil_scoped_release released;
-  return std::make_unique<IoPool>(options);
+  return Owner<IoPool>(new IoPool(options));
 }
 
 py::buffer_info arena_buffer(Arena& arena) {
-  KV_EXPECT(!arena.is_closed(), ConfigError, "this arena is closed");
   return py::buffer_info(arena.bytes().data(), static_cast<py::ssize_t>(arena.bytes().size()));
 }
 
 void bind_file(py::module_& module) {
-  py::class_<PyFile>(module, "DirectFile")
+  py::class_<PyFile, Owner<PyFile>>(module, "DirectFile")
       .def(py::init<const std::filesystem::path&, bool>(), "path"_a, "writable"_a, WithoutGil())
       .def_property_readonly("is_direct",
                              [](const PyFile& file) { return file.get()->is_direct(); })
@@ -194,7 +205,7 @@ void bind_pool(py::module_& module) {
       .def("wait_some", &PyTicket::wait_some)
       .def("errors", &PyTicket::errors)
       .def("cancel", &PyTicket::cancel);
-  py::class_<IoPool>(module, "IoPool")
+  py::class_<IoPool, Owner<IoPool>>(module, "IoPool")
       .def(py::init(&make_pool), "num_threads"_a, "engine"_a = py::none(), "depth"_a = 64)
       .def_property_readonly("engine", &IoPool::engine)
       .def("submit_read", &submit_read, "file"_a, "buffer"_a, "ops"_a)
@@ -205,12 +216,11 @@ void bind_pool(py::module_& module) {
 }
 
 void bind_arena(py::module_& module) {
-  py::class_<Arena>(module, "Arena", py::buffer_protocol())
+  py::class_<Arena, Owner<Arena>>(module, "Arena", py::buffer_protocol())
       .def(py::init<std::size_t, bool>(), "nbytes"_a, "pinned"_a, WithoutGil())
       .def_buffer(&arena_buffer)
       .def_property_readonly("nbytes", [](const Arena& arena) { return arena.bytes().size(); })
-      .def_property_readonly("is_pinned", &Arena::is_pinned)
-      .def("close", &Arena::close);
+      .def_property_readonly("is_pinned", &Arena::is_pinned);
 }
 
 }  // namespace

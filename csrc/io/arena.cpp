@@ -83,17 +83,8 @@ void Arena::unpin() noexcept {
   pinned_nbytes_ = 0;
 }
 
-void Arena::close() noexcept {
-  if (is_closed_) {
-    return;
-  }
-  unpin();
-  static_cast<void>(::madvise(bytes_.data(), bytes_.size(), MADV_DONTNEED));
-  is_closed_ = true;
-}
-
 Arena::~Arena() {
-  close();
+  unpin();
   ::munmap(bytes_.data(), bytes_.size());
 }
 

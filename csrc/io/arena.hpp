@@ -8,11 +8,8 @@
 
 namespace kv {
 
-/// Owns one anonymous mapping; the destructor unmaps it. Methods are not to be called from two
-/// threads at once.
-///
-/// close() gives the pages back to the system but keeps the address range until destruction: a view
-/// that outlives it reads zeros instead of crashing the process.
+/// Owns one anonymous mapping, which lives until destruction: whoever views the memory keeps the
+/// arena, so that nobody reads bytes that were given back.
 class Arena {
  public:
   /// Maps `nbytes`, rounded up to whole pages, zero-filled, with huge-page advice; from 2 MiB on
@@ -29,8 +26,6 @@ class Arena {
 
   [[nodiscard]] Bytes bytes() const noexcept { return bytes_; }
   [[nodiscard]] bool is_pinned() const noexcept { return pinned_nbytes_ > 0; }
-  [[nodiscard]] bool is_closed() const noexcept { return is_closed_; }
-  void close() noexcept;
 
  private:
   // What is pinned at once from `offset` on.
@@ -39,7 +34,6 @@ class Arena {
 
   Bytes bytes_;
   std::size_t pinned_nbytes_ = 0;
-  bool is_closed_ = false;
 };
 
 }  // namespace kv

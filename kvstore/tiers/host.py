@@ -76,8 +76,8 @@ class HostTier:
         ):
             if slots < 2:
                 raise ConfigError(f"{name} is {found}; a block takes {layout.slot_nbytes}, and two must fit: raise it")
-        self._arena = Arena(self.num_slots * layout.slot_nbytes, True)
-        self._memory = torch.frombuffer(self._arena, dtype=torch.uint8)
+        self._memory = torch.frombuffer(Arena(self.num_slots * layout.slot_nbytes, True), dtype=torch.uint8)
+        self._is_closed = False
         self._changed = threading.Condition()
         self._free = list(range(self.num_slots - 1, -1, -1))
         self._owner_of = [NOBODY] * self.num_slots
@@ -102,7 +102,7 @@ class HostTier:
         """Lease the slot that holds `key`, and mark it as used unless told not to; None when no slot does."""
         with self._changed:
             slot_idx = self._index.get(key)
-            if slot_idx is None:
+            if slot_idx is None or self._is_closed:
                 return None
             self._num_idle -= self._pins[slot_idx] == 0
             self._pins[slot_idx] += 1
@@ -193,10 +193,14 @@ class HostTier:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Give the memory back; slots must no longer be used."""
-        self._arena.close()
+        """Find and lease nothing any more; the memory goes with the last slot that is still in use."""
+        with self._changed:
+            self._is_closed = True
+            self._memory = torch.empty(0, dtype=torch.uint8)
 
     def _take(self, key: BlockKey, owner: str) -> Lease | None:
+        if self._is_closed:
+            return None
         if not self._free or self._order.is_at_quota(owner):
             victim = self._order.victim(owner, self._may_leave) if self._num_idle else None
             if victim is None:

@@ -52,28 +52,25 @@ def copy_costs(device_index: int, *, to_device: bool) -> CopyCosts:
     """
     device = torch.device("cuda", device_index)
     host = Arena(_LARGE_NBYTES * _FEW, True)
-    try:
-        memory = torch.empty(_LARGE_NBYTES * _FEW, dtype=torch.uint8, device=device)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
+    memory = torch.empty(_LARGE_NBYTES * _FEW, dtype=torch.uint8, device=device)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
 
-        def copy(runs: list[tuple[int, int, int]], by_kernel: bool) -> None:
-            place = (memory.data_ptr(), memory.nbytes)
-            if to_device:
-                copy_to_device(host, place, runs, by_kernel, stream.cuda_stream)
-            else:
-                copy_to_host(place, host, runs, by_kernel, stream.cuda_stream)
+    def copy(runs: list[tuple[int, int, int]], by_kernel: bool) -> None:
+        place = (memory.data_ptr(), memory.nbytes)
+        if to_device:
+            copy_to_device(host, place, runs, by_kernel, stream.cuda_stream)
+        else:
+            copy_to_host(place, host, runs, by_kernel, stream.cuda_stream)
 
-        # Apart on both sides, so that they are not joined.
-        small = [(2 * at * _SMALL_NBYTES, 2 * at * _SMALL_NBYTES, _SMALL_NBYTES) for at in range(_MANY)]
-        large = [(at * _LARGE_NBYTES, (_FEW - 1 - at) * _LARGE_NBYTES, _LARGE_NBYTES) for at in range(_FEW)]
-        seconds = {
-            (name, by_kernel): _seconds(lambda runs=runs, by_kernel=by_kernel: copy(runs, by_kernel), stream)  # type: ignore[misc]
-            for name, runs in (("one", small[:1]), ("small", small), ("large", large))
-            for by_kernel in (False, True)
-        }
-    finally:
-        host.close()
+    # Apart on both sides, so that they are not joined.
+    small = [(2 * at * _SMALL_NBYTES, 2 * at * _SMALL_NBYTES, _SMALL_NBYTES) for at in range(_MANY)]
+    large = [(at * _LARGE_NBYTES, (_FEW - 1 - at) * _LARGE_NBYTES, _LARGE_NBYTES) for at in range(_FEW)]
+    seconds = {
+        (name, by_kernel): _seconds(lambda runs=runs, by_kernel=by_kernel: copy(runs, by_kernel), stream)  # type: ignore[misc]
+        for name, runs in (("one", small[:1]), ("small", small), ("large", large))
+        for by_kernel in (False, True)
+    }
     large_nbytes = _FEW * _LARGE_NBYTES
     start_s = seconds["one", True]
     return CopyCosts(

@@ -63,6 +63,6 @@ class Staging:
             return Region(self, self.free.pop()) if self.free else None
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Let go of the memory, which lives as long as anybody reads it."""
         self.memory.release()
-        self.arena.close()
+        del self.arena

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from kvstore.errors import ConfigError, KVStoreError, ReadOnlyError
@@ -150,25 +150,25 @@ class Compactor:
             return []
         sound: list[_Move] = []
         files = self._disk.files
-        with closing(Arena(sum(move.target.nbytes for move in moves), False)) as arena:
-            reads: list[tuple[_Move, int, Ticket]] = []
-            at = 0
-            for move in moves:
+        arena = Arena(sum(move.target.nbytes for move in moves), False)
+        reads: list[tuple[_Move, int, Ticket]] = []
+        at = 0
+        for move in moves:
+            with suppress(KVStoreError):
+                op = (move.record.extent.offset, at, move.target.nbytes)
+                file = files.file(move.record.extent.file_id)
+                reads.append((move, at, self._pool.submit_read(file, arena, [op])))
+            at += move.target.nbytes
+        transfers: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        with memoryview(arena) as memory:
+            for move, start, ticket in reads:
                 with suppress(KVStoreError):
-                    op = (move.record.extent.offset, at, move.target.nbytes)
-                    file = files.file(move.record.extent.file_id)
-                    reads.append((move, at, self._pool.submit_read(file, arena, [op])))
-                at += move.target.nbytes
-            transfers: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
-            with memoryview(arena) as memory:
-                for move, start, ticket in reads:
-                    with suppress(KVStoreError):
-                        ticket.wait()
-                        record_in(memory[start : start + move.target.nbytes], move.key, move.record)
-                        transfers[move.target.file_id].append((move.target.offset, start, move.target.nbytes))
-                        sound.append(move)
-            opened = {file_id: files.file(file_id) for file_id in transfers}
-            wait_all([self._pool.submit_write(opened[file_id], arena, ops) for file_id, ops in transfers.items()])
+                    ticket.wait()
+                    record_in(memory[start : start + move.target.nbytes], move.key, move.record)
+                    transfers[move.target.file_id].append((move.target.offset, start, move.target.nbytes))
+                    sound.append(move)
+        opened = {file_id: files.file(file_id) for file_id in transfers}
+        wait_all([self._pool.submit_write(opened[file_id], arena, ops) for file_id, ops in transfers.items()])
         if self._disk.config.durability.survives_power_cut:
             files.sync(transfers)
         return sound

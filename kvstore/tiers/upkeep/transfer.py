@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 from kvstore.errors import CapacityError, KVStoreError, ReadOnlyError
@@ -139,21 +139,21 @@ class RecordTransfer:
         sane = {key: each.record for key, each in wanted.items() if each.record.extent.nbytes <= _MAX_EXTENT_NBYTES}
         if not sane:
             return blocks
-        with closing(Arena(sum(record.extent.nbytes for record in sane.values()), False)) as arena:
-            tickets: list[tuple[BlockKey, int, Ticket]] = []
-            at = 0
-            for key, record in sane.items():
+        arena = Arena(sum(record.extent.nbytes for record in sane.values()), False)
+        tickets: list[tuple[BlockKey, int, Ticket]] = []
+        at = 0
+        for key, record in sane.items():
+            with suppress(KVStoreError):
+                file = self._disk.files.file(record.extent.file_id)
+                op = (record.extent.offset, at, record.extent.nbytes)
+                tickets.append((key, at, self._pool.submit_read(file, arena, [op])))
+            at += record.extent.nbytes
+        with memoryview(arena) as memory:
+            for key, start, ticket in tickets:
                 with suppress(KVStoreError):
-                    file = self._disk.files.file(record.extent.file_id)
-                    op = (record.extent.offset, at, record.extent.nbytes)
-                    tickets.append((key, at, self._pool.submit_read(file, arena, [op])))
-                at += record.extent.nbytes
-            with memoryview(arena) as memory:
-                for key, start, ticket in tickets:
-                    with suppress(KVStoreError):
-                        ticket.wait()
-                        data = memory[start : start + sane[key].extent.nbytes]
-                        blocks[key] = EncodedBlock(key, sane[key].num_tokens, bytes(record_in(data, key, sane[key])))
+                    ticket.wait()
+                    data = memory[start : start + sane[key].extent.nbytes]
+                    blocks[key] = EncodedBlock(key, sane[key].num_tokens, bytes(record_in(data, key, sane[key])))
         return blocks
 
     def _write_batch(
@@ -191,16 +191,16 @@ class RecordTransfer:
     def _write_placed(self, placed: Sequence[_Placed]) -> None:
         if not placed:
             return
-        with closing(Arena(sum(each.record.extent.nbytes for each in placed), False)) as arena:
-            transfers: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
-            at = 0
-            for each in placed:
-                extent = each.record.extent
-                _fill(arena, at, each)
-                transfers[extent.file_id].append((extent.offset, at, extent.nbytes))
-                at += extent.nbytes
-            opened = {file_id: self._disk.files.file(file_id) for file_id in transfers}
-            wait_all([self._pool.submit_write(opened[file_id], arena, ops) for file_id, ops in transfers.items()])
+        arena = Arena(sum(each.record.extent.nbytes for each in placed), False)
+        transfers: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        at = 0
+        for each in placed:
+            extent = each.record.extent
+            _fill(arena, at, each)
+            transfers[extent.file_id].append((extent.offset, at, extent.nbytes))
+            at += extent.nbytes
+        opened = {file_id: self._disk.files.file(file_id) for file_id in transfers}
+        wait_all([self._pool.submit_write(opened[file_id], arena, ops) for file_id, ops in transfers.items()])
         if self._disk.config.durability.survives_power_cut:
             self._disk.files.sync(transfers)
         self._disk.meter.add(TierStats(written_blocks=len(placed), written_nbytes=at))

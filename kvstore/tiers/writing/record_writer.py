@@ -150,7 +150,7 @@ class RecordWriter:
     def close(self) -> None:
         """Give the staging memory back."""
         self._memory.release()
-        self._arena.close()
+        del self._arena
 
     def _write_lanes(
         self,
