@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvstore.errors import BusyError
 from kvstore.store import FetchRequest, Outcome, Store
 from tests.store_blocks import HEADER, LAYOUT, block_key, empty_slot, make_blocks, make_slot, open_store, same_block
 from tests.test_face import CPU, forward, open_folder, still
@@ -80,6 +81,24 @@ def late_writes_free_the_slots(disk: SlowDisk, folder: Path) -> None:
             assert outcome is Outcome.MISS or same_block(slot, make_slot(number))
         assert store.exists([block_key(40)]) == [False]
         assert store.verify().is_clean
+
+
+def closing_waits_for_a_fetch_that_is_under_way(disk: SlowDisk, folder: Path) -> None:
+    with _stored(disk, folder) as store, ThreadPoolExecutor(2) as threads:
+        disk.set(reads_stall=True)
+        slots = [empty_slot() for _ in range(NUM_BLOCKS)]
+        job = threads.submit(store.get, [block_key(number) for number in range(NUM_BLOCKS)], slots)
+        while len(store._moving().fetcher._flights._flights) < NUM_BLOCKS - 2:
+            time.sleep(0.005)
+        closing = threads.submit(store.close)
+        time.sleep(0.2)
+        assert not closing.done()
+        with pytest.raises(BusyError):
+            store.get([block_key(0)], [empty_slot()])
+        disk.set()
+        assert all(outcome.is_hit for outcome in job.result(HANG_S))
+        assert all(same_block(slot, make_slot(number)) for number, slot in enumerate(slots))
+        closing.result(HANG_S)
 
 
 def two_askers_cause_one_read(disk: SlowDisk, folder: Path) -> None:
@@ -187,6 +206,7 @@ def a_question_is_answered_from_what_came_in_time(disk: SlowDisk, folder: Path) 
 CASES = [
     late_reads_leave_slots_alone,
     late_writes_free_the_slots,
+    closing_waits_for_a_fetch_that_is_under_way,
     two_askers_cause_one_read,
     the_second_asker_outlives_the_first,
     the_second_asker_goes_on_when_the_first_fails,

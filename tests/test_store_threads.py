@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kvstore.store import Outcome, Store
+from kvstore.errors import BusyError
+from kvstore.store import Access, Outcome, Store
 from tests.store_blocks import (
     EXTENT_NBYTES,
     HEADER,
@@ -19,6 +21,7 @@ from tests.store_blocks import (
     same_block,
 )
 
+HANG_S = 60.0
 NUM_BLOCKS = 40
 PLAIN = range(1000, 1030)
 BUDGET_NBYTES = (1 << 19) + (NUM_BLOCKS + 10) * EXTENT_NBYTES
@@ -65,3 +68,30 @@ def test_threads_share_a_store_and_never_see_wrong_bytes(tmp_path: Path) -> None
         store.flush()
         assert len(store.manifest("lecture").entries) == NUM_BLOCKS
         assert store.verify().is_clean
+
+
+def test_hits_of_a_store_that_is_being_closed_are_right_or_refused(tmp_path: Path) -> None:
+    numbers = range(4)
+    with open_store(tmp_path) as store:
+        store.put([block_key(number) for number in numbers], [make_slot(number) for number in numbers], [40] * 4)
+
+    def read_on(store: Store) -> int:
+        num_read = 0
+        while True:
+            slots = [empty_slot() for _ in numbers]
+            try:
+                outcomes = store.get([block_key(number) for number in numbers], slots)
+            except BusyError:
+                return num_read
+            for number, slot, outcome in zip(numbers, slots, outcomes, strict=True):
+                assert outcome.is_hit
+                assert same_block(slot, make_slot(number))
+            num_read += 1
+
+    with ThreadPoolExecutor(3) as threads:
+        for _ in range(20):
+            store = open_store(tmp_path, Access.READ, host_slots=2)
+            jobs = [threads.submit(read_on, store) for _ in range(3)]
+            time.sleep(0.01)
+            store.close()
+            assert all(job.result(HANG_S) >= 0 for job in jobs)

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -24,6 +25,8 @@ from kvstore.tiers.writing.writer import Writer
 _NUM_THREADS = 4
 _UNIT_NBYTES = 32 << 20
 _MAX_PUT_BLOCKS = 32
+
+Result = TypeVar("Result")
 
 
 class Mover:
@@ -52,14 +55,14 @@ class Mover:
     def submit_get(self, requests: Sequence[FetchRequest], timeout_s: float | None) -> BatchTicket:
         """Bring blocks into slots; returns at once."""
         ticket = BatchTicket(len(requests), timeout_s)
-        self._threads.submit(self._get, requests, ticket)
+        self._submit(self._get, requests, ticket)
         return ticket
 
     def fetch(self, requests: Sequence[FetchRequest], timeout_s: float) -> FetchReport:
         """Bring blocks into slots, those that come in time; the report of a batch that did not lacks what was read."""
         began_s = time.perf_counter()
         ticket = BatchTicket(len(requests), timeout_s)
-        job = self._threads.submit(self._fetcher.fetch, requests, ticket)
+        job = self._submit(self._fetcher.fetch, requests, ticket)
         outcomes = ticket.wait()
         assert outcomes is not None, "waited without a limit"
         if Outcome.TIMED_OUT not in outcomes:
@@ -83,7 +86,7 @@ class Mover:
         if self._trial is not None:
             items = self._trial.hold(ticket, keys, slots, num_tokens)
         if timeout_s is not None:
-            self._threads.submit(self._put_copies, self._writer, items, keys, slots, num_tokens, ticket)
+            self._submit(self._put_copies, self._writer, items, keys, slots, num_tokens, ticket)
         elif items:
             own = tuple(keys[item] for item in items), tuple(slots[item] for item in items)
             self._writer.put(PutJob(ticket, items, *own, tuple(num_tokens[item] for item in items)))
@@ -92,11 +95,17 @@ class Mover:
     def submit_layers(self, load: LayerLoad) -> None:
         """Bring the layers of a load; returns at once."""
         for _ in range(2):
-            self._threads.submit(load.run, self._fetcher)
+            self._submit(load.run, self._fetcher)
 
     def close(self) -> None:
         """Finish what was submitted and end the threads."""
         self._threads.shutdown()
+
+    def _submit(self, move: Callable[..., Result], *arguments: object) -> Future[Result]:
+        try:
+            return self._threads.submit(move, *arguments)
+        except RuntimeError as error:  # the threads have been told to end
+            raise BusyError("the store is closed") from error
 
     def _get(self, requests: Sequence[FetchRequest], ticket: BatchTicket) -> None:
         try:

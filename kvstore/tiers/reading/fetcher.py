@@ -16,7 +16,7 @@ from functools import partial
 
 from torch import Tensor
 
-from kvstore.errors import KVStoreError
+from kvstore.errors import BusyError, KVStoreError
 from kvstore.layout import BlockLayout
 from kvstore.native import IoPool
 from kvstore.spec import BlockKey
@@ -76,6 +76,7 @@ class Fetcher:
         self._demand = threading.Condition()
         self._num_demands = 0
         self._is_closing = False
+        self._is_closed = False
         self.host_meter = Meter()
         self.on_host_hits: Callable[[Sequence[BlockKey]], None] | None = None
         """Called after a fetch with the blocks that were found in memory."""
@@ -97,9 +98,14 @@ class Fetcher:
             requests: a batch.
             ticket: one item per request.
             positions: which requests to serve now, None for all; they have their outcomes on return, however it ends.
+
+        Raises:
+            BusyError: the store is closed.
         """
         served = range(len(requests)) if positions is None else positions
         with self._demand:
+            if self._is_closed:
+                raise BusyError("the store is closed")
             self._num_demands += 1
         try:
             report = self._fetch(requests, served, ticket or BatchTicket(len(requests)), is_kept=True)
@@ -143,7 +149,10 @@ class Fetcher:
             self._demand.notify_all()
 
     def close(self) -> None:
-        """Give the staging memory back."""
+        """Refuse new calls, wait for those under way, then give the staging memory back."""
+        with self._demand:
+            self._is_closed = True
+            self._demand.wait_for(lambda: self._num_demands == 0)
         self._reader.close()
 
     def _fetch(
