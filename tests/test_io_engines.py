@@ -69,32 +69,60 @@ def test_the_engine_asked_for_is_the_one_taken(engine: str) -> None:
     assert IoPool(1, engine).engine == engine
 
 
-# A filter like those of container runtimes: io_uring_setup, number 425 everywhere, fails with EPERM.
-WITHOUT_IO_URING = """
+# A filter like those of container runtimes: a system call fails with EPERM, always, or unless its second argument is 0.
+FILTERED = """
 import ctypes, struct, sys
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, StoreIOError
 from kvstore.native import Arena, DirectFile, IoPool
 
-steps = [(0x20, 0, 0, 0), (0x15, 0, 1, 425), (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000)]
+refused = [(0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000)]
+if sys.argv[3] == "always":
+    steps = [(0x20, 0, 0, 0), (0x15, 0, 1, int(sys.argv[2])), *refused]
+else:
+    steps = [(0x20, 0, 0, 0), (0x15, 0, 3, int(sys.argv[2])), (0x20, 0, 0, 24), (0x15, 1, 0, 0), *refused]
 code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
 program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code)))
 libc = ctypes.CDLL(None, use_errno=True)
 if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program, 0, 0):
     sys.exit(77)
 pool, file, arena = IoPool(2), DirectFile(sys.argv[1], True), Arena(4096, False)
-pool.submit_write(file, arena, [(0, 0, 4096)]).wait()
+tickets = [pool.submit_write(file, arena, [(4096 * at, 0, 4096)] * 100) for at in range(3)]
 try:
+    for ticket in tickets:
+        ticket.wait(20)
     IoPool(2, "io_uring")
-except ConfigError as error:
+except (ConfigError, StoreIOError) as error:
     print(pool.engine, file.size(), error)
+tickets += [pool.submit_read(file, arena, [(0, 0, 4096)])]
+pool.close()
+print([len(ticket.errors()) for ticket in tickets if ticket.done()])
 """
 
 
-def test_threads_move_the_bytes_where_the_kernel_refuses_io_uring(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WITHOUT_IO_URING, str(tmp_path / "data")]
-
+def run_filtered(folder: Path, number: int, when: str) -> str:
+    """What a program prints whose system call `number` is refused."""
+    command = [sys.executable, "-c", FILTERED, str(folder / "data"), str(number), when]
     done = subprocess.run(command, timeout=30, check=False, capture_output=True, text=True)
-
     if done.returncode == 77:
         pytest.skip("this system sets no seccomp filter")
-    assert done.stdout.startswith("threads 4096 there is no io_uring here: set up an io_uring: Operation not permitted")
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "refused"),
+    [(425, "set up an io_uring"), (426, "enter an io_uring"), (427, "ask what an io_uring can do")],
+)
+def test_threads_move_the_bytes_where_the_kernel_refuses_io_uring(tmp_path: Path, number: int, refused: str) -> None:
+    said = run_filtered(tmp_path, number, "always")
+
+    assert said.startswith(f"threads 12288 there is no io_uring here: {refused}: Operation not permitted")
+    assert said.endswith("[0, 0, 0, 0]\n")
+
+
+def test_transfers_end_when_the_kernel_refuses_them_later(tmp_path: Path) -> None:
+    said = run_filtered(tmp_path, 426, "with something to submit")
+
+    if not said.startswith("threads"):  # where there was no io_uring before
+        assert said.startswith(f"io_uring 0 [Errno 1] write {tmp_path}")
+        assert "Operation not permitted" in said
+        assert said.endswith("[100, 100, 100, 1]\n")

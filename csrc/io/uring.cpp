@@ -71,6 +71,7 @@ Uring::Uring(unsigned num_entries) {
   try {
     set_up(num_entries);
     check_operations();
+    check_entry();
   } catch (...) {
     release();
     throw;
@@ -122,6 +123,13 @@ void Uring::check_operations() const {
       refuse_old();
     }
   }
+}
+
+void Uring::check_entry() const {
+  // Filters may let a ring be set up and never be used. One that is still disabled says EBADFD.
+  const bool is_refused =
+      ::syscall(__NR_io_uring_enter, descriptor_, 0, 0, 0, nullptr, 0) < 0 && errno != EBADFD;
+  KV_ERRNO(is_refused ? -1 : 0, "enter an io_uring");
 }
 
 void Uring::release() noexcept {
@@ -192,14 +200,31 @@ void Uring::enter(unsigned least) noexcept {
     if (taken >= 0) {
       left -= std::min(left, static_cast<std::uint32_t>(taken));
     } else if (errno != EINTR && errno != ETIME) {
-      // The kernel is short of memory, or wants completions taken first: neither lasts.
+      const int error_number = errno;
       const timespec pause{0, 1000 * 1000};
       ::nanosleep(&pause, nullptr);
+      // The kernel is short of memory, or wants completions taken first: that passes.
+      if (error_number != EAGAIN && error_number != EBUSY && error_number != ENOMEM) {
+        num_refused_ = left;
+        refusal_ = error_number;
+        __atomic_store_n(word(sq_tail_), *word(sq_tail_) - left, __ATOMIC_RELEASE);
+        return;
+      }
     }
   } while (left > 0);
 }
 
 bool Uring::take(Completion& completion) noexcept {
+  if (num_refused_ > 0) {
+    // They lie behind the tail, in order; what is prepared meanwhile replaces those given out.
+    const std::uint32_t index = *word(sq_tail_) + next_refused_++;
+    completion = Completion{reinterpret_cast<Entry*>(entries_)[index & sq_mask_].sqe.user_data,
+                            -static_cast<std::int64_t>(refusal_)};
+    if (next_refused_ == num_refused_) {
+      num_refused_ = next_refused_ = 0;
+    }
+    return true;
+  }
   const std::uint32_t head = *word(cq_head_);
   if (head == __atomic_load_n(word(cq_tail_), __ATOMIC_ACQUIRE)) {
     return false;

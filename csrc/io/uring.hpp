@@ -39,7 +39,8 @@ class Uring {
   void prepare_wake(int descriptor, std::uint64_t* value, std::uint64_t tag) noexcept;
 
   /// Hands everything prepared to the kernel, and waits for a completion. With `least` above 1 it
-  /// waits for so many, but for 100 microseconds at most: fewer calls and fewer wakes.
+  /// waits for so many, but for 100 microseconds at most: fewer calls and fewer wakes. What the
+  /// kernel refuses for good ends as completions with that errno.
   void enter(unsigned least) noexcept;
 
   /// Takes one completion; false when there is none.
@@ -51,13 +52,17 @@ class Uring {
   [[nodiscard]] std::uint32_t* word(std::uint32_t offset) const noexcept;
   void set_up(unsigned num_entries);
   void check_operations() const;
-  void map_rings();
+  void check_entry() const;
   void release() noexcept;
 
   int descriptor_ = -1;
   bool needs_enabling_ = false;
   bool has_timed_waits_ = false;
   std::uint32_t num_prepared_ = 0;
+  // Submissions that the kernel did not take, and how many of them `take` has given out.
+  std::uint32_t num_refused_ = 0;
+  std::uint32_t next_refused_ = 0;
+  int refusal_ = 0;
   std::uint8_t* ring_ = nullptr;
   std::size_t ring_nbytes_ = 0;
   std::uint8_t* entries_ = nullptr;
