@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from kvstore.tiers.reading.extent_reader import ExtentReader
 from kvstore.tiers.reading.plan import Piece
 
 PAGE = 4096
+HANG_S = 60.0
 FILE_NBYTES = 24 << 20  # more than all the memory to read to
 
 
@@ -60,6 +62,15 @@ def reading(noise: tuple[Path, list[bytes]], engine: str) -> Iterator[Reading]:
         yield found
         found.reader.close()
     pool.close()
+
+
+def run_guarded(call: Callable[[], object]) -> None:
+    """Call it, and fail if it hangs or raises."""
+    ended: list[bool] = []
+    thread = threading.Thread(target=lambda: ended.append(bool(call() or True)), daemon=True)
+    thread.start()
+    thread.join(HANG_S)
+    assert ended
 
 
 def scattered(count: int, pages: int, seed: int) -> list[Piece]:
@@ -110,6 +121,35 @@ def test_a_missing_file_fails_its_pieces_only(reading: Reading) -> None:
 
     assert right == {item: True for item in range(9) if item % 3 < 2}
     assert sorted(failed) == [2, 5, 8]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_file_that_cannot_even_be_looked_for_fails_its_pieces(reading: Reading, tmp_path: Path, count: int) -> None:
+    (tmp_path / "00000002.extents").symlink_to("x" * 300)  # no such name can be
+    files = ExtentFiles(tmp_path, writable=True)
+    reader = ExtentReader(files, IoPool(2), ThreadPoolExecutor(1), 1 << 20)
+    failed: list[KVStoreError] = []
+
+    for _ in range(6):  # more than there are regions to read to
+        pieces = [Piece(item, 2, item * PAGE, (item + 1) * PAGE) for item in range(count)]
+        run_guarded(lambda pieces=pieces: reader.read(pieces, print, lambda piece, error: failed.append(error)))  # type: ignore[misc]
+
+    assert len(failed) == 6 * count
+    assert all(isinstance(error, StoreIOError) and error.errno == errno.ENAMETOOLONG for error in failed)
+
+
+def test_memory_comes_back_when_no_consumer_can_be_had(tmp_path: Path, engine: str) -> None:
+    pool = IoPool(2, engine)
+    with ThreadPoolExecutor(2) as consumers:
+        reading = Reading(tmp_path, pool, consumers)
+
+    def read_in_vain() -> None:
+        with pytest.raises(RuntimeError, match="shutdown"):
+            reading.read(scattered(60, 64, 5))
+
+    for _ in range(6):
+        run_guarded(read_in_vain)
+    run_guarded(lambda: reading.read(scattered(1, 1, 5)))
 
 
 @pytest.mark.parametrize("count", [1, 60])

@@ -29,6 +29,7 @@ _MAX_ROUNDS = 3
 # The device, or this process, not the block: what is stored may be whole, and readable later.
 _PASSING_ERRNOS = frozenset(
     {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOMEM, errno.EMFILE}
+    | {errno.ENFILE, errno.ENOBUFS, errno.EAGAIN, errno.ECANCELED, errno.EDQUOT, errno.EPERM, errno.EACCES}
 )
 
 Deliver: TypeAlias = Callable[[int, Callable[[Tensor], None]], None]

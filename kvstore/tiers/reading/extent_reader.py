@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
-from kvstore.errors import KVStoreError
-from kvstore.native import IoPool, Ticket
+from kvstore.errors import KVStoreError, StoreIOError
+from kvstore.native import DirectFile, IoPool, Ticket
 from kvstore.tiers.extents import ExtentFiles
 from kvstore.tiers.reading.plan import MERGE_GAP_NBYTES, Piece, Run, merge
 from kvstore.tiers.reading.staging import Region, Staging
@@ -82,12 +82,10 @@ class ExtentReader:
                     nbytes += self._land(waves[0], runs, jobs, job_nbytes, consume, fail)
                     waves.popleft().region.release()
         finally:
-            for wave in waves:
-                wave.ticket.cancel()
-                with suppress(KVStoreError):  # an error of this thread is on its way up already
-                    wave.ticket.wait()
-                wave.region.release()
-            wait(jobs)
+            with ExitStack() as cleanup:  # each step whatever becomes of the others: a region kept is gone for ever
+                cleanup.callback(wait, jobs)
+                for wave in waves:
+                    cleanup.callback(_abandon, wave)
         for job in jobs:
             job.result()
         return nbytes
@@ -102,8 +100,7 @@ class ExtentReader:
         try:
             nbytes = piece.end - piece.start
             try:
-                file = self._files.file(piece.file_id)
-                self._pool.read(file, self._staging.arena, [(piece.start, region.offset, nbytes)])
+                self._pool.read(self._file(piece.file_id), self._staging.arena, [(piece.start, region.offset, nbytes)])
             except KVStoreError as error:
                 fail(piece, error)
                 return 0
@@ -122,21 +119,30 @@ class ExtentReader:
             starts: list[int] = []
             at, end = region.offset, region.offset + self._staging.region_nbytes
             file_id = runs[0].file_id
-            while runs and runs[0].file_id == file_id and at + runs[0].nbytes <= end:
-                taken.append(runs.popleft())
-                starts.append(at)
-                at += taken[-1].nbytes
-            try:
-                file = self._files.file(file_id)
+            with ExitStack() as unless_launched:
+                unless_launched.callback(region.release)
+                while runs and runs[0].file_id == file_id and at + runs[0].nbytes <= end:
+                    taken.append(runs.popleft())
+                    starts.append(at)
+                    at += taken[-1].nbytes
                 ops = [(run.start, start, run.nbytes) for run, start in zip(taken, starts, strict=True)]
-                ticket = self._pool.submit_read(file, self._staging.arena, ops)
-            except KVStoreError as error:
-                region.release()
-                for run in taken:
-                    for piece in run.pieces:
-                        fail(piece, error)
-                continue
-            waves.append(_Wave(taken, starts, region, ticket))
+                try:
+                    ticket = self._pool.submit_read(self._file(file_id), self._staging.arena, ops)
+                except KVStoreError as error:
+                    for run in taken:
+                        for piece in run.pieces:
+                            fail(piece, error)
+                    continue
+                waves.append(_Wave(taken, starts, region, ticket))
+                unless_launched.pop_all()
+
+    def _file(self, file_id: int) -> DirectFile:
+        try:
+            return self._files.file(file_id)
+        except KVStoreError:
+            raise
+        except OSError as error:
+            raise StoreIOError(error.errno, f"{self._files.path(file_id)}: {error.strerror}") from error
 
     def _land(
         self, wave: _Wave, runs: deque[Run], jobs: list[Future[None]], job_nbytes: int, consume: Consume, fail: Fail
@@ -160,7 +166,11 @@ class ExtentReader:
                 ready += [(piece, base + piece.start) for piece in run.pieces]
             if ready and (gathered >= job_nbytes or not num_left):
                 wave.region.retain()
-                jobs.append(self._consumers.submit(self._consume, wave.region, ready, consume))
+                try:
+                    jobs.append(self._consumers.submit(self._consume, wave.region, ready, consume))
+                except BaseException:
+                    wave.region.release()
+                    raise
                 ready, gathered = [], 0
         return nbytes
 
@@ -178,3 +188,13 @@ class ExtentReader:
             fail(run.pieces[0], error)
             return
         runs.extend(Run(piece.file_id, piece.start, piece.end, (piece,)) for piece in run.pieces)
+
+
+def _abandon(wave: _Wave) -> None:
+    """Let go of a wave whose bytes nobody wants any more, once nothing is read into its region."""
+    try:
+        wave.ticket.cancel()
+        with suppress(KVStoreError):  # another error is on its way up already
+            wave.ticket.wait()
+    finally:
+        wave.region.release()
