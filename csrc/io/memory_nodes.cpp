@@ -10,6 +10,7 @@
 #include <climits>
 #include <cstdint>
 #include <fstream>
+#include <system_error>
 #include <thread>
 
 #include "core/geometry.hpp"
@@ -98,9 +99,14 @@ void touch(Bytes memory, std::size_t num_threads) {
   const std::size_t count = std::max<std::size_t>(1, std::min(num_threads, useful));
   const auto step = static_cast<std::size_t>(round_up(memory.size() / count + 1, kPageNbytes));
   std::vector<std::thread> threads;
+  threads.reserve(count);
   for (std::size_t start = step; start < memory.size(); start += step) {
     const Bytes part(memory.data() + start, std::min(step, memory.size() - start));
-    threads.emplace_back([part] { touch_part(part); });
+    try {
+      threads.emplace_back([part] { touch_part(part); });
+    } catch (const std::system_error&) {  // no more threads to be had: they only save time
+      touch_part(part);
+    }
   }
   touch_part(Bytes(memory.data(), std::min(step, memory.size())));
   for (std::thread& thread : threads) {

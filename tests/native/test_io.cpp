@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The pool under load from several threads, its faults, and its end with work queued, for race
 // checkers to watch.
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -11,6 +12,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -119,16 +121,34 @@ void the_end_waits_for_queued_work(const kv::IoPool::Options& options,
   ticket->wait();
 }
 
+void check_present(kv::Bytes memory) {
+  std::vector<unsigned char> present(memory.size() / kPage);
+  CHECK(::mincore(memory.data(), memory.size(), present.data()) == 0);
+  CHECK(std::all_of(present.begin(), present.end(), [](unsigned char page) { return page & 1; }));
+  CHECK(std::all_of(memory.data(), memory.data() + kPage,
+                    [](std::uint8_t byte) { return byte == 0; }));
+}
+
 void memory_is_present_after_a_touch() {
   const std::size_t nbytes = (std::size_t{130} << 20) + kPage;
   kv::Arena arena(nbytes, false);
   kv::interleave(arena.bytes());
   kv::touch(arena.bytes(), 3);
-  std::vector<unsigned char> present(nbytes / kPage);
-  CHECK(::mincore(arena.bytes().data(), nbytes, present.data()) == 0);
-  CHECK(std::all_of(present.begin(), present.end(), [](unsigned char page) { return page & 1; }));
-  CHECK(std::all_of(arena.bytes().data(), arena.bytes().data() + kPage,
-                    [](std::uint8_t byte) { return byte == 0; }));
+  check_present(arena.bytes());
+}
+
+void memory_is_present_where_no_thread_can_be_had() {
+  kv::Arena arena(std::size_t{130} << 20, false);
+  pthread_attr_t usual;
+  CHECK(::pthread_getattr_default_np(&usual) == 0);
+  pthread_attr_t huge = usual;
+  CHECK(::pthread_attr_setstacksize(&huge, std::size_t{1} << 47) ==
+        0);  // as much as there are addresses
+  CHECK(::pthread_setattr_default_np(&huge) == 0);
+  CHECK_THROWS(std::thread([] {}), std::system_error);
+  kv::touch(arena.bytes(), 3);
+  CHECK(::pthread_setattr_default_np(&usual) == 0);
+  check_present(arena.bytes());
 }
 
 void lists_of_nodes_are_read() {
@@ -145,6 +165,7 @@ void lists_of_nodes_are_read() {
 
 void test_io() {
   memory_is_present_after_a_touch();
+  memory_is_present_where_no_thread_can_be_had();
   lists_of_nodes_are_read();
   std::string path = "/tmp/kvstore-native-test-XXXXXX";
   const int descriptor = ::mkstemp(path.data());
