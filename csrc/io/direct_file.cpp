@@ -77,10 +77,10 @@ void DirectFile::drop_cache() {
 }
 
 void DirectFile::leave_direct_mode() {
-  is_direct_ = false;
   const int flags = ::fcntl(descriptor_, F_GETFL);
   KV_ERRNO(flags, about("ask for the flags of"));
   KV_ERRNO(::fcntl(descriptor_, F_SETFL, flags & ~O_DIRECT), about("leave direct mode of"));
+  is_direct_ = false;  // last: who finds it false must not meet a descriptor that still is
 }
 
 }  // namespace kv
