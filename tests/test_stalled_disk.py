@@ -17,7 +17,17 @@ import torch
 
 from kvstore.errors import BusyError
 from kvstore.store import FetchRequest, Outcome, Store
-from tests.store_blocks import HEADER, LAYOUT, block_key, empty_slot, make_blocks, make_slot, open_store, same_block
+from tests.store_blocks import (
+    EXTENT_NBYTES,
+    HEADER,
+    LAYOUT,
+    block_key,
+    empty_slot,
+    make_blocks,
+    make_slot,
+    open_store,
+    same_block,
+)
 from tests.test_face import CPU, forward, open_folder, still
 
 with pytest.MonkeyPatch.context() as patch:
@@ -124,6 +134,70 @@ def two_askers_cause_one_read(disk: SlowDisk, folder: Path) -> None:
             assert (stats.read_blocks, stats.shared_reads) == (2, 10)
 
 
+def reads_that_are_stuck_hold_up_nothing_that_is_in_memory(disk: SlowDisk, folder: Path) -> None:
+    with _stored(disk, folder, host_slots=6) as store:
+        assert store.get([block_key(7)], [empty_slot()])[0].is_hit
+        disk.set(reads_stall=True)
+        stuck = [store.submit_get([block_key(number)], [empty_slot()], timeout_s=0.1) for number in range(4)]
+        load = store.load_layers([block_key(4)], [empty_slot()])
+        assert [ticket.wait() for ticket in stuck] == [[Outcome.TIMED_OUT]] * 4
+        slot = empty_slot()
+        assert store.get([block_key(7)], [slot], timeout_s=HANG_S) == [Outcome.HOST]
+        assert same_block(slot, make_slot(7))
+        assert store.submit_get([block_key(7)], [empty_slot()]).wait(HANG_S) == [Outcome.HOST]
+        mixed = store.submit_get([block_key(7), block_key(5)], [empty_slot(), empty_slot()], timeout_s=1.0)
+        assert mixed.wait() == [Outcome.HOST, Outcome.TIMED_OUT]
+        request = FetchRequest(block_key(7), empty_slot())
+        assert store.fetch([request], timeout_s=HANG_S).outcomes == [Outcome.HOST]
+        assert store.put([block_key(77)], [make_slot(77)], [40], timeout_s=HANG_S) == [Outcome.STORED]
+        disk.set()
+        assert load.wait(0, HANG_S) == [Outcome.DISK]
+
+
+def what_nobody_waits_for_any_more_is_not_read(disk: SlowDisk, folder: Path) -> None:
+    with _stored(disk, folder) as store:
+        disk.set(reads_stall=True)
+        for number in range(NUM_BLOCKS):
+            assert store.fetch([FetchRequest(block_key(number), empty_slot())], 0.05).outcomes == [Outcome.TIMED_OUT]
+        disk.set()
+        store._moving().mover.close()
+        assert store.stats().disk.read_nbytes == 4 * EXTENT_NBYTES, "four reads had begun"
+
+
+def cancelled_puts_let_others_have_their_place(disk: SlowDisk, folder: Path) -> None:
+    with _stored(disk, folder) as store:
+        disk.set(writes_stall=True)
+        keys, slots = [block_key(number) for number in range(100, 106)], [make_slot(1)] * 6
+        puts = [store.submit_put(keys, slots, [40] * 6, timeout_s=3600.0) for _ in range(4)]
+        time.sleep(0.2)
+        for put in puts:
+            put.cancel()
+        assert [put.wait(HANG_S) for put in puts] == [[Outcome.CANCELLED] * 6] * 4
+        assert store.get([block_key(0)], [empty_slot()], timeout_s=HANG_S)[0].is_hit
+        disk.set()
+        assert store.put([block_key(110)], [make_slot(110)], [40], timeout_s=HANG_S) == [Outcome.STORED]
+
+
+def questions_in_inference_mode_share_a_read(disk: SlowDisk, folder: Path) -> None:
+    with _stored(disk, folder) as store, ThreadPoolExecutor(2) as threads:
+
+        def ask() -> list[torch.Tensor]:
+            with torch.inference_mode():
+                slots = [torch.zeros(LAYOUT.slot_nbytes, dtype=torch.uint8) for _ in range(2)]
+                requests = [FetchRequest(block_key(number), slot) for number, slot in enumerate(slots)]
+                assert store.fetch(requests).outcomes == [Outcome.DISK] * 2
+                return slots
+
+        disk.set(reads_stall=True)
+        jobs = [threads.submit(ask) for _ in range(2)]
+        flights = store._moving().fetcher._flights._flights
+        while sum(len(flight.seats) for flight in list(flights.values())) < 4:
+            time.sleep(0.005)
+        disk.set()
+        for job in jobs:
+            assert [same_block(slot, make_slot(number)) for number, slot in enumerate(job.result(HANG_S))] == [True] * 2
+
+
 def the_second_asker_outlives_the_first(disk: SlowDisk, folder: Path) -> None:
     for ends_early in ("timed out", "cancelled"):
         with _stored(disk, folder) as store, ThreadPoolExecutor(1) as threads:
@@ -208,6 +282,10 @@ CASES = [
     late_writes_free_the_slots,
     closing_waits_for_a_fetch_that_is_under_way,
     two_askers_cause_one_read,
+    reads_that_are_stuck_hold_up_nothing_that_is_in_memory,
+    what_nobody_waits_for_any_more_is_not_read,
+    cancelled_puts_let_others_have_their_place,
+    questions_in_inference_mode_share_a_read,
     the_second_asker_outlives_the_first,
     the_second_asker_goes_on_when_the_first_fails,
     appends_do_not_wait_until_the_host_tier_is_full,

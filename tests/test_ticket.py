@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -71,6 +72,20 @@ def test_time_ends_open_items_and_waits_for_claimed_ones() -> None:
     ticket.unclaim(1, Outcome.HOST)
     waiter.join(10)
     assert outcomes == [[Outcome.TIMED_OUT, Outcome.HOST]]
+
+
+def test_a_claim_is_given_back_however_its_block_is_left() -> None:
+    ticket = BatchTicket(2)
+    with suppress(KeyboardInterrupt), ticket.claiming(0) as claim, ticket.claiming(0) as second:
+        assert claim.is_held
+        assert not second.is_held
+        raise KeyboardInterrupt
+    assert ticket.is_open(0)
+    with ticket.claiming(0) as claim:
+        claim.outcome = Outcome.HOST
+    with ticket.claiming(0) as claim:
+        assert not claim.is_held, "it has ended"
+    assert ticket.settle_rest(Outcome.UNAVAILABLE) == [Outcome.HOST, Outcome.UNAVAILABLE]
 
 
 def test_the_rest_of_some_items_ends_and_the_others_go_on() -> None:

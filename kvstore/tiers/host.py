@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -78,7 +77,8 @@ class HostTier:
                 raise ConfigError(f"{name} is {found}; a block takes {layout.slot_nbytes}, and two must fit: raise it")
         self._memory = torch.frombuffer(Arena(self.num_slots * layout.slot_nbytes, True), dtype=torch.uint8)
         self._is_closed = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()  # in `with`, as in `BatchTicket`
+        self._changed = threading.Condition(self._lock)
         self._free = list(range(self.num_slots - 1, -1, -1))
         self._owner_of = [NOBODY] * self.num_slots
         self._index: dict[BlockKey, int] = {}
@@ -95,12 +95,12 @@ class HostTier:
     @property
     def num_used(self) -> int:
         """Slots that hold a block or are being filled."""
-        with self._changed:
+        with self._lock:
             return self.num_slots - len(self._free)
 
     def pin(self, key: BlockKey, *, is_use: bool = True) -> Lease | None:
         """Lease the slot that holds `key`, and mark it as used unless told not to; None when no slot does."""
-        with self._changed:
+        with self._lock:
             slot_idx = self._index.get(key)
             if slot_idx is None or self._is_closed:
                 return None
@@ -115,7 +115,7 @@ class HostTier:
 
     def try_reserve(self, key: BlockKey, owner: str = NOBODY) -> Lease | None:
         """Lease an empty slot for `key`, evicting whose turn it is; None when all slots that may be had are leased."""
-        with self._changed:
+        with self._lock:
             return self._take(key, owner)
 
     def reserve(self, key: BlockKey, check: Callable[[], object], owner: str = NOBODY) -> Lease:
@@ -126,57 +126,57 @@ class HostTier:
             check: called before each wait; raises to give up.
             owner: the stream that it belongs to.
         """
-        lease = self.reserve_within(key, check, None, owner)
-        assert lease is not None, "waited without a limit"
-        return lease
-
-    def reserve_within(
-        self, key: BlockKey, check: Callable[[], object], wait_s: float | None, owner: str = NOBODY
-    ) -> Lease | None:
-        """Like `reserve`, but for `wait_s` seconds at most; None when they passed without a slot."""
-        until_s = None if wait_s is None else time.monotonic() + wait_s
-        with self._changed:
+        with self._lock:
             while True:
                 check()
                 lease = self._take(key, owner)
-                left_s = None if until_s is None else until_s - time.monotonic()
-                if lease is not None or (left_s is not None and left_s <= 0):
+                if lease is not None:
                     return lease
-                self._changed.wait(left_s)
+                self._changed.wait()
+
+    def reserve_within(self, key: BlockKey, left_s: Callable[[], float | None]) -> Lease | None:
+        """Like `reserve`, for as long as `left_s` says, each time before it waits; None when nothing is left."""
+        with self._lock:
+            while True:
+                lease = self._take(key, NOBODY)
+                span_s = left_s()
+                if lease is not None or (span_s is not None and span_s <= 0):
+                    return lease
+                self._changed.wait(span_s)
 
     def contains(self, key: BlockKey) -> bool:
         """True when a slot holds `key`; does not count as a use."""
-        with self._changed:
+        with self._lock:
             return key in self._index
 
     def present(self, keys: Sequence[BlockKey]) -> list[bool]:
         """`contains` of many."""
-        with self._changed:
+        with self._lock:
             return [key in self._index for key in keys]
 
     def keep(self, keys: Iterable[BlockKey]) -> None:
         """Never evict these blocks, as far as they fit half the tier: sinks, which every question attends to."""
-        with self._changed:
+        with self._lock:
             for key in keys:
                 if len(self._kept) < int(_KEPT_SHARE * self.num_slots):
                     self._kept.add(key)
 
     def unkeep(self, keys: Iterable[BlockKey]) -> None:
         """Undo `keep`."""
-        with self._changed:
+        with self._lock:
             self._kept.difference_update(keys)
             self._changed.notify_all()
 
     def attend(self, masses: Mapping[BlockKey, float]) -> None:
         """Note how much attention blocks got, for policies that mind; see `EvictionPolicy.attend`."""
-        with self._changed:
+        with self._lock:
             for key, mass in masses.items():
                 if key in self._index:
                     self._order.attend(key, mass)
 
     def forget(self, key: BlockKey) -> bool:
         """Stop finding `key`; its slot is free as soon as no lease is left. True when it was there."""
-        with self._changed:
+        with self._lock:
             slot_idx = self._index.get(key)
             if slot_idx is None:
                 return False
@@ -189,7 +189,7 @@ class HostTier:
 
     def wake(self) -> None:
         """Make everyone who waits in `reserve` run its check again."""
-        with self._changed:
+        with self._lock:
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -235,7 +235,7 @@ class HostTier:
         return Lease(self, key, slot_idx, self._memory[start : start + self._slot_nbytes], self._owner_of[slot_idx])
 
     def _publish(self, lease: Lease, is_prefetched: bool) -> None:
-        with self._changed:
+        with self._lock:
             # Two threads may have brought the same block; the first one is found, the other slot is freed on release.
             if lease.key not in self._index:
                 self._index[lease.key] = lease.slot_idx
@@ -245,7 +245,7 @@ class HostTier:
                     self._speculative.add(lease.slot_idx)
 
     def _release(self, lease: Lease) -> None:
-        with self._changed:
+        with self._lock:
             slot_idx = lease.slot_idx
             assert self._pins[slot_idx] > 0, f"slot {slot_idx} released twice"
             self._pins[slot_idx] -= 1

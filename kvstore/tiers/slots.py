@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a caller's keys and slots must look like before LMDB and native code may touch them."""
+"""What a caller's keys and slots must look like before LMDB and native code may touch them; copies of slots."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from torch import Tensor
 from kvstore.errors import ShapeError
 from kvstore.layout import BlockLayout
 from kvstore.spec import BLOCK_KEY_NBYTES, BlockKey
+
+
+def copy_slot(source: Tensor, target: Tensor) -> None:
+    """Copy one slot, or a part of it, over another; both may have been made in inference mode or outside it."""
+    with torch.inference_mode():  # the mode in which tensors of both kinds can be written
+        target.copy_(source)
 
 
 def check_slot(slot: Tensor, layout: BlockLayout) -> None:

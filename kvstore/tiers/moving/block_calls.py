@@ -73,9 +73,7 @@ class BlockCalls:
             ShapeError: an argument does not fit.
             ReadOnlyError: the store is open for reading.
         """
-        outcomes = self.submit_put(keys, slots, num_tokens, timeout_s=timeout_s).wait()
-        assert outcomes is not None, "waited without a limit"
-        return outcomes
+        return self.submit_put(keys, slots, num_tokens, timeout_s=timeout_s).outcomes()
 
     def get(
         self, keys: Sequence[BlockKey], slots: Sequence[Tensor], *, timeout_s: float | None = None
@@ -85,13 +83,11 @@ class BlockCalls:
         Bytes are read to memory of the store and decoded from there. What is not being decoded when time is up ends as
         `TIMED_OUT`, and its slot is never touched again; a decode under way is waited for, which takes no I/O.
         """
-        if timeout_s is None:
-            check_gets(keys, slots, self.layout)
-            requests = [FetchRequest(key, slot) for key, slot in zip(keys, slots, strict=True)]
-            return self._moving().fetcher.fetch(requests).outcomes
-        outcomes = self.submit_get(keys, slots, timeout_s=timeout_s).wait()
-        assert outcomes is not None, "waited without a limit"
-        return outcomes
+        data = self._moving()
+        check_gets(keys, slots, data.layout)
+        requests = [FetchRequest(key, slot) for key, slot in zip(keys, slots, strict=True)]
+        report = data.fetcher.fetch(requests) if timeout_s is None else data.mover.fetch(requests, timeout_s)
+        return report.outcomes
 
     def submit_put(
         self,

@@ -14,7 +14,7 @@ from kvstore.spec import BlockKey
 from kvstore.tiers.base import Outcome
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.moving.ticket import BatchTicket
-from kvstore.tiers.slots import check_blocks, check_gets, check_keys
+from kvstore.tiers.slots import check_blocks, check_gets, check_keys, copy_slot
 
 
 class HostStore:
@@ -48,13 +48,13 @@ class HostStore:
         timeout_s: float | None = None,
     ) -> list[Outcome]:
         """Store blocks; `FULL` where every slot is in use at the moment."""
-        return self._finished(self.submit_put(keys, slots, num_tokens, timeout_s=timeout_s))
+        return self.submit_put(keys, slots, num_tokens, timeout_s=timeout_s).outcomes()
 
     def get(
         self, keys: Sequence[BlockKey], slots: Sequence[Tensor], *, timeout_s: float | None = None
     ) -> list[Outcome]:
         """Bring blocks into slots."""
-        return self._finished(self.submit_get(keys, slots, timeout_s=timeout_s))
+        return self.submit_get(keys, slots, timeout_s=timeout_s).outcomes()
 
     def submit_put(
         self,
@@ -106,8 +106,9 @@ class HostStore:
     def _put(self, keys: Sequence[BlockKey], slots: Sequence[Tensor], ticket: BatchTicket) -> None:
         try:
             for item, (key, slot) in enumerate(zip(keys, slots, strict=True)):
-                if ticket.claim(item):
-                    ticket.unclaim(item, self._put_one(key, slot))
+                with ticket.claiming(item) as claim:
+                    if claim.is_held:
+                        claim.outcome = self._put_one(key, slot)
         finally:
             ticket.settle_rest(Outcome.UNAVAILABLE)
 
@@ -117,25 +118,26 @@ class HostStore:
             lease = self._host.try_reserve(key)
             if lease is None:
                 return Outcome.FULL
-            lease.slot.copy_(slot)
-            lease.publish()
-        lease.release()
+            with lease:
+                copy_slot(slot, lease.slot)
+                lease.publish()
+        else:
+            lease.release()
         return Outcome.STORED
 
     def _get(self, keys: Sequence[BlockKey], slots: Sequence[Tensor], ticket: BatchTicket) -> None:
         try:
             for item, (key, slot) in enumerate(zip(keys, slots, strict=True)):
-                if not ticket.claim(item):
-                    continue
-                lease = self._host.pin(key)
-                if lease is not None:
-                    with lease:
-                        slot.copy_(lease.slot)
-                ticket.unclaim(item, Outcome.MISS if lease is None else Outcome.HOST)
+                with ticket.claiming(item) as claim:
+                    if claim.is_held:
+                        claim.outcome = self._get_one(key, slot)
         finally:
             ticket.settle_rest(Outcome.UNAVAILABLE)
 
-    def _finished(self, ticket: BatchTicket) -> list[Outcome]:
-        outcomes = ticket.wait()
-        assert outcomes is not None, "waited without a limit"
-        return outcomes
+    def _get_one(self, key: BlockKey, slot: Tensor) -> Outcome:
+        lease = self._host.pin(key)
+        if lease is None:
+            return Outcome.MISS
+        with lease:
+            copy_slot(lease.slot, slot)
+        return Outcome.HOST

@@ -5,10 +5,38 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvstore.errors import ConfigError
 from kvstore.tiers.base import Outcome
+
+
+class Claim:
+    """The right to touch an item's slot inside a `with` block, if `is_held`: else it has ended, or another has it.
+
+    However the block is left, by Ctrl-C too, the right is given back: with `outcome`, or with None and the item open.
+    """
+
+    __slots__ = ("_item", "_ticket", "is_held", "outcome")
+
+    def __init__(self, ticket: BatchTicket, item: int) -> None:
+        self._ticket = ticket
+        self._item = item
+        self.is_held = False
+        self.outcome: Outcome | None = None
+
+    def __enter__(self) -> Claim:
+        try:
+            self._ticket._claim(self._item, self)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.is_held:
+            self.is_held = False
+            self._ticket.unclaim(self._item, self.outcome)
 
 
 class BatchTicket:
@@ -21,51 +49,62 @@ class BatchTicket:
     Args:
         num_items: blocks of the batch.
         timeout_s: seconds after which open items end as `TIMED_OUT`; None for never.
+        on_cancel: called after `cancel`, to wake who waits for something else than the ticket.
 
     Raises:
         ConfigError: `timeout_s` is negative or not a number.
     """
 
-    def __init__(self, num_items: int, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, num_items: int, timeout_s: float | None = None, on_cancel: Callable[[], None] | None = None
+    ) -> None:
         if timeout_s is not None and not timeout_s >= 0:
             raise ConfigError(f"timeout_s is {timeout_s}; use seconds from 0 on, or None to wait as long as it takes")
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()  # itself in `with`, unlike a condition, it is never left locked by an interrupt
+        self._changed = threading.Condition(self._lock)
         self._outcomes: list[Outcome | None] = [None] * num_items
         self._claimed: set[int] = set()
         self._num_open = num_items
         self._deadline_s = _end_of(timeout_s)
         self._early: Outcome | None = None
+        self._on_cancel = on_cancel
 
     @property
     def left_s(self) -> float | None:
-        """Seconds until the deadline, at least 0; None without one."""
+        """Seconds until the deadline, 0 when it has passed or all is cancelled; None without one."""
+        if self._early is not None:
+            return 0.0
         return None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
 
     def is_open(self, item: int) -> bool:
         """True when an item has no outcome yet."""
-        with self._changed:
+        with self._lock:
             self._expire()
             return self._outcomes[item] is None
 
+    def peek(self, items: Sequence[int]) -> list[Outcome]:
+        """Return the outcomes of some items that have ended."""
+        with self._lock:
+            return [outcome for item in items if (outcome := self._outcomes[item]) is not None]
+
+    def claiming(self, item: int) -> Claim:
+        """Claim an item for the length of a `with` block."""
+        return Claim(self, item)
+
     def claim(self, item: int) -> bool:
         """Take the right to touch an item's slot until `unclaim`; False when it has ended, or somebody else has it."""
-        with self._changed:
-            self._expire()
-            if self._outcomes[item] is not None or item in self._claimed:
-                return False
-            self._claimed.add(item)
-            return True
+        return self._claim(item)
 
     def unclaim(self, item: int, outcome: Outcome | None) -> None:
         """Give a claim back, with the item's outcome; None leaves it open, unless its time has run out meanwhile."""
-        with self._changed:
-            self._claimed.remove(item)
+        with self._lock:
+            self._claimed.discard(item)
             self._end(item, outcome or self._early)
             self._changed.notify_all()
 
     def settle(self, item: int, outcome: Outcome) -> None:
         """End an item that nobody has claimed; does nothing to one that has ended."""
-        with self._changed:
+        with self._lock:
             self._expire()
             assert item not in self._claimed, f"item {item} is being moved"
             self._end(item, outcome)
@@ -73,7 +112,7 @@ class BatchTicket:
     def settle_rest(self, outcome: Outcome, items: Sequence[int] | None = None) -> list[Outcome]:
         """End those of some items, or of all, that are open, wait for those that are claimed, return their outcomes."""
         chosen = range(len(self._outcomes)) if items is None else items
-        with self._changed:
+        with self._lock:
             self._expire()
             self._end_open(outcome, chosen)
             self._changed.wait_for(lambda: self._claimed.isdisjoint(chosen))
@@ -82,14 +121,14 @@ class BatchTicket:
 
     def done(self) -> bool:
         """True when every item has its outcome; never blocks."""
-        with self._changed:
+        with self._lock:
             self._expire()
             return self._num_open == 0
 
     def wait(self, timeout_s: float | None = None) -> list[Outcome] | None:
         """Return all outcomes; None when `timeout_s` passed first and the batch goes on."""
         until_s = _end_of(timeout_s)
-        with self._changed:
+        with self._lock:
             while True:
                 self._expire()
                 if self._num_open == 0:
@@ -101,11 +140,29 @@ class BatchTicket:
                 ends = [end for end in (until_s, deadline_s) if end is not None]
                 self._changed.wait(min(ends) - now_s if ends else None)
 
+    def outcomes(self) -> list[Outcome]:
+        """Wait as long as it takes, and return all outcomes."""
+        outcomes = self.wait()
+        assert outcomes is not None, "waited without a limit"
+        return outcomes
+
     def cancel(self) -> None:
         """End open items as `CANCELLED`; claimed ones too, if they do not end well."""
-        with self._changed:
+        with self._lock:
             self._expire()
             self._stop(Outcome.CANCELLED)
+        if self._on_cancel is not None:
+            self._on_cancel()
+
+    def _claim(self, item: int, claim: Claim | None = None) -> bool:
+        with self._lock:
+            self._expire()
+            if self._outcomes[item] is not None or item in self._claimed:
+                return False
+            if claim is not None:
+                claim.is_held = True
+            self._claimed.add(item)
+            return True
 
     def _expire(self) -> None:
         if self._deadline_s is not None and self._num_open and time.monotonic() >= self._deadline_s:

@@ -14,6 +14,7 @@ from kvstore.spec import BlockKey
 from kvstore.tiers.base import Outcome
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.moving.ticket import BatchTicket
+from kvstore.tiers.slots import copy_slot
 from kvstore.tiers.writing.jobs import PutJob
 from kvstore.tiers.writing.writer import Writer
 
@@ -44,12 +45,12 @@ class Trial:
                 with self._lock:
                     self._waiting.pop(key, None)
                 continue
-            with lease:
-                if ticket.claim(item):
-                    lease.slot.copy_(slots[item])
+            with lease, ticket.claiming(item) as claim:
+                if claim.is_held:
+                    copy_slot(slots[item], lease.slot)
                     lease.publish()
                     self._note(key, num_tokens[item])
-                    ticket.unclaim(item, Outcome.STORED)
+                    claim.outcome = Outcome.STORED
         return rest
 
     def passed(self, keys: Sequence[BlockKey]) -> None:

@@ -32,6 +32,7 @@ from kvstore.tiers.moving.ticket import BatchTicket
 from kvstore.tiers.reading.behind import read_behind
 from kvstore.tiers.reading.block_reader import BlockReader, Sought
 from kvstore.tiers.reading.flights import Flight, Flights, Seat, Wanted
+from kvstore.tiers.reading.host_copies import HostCopies
 from kvstore.tiers.reading.request import FetchReport, FetchRequest
 
 
@@ -71,7 +72,7 @@ class Fetcher:
         self._layout = layout
         self._backing = backing
         self._reader = BlockReader(disk, codecs, layout, pool, decoders)
-        self._doorkeeper = Doorkeeper(disk.config.host.admission, host.num_slots)
+        self._copies = HostCopies(host, layout, Doorkeeper(disk.config.host.admission, host.num_slots))
         self._flights = Flights()
         self._demand = threading.Condition()
         self._num_demands = 0
@@ -113,24 +114,16 @@ class Fetcher:
             with self._demand:
                 self._num_demands -= 1
                 self._demand.notify_all()
-        num_host = report.outcomes.count(Outcome.HOST)
-        self.host_meter.add(
-            TierStats(
-                hits=num_host,
-                misses=len(served) - num_host,
-                read_blocks=num_host,
-                read_nbytes=report.bytes_read[Tier.HOST],
-            )
-        )
-        self._disk.meter.add(
-            TierStats(hits=report.outcomes.count(Outcome.DISK), misses=report.outcomes.count(Outcome.MISS))
-        )
-        if self.on_host_hits is not None and num_host:
-            pairs = zip(served, report.outcomes, strict=True)
-            self.on_host_hits([requests[position].key for position, outcome in pairs if outcome is Outcome.HOST])
-        self._disk.note_use(
-            requests[position].key for position, outcome in zip(served, report.outcomes, strict=True) if outcome.is_hit
-        )
+        self._account(requests, served, report)
+        return report
+
+    def fetch_from_memory(self, requests: Sequence[FetchRequest], ticket: BatchTicket) -> FetchReport:
+        """Bring those blocks into their slots that the host tier holds, which waits for nothing."""
+        report = FetchReport([])
+        batch = _Batch(requests, ticket, report, is_kept=True)
+        served = [position for position in range(len(requests)) if self._copy_from_host(batch, position)]
+        report.outcomes = ticket.peek(served)
+        self._account(requests, served, report)
         return report
 
     def prefetch(self, requests: Sequence[FetchRequest], ticket: BatchTicket) -> FetchReport:
@@ -180,31 +173,37 @@ class Fetcher:
         )
         return report
 
+    def _account(self, requests: Sequence[FetchRequest], served: Sequence[int], report: FetchReport) -> None:
+        """Count how some items of a batch ended, and note the uses of their blocks."""
+        num_host = report.outcomes.count(Outcome.HOST)
+        self.host_meter.add(
+            TierStats(
+                hits=num_host,
+                misses=len(served) - num_host,
+                read_blocks=num_host,
+                read_nbytes=report.bytes_read[Tier.HOST],
+            )
+        )
+        self._disk.meter.add(
+            TierStats(hits=report.outcomes.count(Outcome.DISK), misses=report.outcomes.count(Outcome.MISS))
+        )
+        ended = [(requests[position].key, outcome) for position, outcome in zip(served, report.outcomes, strict=True)]
+        if self.on_host_hits is not None and num_host:
+            self.on_host_hits([key for key, outcome in ended if outcome is Outcome.HOST])
+        self._disk.note_use(key for key, outcome in ended if outcome.is_hit)
+
     def _bring(self, batch: _Batch, positions: Sequence[int]) -> None:
-        wanted = [position for position in positions if not self._copy_from_host(batch, position)]
+        # Nobody waits any more for what has ended: reading it would only hold up those who do.
+        wanted = [item for item in positions if batch.ticket.is_open(item) and not self._copy_from_host(batch, item)]
         while wanted:  # again for those that waited for another batch in vain
             wanted = [position for position in self._fetch_from_disk(batch, wanted) if batch.ticket.is_open(position)]
             wanted = [position for position in wanted if not self._copy_from_host(batch, position)]
 
     def _copy_from_host(self, batch: _Batch, position: int) -> bool:
         """True when the item has ended: copied, or too late."""
-        request = batch.requests[position]
-        lease = self._host.pin(request.key)
-        if lease is None:
-            return False
-        with lease:
-            if batch.ticket.claim(position):
-                batch.report.bytes_read[Tier.HOST] += self._copy(lease.slot, request.slot, request.layers)
-                batch.ticket.unclaim(position, Outcome.HOST)
-        return True
-
-    def _copy(self, source: Tensor, target: Tensor, layers: range | None) -> int:
-        start, nbytes = 0, self._layout.slot_nbytes
-        if layers is not None:
-            per_layer = self._layout.block_tokens * self._layout.spec.token_nbytes // self._layout.spec.num_layers
-            start, nbytes = layers.start * per_layer, len(layers) * per_layer
-        target[start : start + nbytes].copy_(source[start : start + nbytes])
-        return nbytes
+        has_ended, nbytes = self._copies.serve(batch.requests[position], batch.ticket, position)
+        batch.report.bytes_read[Tier.HOST] += nbytes
+        return has_ended
 
     def _fetch_from_disk(self, batch: _Batch, positions: Sequence[int]) -> list[int]:
         """Read what nobody else is reading, then wait for what others read; returns those that others failed at."""
@@ -245,7 +244,7 @@ class Fetcher:
 
             def deliver_copy(position: int, block: Tensor) -> None:
                 item, keeper = items[position], batch.requests[position].owner if batch.is_kept else None
-                copy = partial(self._copy, block, layers=item.layers)
+                copy = partial(self._copies.copy, block, layers=item.layers)
                 self._deliver(item, flights[position], copy, keeper, Outcome.REMOTE)
 
             came = read_behind(self._backing, self._layout, items, lambda: batch.ticket.left_s, deliver_copy)
@@ -262,33 +261,26 @@ class Fetcher:
         self, item: Sought, flight: Flight, decode: Callable[[Tensor], object], keeper: str | None, source: Outcome
     ) -> None:
         """Decode into the first slot that is still wanted, keep a copy, hand copies to all who waited."""
-        seat = self._flights.claim(flight)
-        if seat is None:
-            return
-        outcome = None
-        try:
-            decode(seat.slot)
-            if keeper is not None and item.layers is None:
-                self._admit(item.key, seat.slot, keeper)
-            others = [other for other in self._flights.land(flight) if other is not seat]
-            served = [other for other in others if other.ticket.claim(other.item)]
-            for other in served:
-                self._copy(seat.slot, other.slot, item.layers)
-                other.ticket.unclaim(other.item, source)
-            if others:  # who waited need not wait for the rest of this batch
-                self._flights.end([flight])
-                self._disk.meter.add(TierStats(shared_reads=len(served)))
-            outcome = source
-        finally:
-            seat.ticket.unclaim(seat.item, outcome)
+        for seat in flight.seats:  # newcomers are added behind
+            with seat.ticket.claiming(seat.item) as claim:
+                if not claim.is_held:
+                    continue
+                decode(seat.slot)
+                claim.outcome = source
+                if keeper is not None and item.layers is None:
+                    self._copies.admit(item.key, seat.slot, keeper)
+                others = [other for other in self._flights.land(flight) if other is not seat]
+                self._hand_on(item, seat.slot, others, source)
+                if others:  # who waited need not wait for the rest of this batch
+                    self._flights.end([flight])
+                return
 
-    def _admit(self, key: BlockKey, slot: Tensor, owner: str) -> None:
-        """Keep a copy in the host tier if it may enter and a slot can be had without waiting."""
-        if self._host.contains(key) or not self._doorkeeper.admits(key):
-            return
-        lease = self._host.try_reserve(key, owner)
-        if lease is None:
-            return
-        with lease:
-            lease.slot.copy_(slot)
-            lease.publish()
+    def _hand_on(self, item: Sought, block: Tensor, seats: Sequence[Seat], source: Outcome) -> None:
+        num_served = 0
+        for seat in seats:
+            with seat.ticket.claiming(seat.item) as claim:
+                if claim.is_held:
+                    self._copies.copy(block, seat.slot, item.layers)
+                    claim.outcome = source
+                    num_served += 1
+        self._disk.meter.add(TierStats(shared_reads=num_served))

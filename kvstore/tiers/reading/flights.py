@@ -17,7 +17,7 @@ Wanted: TypeAlias = "tuple[BlockKey, range | None]"
 
 
 class Seat:
-    """One asker of a flight: where the bytes go, and the right to write there."""
+    """One asker of a flight: where the bytes go, and whose item they are."""
 
     __slots__ = ("item", "slot", "ticket")
 
@@ -48,13 +48,14 @@ class Flights:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()  # in `with`, as in `BatchTicket`
+        self._changed = threading.Condition(self._lock)
         self._flights: dict[Wanted, Flight] = {}
 
     def board(self, wanted: Sequence[tuple[Wanted, Seat]]) -> list[tuple[Flight, bool]]:
         """Join the flights that bring blocks, or start them; True says that the caller has to read."""
         boarded: list[tuple[Flight, bool]] = []
-        with self._changed:
+        with self._lock:
             for key, seat in wanted:
                 flight = self._flights.get(key)
                 if flight is None:
@@ -65,26 +66,16 @@ class Flights:
                     boarded.append((flight, False))
         return boarded
 
-    def claim(self, flight: Flight) -> Seat | None:
-        """Claim the first asker whose slot may still be written; None when nobody is left to want the bytes."""
-        number = 0
-        while number < len(flight.seats):  # newcomers are added behind
-            seat = flight.seats[number]
-            if seat.ticket.claim(seat.item):
-                return seat
-            number += 1
-        return None
-
     def land(self, flight: Flight) -> list[Seat]:
         """Close a flight to newcomers, after which its bytes can be found elsewhere; returns all its askers."""
-        with self._changed:
+        with self._lock:
             if self._flights.get(flight.wanted) is flight:
                 del self._flights[flight.wanted]
         return flight.seats
 
     def end(self, flights: Iterable[Flight]) -> None:
         """Land flights and let those who wait for them go on, served or not."""
-        with self._changed:
+        with self._lock:
             for flight in flights:
                 if self._flights.get(flight.wanted) is flight:
                     del self._flights[flight.wanted]
@@ -93,5 +84,5 @@ class Flights:
 
     def wait(self, flight: Flight, timeout_s: float | None) -> None:
         """Wait until a flight is over, or for `timeout_s` seconds."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: flight.is_over, timeout_s)

@@ -39,7 +39,6 @@ class FetchReport:
         load_s: wall seconds of the whole batch.
         decode_s: seconds of checking and decoding, summed over threads.
         reasons: why an item is damaged or its tier unavailable, by its position in the batch.
-        num_shared: blocks that another batch was reading already, and whose bytes it handed on.
     """
 
     outcomes: list[Outcome]
@@ -47,4 +46,11 @@ class FetchReport:
     load_s: float = 0.0
     decode_s: float = 0.0
     reasons: dict[int, str] = field(default_factory=dict)
-    num_shared: int = 0
+
+    def add(self, other: FetchReport) -> None:
+        """Add what another part of the same batch cost; outcomes stay."""
+        for tier, nbytes in other.bytes_read.items():
+            self.bytes_read[tier] += nbytes
+        self.load_s += other.load_s
+        self.decode_s += other.decode_s
+        self.reasons.update(other.reasons)
