@@ -4,17 +4,31 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from kvstore.errors import ConfigError, ShapeError
+from kvstore.layout import BlockLayout
 from kvstore.spec import BlockKey
-from kvstore.store import Access, Outcome, Store
-from tests.store_blocks import HEADER, LAYOUT, block_key, empty_slot, make_blocks, make_slot, open_store, same_block
+from kvstore.store import Access, Durability, Outcome, Store
+from kvstore.tiers.codec_shelf import CalibrationSource
+from tests.store_blocks import (
+    HEADER,
+    LAYOUT,
+    SPEC,
+    block_key,
+    empty_slot,
+    make_blocks,
+    make_slot,
+    open_store,
+    same_block,
+)
 
 
 def _keys(*numbers: int) -> list[BlockKey]:
@@ -181,16 +195,60 @@ def test_layers_come_in_order_and_make_whole_blocks(tmp_path: Path, group_layers
         assert all(same_block(slots[number], make_slot(number)) for number in range(4))
 
 
-def test_a_load_can_be_cancelled(tmp_path: Path) -> None:
-    with open_store(tmp_path, host_slots=4) as store:
+def test_nothing_is_written_to_slots_of_a_cancelled_load_after_a_wait(tmp_path: Path) -> None:
+    layout = BlockLayout(replace(SPEC, num_layers=8, kv_heads=8, key_dim=128, value_dim=128), 256)
+    keys = _keys(0, 1, 2, 3)
+    slots = [torch.zeros(layout.slot_nbytes, dtype=torch.uint8) for _ in keys]
+    num_cancelled = 0
+    with Store.open(
+        tmp_path,
+        access=Access.WRITE,
+        layout=layout,
+        host_nbytes=2 * layout.slot_nbytes,
+        durability=Durability.NONE,
+    ) as store:
+        store.put(keys, slots, [256] * 4)
+        for trial in range(40):
+            load = store.load_layers(keys, slots, group_layers=1)
+            time.sleep(0.0005 * trial)
+            load.cancel()
+            last = load.wait(layout.spec.num_layers - 1, 60)
+            for slot in slots:
+                slot.fill_(7)
+            outcomes = [load.wait(layer, 60) for layer in range(layout.spec.num_layers)]
+            assert outcomes[-1] == last
+            assert load.done()
+            assert all((slot == 7).all() for slot in slots)
+            num_cancelled += any(Outcome.CANCELLED in (each or ()) for each in outcomes)
+    assert num_cancelled > 0
+
+
+class _OutOfMemory:
+    """Something behind the disk that fails as nothing should."""
+
+    def __init__(self) -> None:
+        self.layout = LAYOUT
+
+    def bring(self, keys: Sequence[BlockKey], slots: Sequence[Tensor], left_s: float | None) -> list[Outcome]:
+        raise MemoryError("no room for what comes")
+
+    def offer(self, key: BlockKey, record: memoryview) -> None:
+        pass
+
+    def use_calibrations(self, source: CalibrationSource) -> None:
+        pass
+
+
+def test_a_unit_that_fails_does_not_end_prefetching(tmp_path: Path) -> None:
+    host_nbytes = 8 * LAYOUT.slot_nbytes
+    with Store.open(
+        tmp_path, access=Access.WRITE, layout=LAYOUT, host_nbytes=host_nbytes, remote=_OutOfMemory()
+    ) as store:
         _put(store, 4)
-        load = store.load_layers(_keys(0, 1), [empty_slot(), empty_slot()])
-        load.cancel()
-        for layer in range(LAYOUT.spec.num_layers):
-            outcomes = load.wait(layer, 60)
-            assert outcomes is not None
-            assert set(outcomes) <= {Outcome.CANCELLED, Outcome.DISK}
-        assert _get(store, 0) == [Outcome.DISK]
+        for turn in range(2):
+            assert store.prefetch(_keys(90 + turn)).wait(60) == [Outcome.UNAVAILABLE]
+            assert store.prefetch(_keys(turn)).wait(60) == [Outcome.DISK]
+        assert store.stats().host_slots_used == 2
 
 
 def test_a_misuse_is_refused(tmp_path: Path) -> None:
@@ -199,6 +257,8 @@ def test_a_misuse_is_refused(tmp_path: Path) -> None:
             store.load_layers([], [], group_layers=0)
         with pytest.raises(ShapeError):
             store.prefetch([BlockKey(b"short")])
+        with pytest.raises(ShapeError, match="layer 3"):
+            store.load_layers([], []).wait(LAYOUT.spec.num_layers)
 
 
 def test_plain_blocks_are_written_when_they_are_used_a_second_time(tmp_path: Path) -> None:

@@ -154,6 +154,23 @@ def reads_that_are_stuck_hold_up_nothing_that_is_in_memory(disk: SlowDisk, folde
         assert load.wait(0, HANG_S) == [Outcome.DISK]
 
 
+def a_cancelled_load_leaves_slots_alone(disk: SlowDisk, folder: Path) -> None:
+    with _stored(disk, folder) as store:
+        disk.set(reads_stall=True)
+        slots = [empty_slot(), empty_slot()]
+        load = store.load_layers([block_key(0), block_key(1)], slots, group_layers=1)
+        flights = store._moving().fetcher._flights._flights
+        while not flights:
+            time.sleep(0.005)
+        assert load.wait(0, 0.05) is None
+        load.cancel()
+        for layer in range(LAYOUT.spec.num_layers):
+            assert load.wait(layer, HANG_S) == [Outcome.CANCELLED] * 2
+        disk.set()
+        store._moving().mover.close()
+        assert not any(slot.any() for slot in slots)
+
+
 def what_nobody_waits_for_any_more_is_not_read(disk: SlowDisk, folder: Path) -> None:
     with _stored(disk, folder) as store:
         disk.set(reads_stall=True)
@@ -283,6 +300,7 @@ CASES = [
     closing_waits_for_a_fetch_that_is_under_way,
     two_askers_cause_one_read,
     reads_that_are_stuck_hold_up_nothing_that_is_in_memory,
+    a_cancelled_load_leaves_slots_alone,
     what_nobody_waits_for_any_more_is_not_read,
     cancelled_puts_let_others_have_their_place,
     questions_in_inference_mode_share_a_read,

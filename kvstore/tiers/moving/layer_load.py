@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 
+from kvstore.errors import ShapeError
 from kvstore.tiers.base import Outcome
 from kvstore.tiers.moving.ticket import BatchTicket
 from kvstore.tiers.reading.fetcher import Fetcher
@@ -39,19 +41,34 @@ class LayerLoad:
         self._lock = threading.Lock()
         self._begun = 0
         self._told = 0
+        self._is_telling = False
         self._is_cancelled = False
 
     def wait(self, layer: int, timeout_s: float | None = None) -> list[Outcome] | None:
-        """Return one outcome per block once a layer has come; None when `timeout_s` passed first."""
-        number = next(number for number, layers in enumerate(self._groups) if layer in layers)
-        return self._tickets[number].wait(timeout_s)
+        """Return one outcome per block once a layer has come; None when `timeout_s` passed first.
+
+        After `cancel` it waits for all layers: once it has returned outcomes, nothing is written to a slot any more.
+
+        Raises:
+            ShapeError: there is no such layer.
+        """
+        number = next((number for number, layers in enumerate(self._groups) if layer in layers), None)
+        if number is None:
+            raise ShapeError(f"layer {layer}: blocks have layers 0 to {self._groups[-1].stop - 1}")
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        outcomes = self._tickets[number].wait(timeout_s)
+        for ticket in self._tickets if self._is_cancelled else ():
+            left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
+            if ticket.wait(left_s) is None:
+                return None
+        return outcomes
 
     def done(self) -> bool:
         """True when every layer has come; never blocks."""
         return all(ticket.done() for ticket in self._tickets)
 
     def cancel(self) -> None:
-        """End the layers that have not come as `CANCELLED`; after `wait` of the last one the slots are free again."""
+        """End the layers that have not come as `CANCELLED`; after `wait` for any layer the slots are free again."""
         self._is_cancelled = True
         for ticket in self._tickets:
             ticket.cancel()
@@ -73,8 +90,17 @@ class LayerLoad:
                 self._tell()
 
     def _tell(self) -> None:
-        with self._lock:
-            while self._told < len(self._groups) and self._tickets[self._told].done():
+        """Tell of what has come, one thread at a time: the other one reads on meanwhile."""
+        while True:
+            with self._lock:
+                number = self._told
+                if self._is_telling or number == len(self._groups) or not self._tickets[number].done():
+                    return  # who tells looks again afterwards
+                self._is_telling = True
+            try:
                 if self._on_layers is not None:
-                    self._on_layers(self._groups[self._told], self._tickets[self._told].wait() or [])
-                self._told += 1
+                    self._on_layers(self._groups[number], self._tickets[number].outcomes())
+            finally:
+                with self._lock:
+                    self._told += 1
+                    self._is_telling = False

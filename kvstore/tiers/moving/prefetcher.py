@@ -11,6 +11,7 @@ from itertools import count
 
 from kvstore.spec import BlockKey
 from kvstore.stats import TierStats
+from kvstore.telemetry.fault_log import log_fault
 from kvstore.tiers.base import Outcome
 from kvstore.tiers.host import HostTier, Lease
 from kvstore.tiers.moving.ticket import BatchTicket
@@ -90,6 +91,8 @@ class Prefetcher:
                     return
             try:
                 self._bring(unit)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it must not end prefetching for good
+                log_fault("blocks not prefetched", blocks=len(unit), reason=repr(error))
             finally:
                 for _, ticket, item in unit:
                     ticket.settle(item, Outcome.UNAVAILABLE)  # nobody waits for ever, whatever went wrong
