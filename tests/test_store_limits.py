@@ -155,7 +155,7 @@ def test_damaged_values_of_any_table_cost_no_more_than_what_they_describe(
             assert sum(outcome.is_hit for outcome in outcomes) >= 3
             store.verify()
             if access is Access.WRITE:
-                assert all(store.put([block_key(60)], [make_slot(60)], [40]))
+                assert store.put([block_key(60)], [make_slot(60)], [40]) == [Outcome.STORED]
                 slot = empty_slot()
                 assert store.get([block_key(60)], [slot])[0].is_hit
                 assert same_block(slot, make_slot(60))
