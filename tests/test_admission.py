@@ -20,8 +20,9 @@ def _fill(parts: Partitions, capacity: int, asks: Sequence[tuple[str, BlockKey]]
     """Enter blocks under a capacity; returns who is there, and whose."""
     held: dict[BlockKey, str] = {}
     for owner, key in asks:
-        if len(held) == capacity or parts.is_at_quota(owner):
-            victim = parts.victim(owner, lambda _: True)
+        is_at_quota = parts.is_at_quota(owner, 0)
+        if len(held) == capacity or is_at_quota:
+            victim = parts.victim(owner if is_at_quota else None, lambda _: True)
             assert victim is not None
             parts.give_back(held.pop(victim))
         parts.take(owner)

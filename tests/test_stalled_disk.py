@@ -4,55 +4,23 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from kvstore.errors import BusyError
-from kvstore.store import FetchRequest, Outcome, Store
-from tests.store_blocks import (
-    EXTENT_NBYTES,
-    HEADER,
-    LAYOUT,
-    block_key,
-    empty_slot,
-    make_blocks,
-    make_slot,
-    open_store,
-    same_block,
-)
+from kvstore.store import FetchRequest, Outcome
+from tests.stalled_disk import HANG_S, NUM_BLOCKS, SlowDisk, run_on_disk, stored
+from tests.store_blocks import HEADER, LAYOUT, block_key, empty_slot, make_blocks, make_slot, open_store, same_block
 from tests.test_face import CPU, forward, open_folder, still
-
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    from slow_disk import SlowDisk
-
-ROOT = Path(__file__).parents[1]
-HANG_S = 60.0
-NUM_BLOCKS = 8
-
-
-@contextmanager
-def _stored(disk: SlowDisk, folder: Path, host_slots: int = 2) -> Iterator[Store]:
-    """A store whose blocks 0 to 7 are on disk and not in memory."""
-    with open_store(folder, host_slots=host_slots) as store:
-        for number in range(NUM_BLOCKS):
-            assert store.put([block_key(number)], [make_slot(number)], [40]) == [Outcome.STORED]
-        try:
-            yield store
-        finally:
-            disk.set()
 
 
 def late_reads_leave_slots_alone(disk: SlowDisk, folder: Path) -> None:
-    with _stored(disk, folder) as store:
+    with stored(disk, folder) as store:
         disk.set(reads_stall=True)
         slots = [empty_slot() for _ in range(3)]
         began_s = time.monotonic()
@@ -73,7 +41,7 @@ def late_reads_leave_slots_alone(disk: SlowDisk, folder: Path) -> None:
 
 
 def late_writes_free_the_slots(disk: SlowDisk, folder: Path) -> None:
-    with _stored(disk, folder, host_slots=4) as store:
+    with stored(disk, folder, host_slots=4) as store:
         disk.set(writes_stall=True)
         numbers = range(20, 30)  # more than the host tier has slots
         slots = [make_slot(number) for number in numbers]
@@ -94,7 +62,7 @@ def late_writes_free_the_slots(disk: SlowDisk, folder: Path) -> None:
 
 
 def closing_waits_for_a_fetch_that_is_under_way(disk: SlowDisk, folder: Path) -> None:
-    with _stored(disk, folder) as store, ThreadPoolExecutor(2) as threads:
+    with stored(disk, folder) as store, ThreadPoolExecutor(2) as threads:
         disk.set(reads_stall=True)
         slots = [empty_slot() for _ in range(NUM_BLOCKS)]
         job = threads.submit(store.get, [block_key(number) for number in range(NUM_BLOCKS)], slots)
@@ -113,7 +81,7 @@ def closing_waits_for_a_fetch_that_is_under_way(disk: SlowDisk, folder: Path) ->
 
 def two_askers_cause_one_read(disk: SlowDisk, folder: Path) -> None:
     for layers in (None, range(1, 2)):
-        with _stored(disk, folder) as store, ThreadPoolExecutor(6) as threads:
+        with stored(disk, folder) as store, ThreadPoolExecutor(6) as threads:
             disk.set(reads_stall=True)
             slots = [[empty_slot(), empty_slot()] for _ in range(6)]
             batches = [[FetchRequest(block_key(n), slot, layers) for n, slot in enumerate(pair)] for pair in slots]
@@ -134,69 +102,8 @@ def two_askers_cause_one_read(disk: SlowDisk, folder: Path) -> None:
             assert (stats.read_blocks, stats.shared_reads) == (2, 10)
 
 
-def reads_that_are_stuck_hold_up_nothing_that_is_in_memory(disk: SlowDisk, folder: Path) -> None:
-    with _stored(disk, folder, host_slots=6) as store:
-        assert store.get([block_key(7)], [empty_slot()])[0].is_hit
-        disk.set(reads_stall=True)
-        stuck = [store.submit_get([block_key(number)], [empty_slot()], timeout_s=0.1) for number in range(4)]
-        load = store.load_layers([block_key(4)], [empty_slot()])
-        assert [ticket.wait() for ticket in stuck] == [[Outcome.TIMED_OUT]] * 4
-        slot = empty_slot()
-        assert store.get([block_key(7)], [slot], timeout_s=HANG_S) == [Outcome.HOST]
-        assert same_block(slot, make_slot(7))
-        assert store.submit_get([block_key(7)], [empty_slot()]).wait(HANG_S) == [Outcome.HOST]
-        mixed = store.submit_get([block_key(7), block_key(5)], [empty_slot(), empty_slot()], timeout_s=1.0)
-        assert mixed.wait() == [Outcome.HOST, Outcome.TIMED_OUT]
-        request = FetchRequest(block_key(7), empty_slot())
-        assert store.fetch([request], timeout_s=HANG_S).outcomes == [Outcome.HOST]
-        assert store.put([block_key(77)], [make_slot(77)], [40], timeout_s=HANG_S) == [Outcome.STORED]
-        disk.set()
-        assert load.wait(0, HANG_S) == [Outcome.DISK]
-
-
-def a_cancelled_load_leaves_slots_alone(disk: SlowDisk, folder: Path) -> None:
-    with _stored(disk, folder) as store:
-        disk.set(reads_stall=True)
-        slots = [empty_slot(), empty_slot()]
-        load = store.load_layers([block_key(0), block_key(1)], slots, group_layers=1)
-        flights = store._moving().fetcher._flights._flights
-        while not flights:
-            time.sleep(0.005)
-        assert load.wait(0, 0.05) is None
-        load.cancel()
-        for layer in range(LAYOUT.spec.num_layers):
-            assert load.wait(layer, HANG_S) == [Outcome.CANCELLED] * 2
-        disk.set()
-        store._moving().mover.close()
-        assert not any(slot.any() for slot in slots)
-
-
-def what_nobody_waits_for_any_more_is_not_read(disk: SlowDisk, folder: Path) -> None:
-    with _stored(disk, folder) as store:
-        disk.set(reads_stall=True)
-        for number in range(NUM_BLOCKS):
-            assert store.fetch([FetchRequest(block_key(number), empty_slot())], 0.05).outcomes == [Outcome.TIMED_OUT]
-        disk.set()
-        store._moving().mover.close()
-        assert store.stats().disk.read_nbytes == 4 * EXTENT_NBYTES, "four reads had begun"
-
-
-def cancelled_puts_let_others_have_their_place(disk: SlowDisk, folder: Path) -> None:
-    with _stored(disk, folder) as store:
-        disk.set(writes_stall=True)
-        keys, slots = [block_key(number) for number in range(100, 106)], [make_slot(1)] * 6
-        puts = [store.submit_put(keys, slots, [40] * 6, timeout_s=3600.0) for _ in range(4)]
-        time.sleep(0.2)
-        for put in puts:
-            put.cancel()
-        assert [put.wait(HANG_S) for put in puts] == [[Outcome.CANCELLED] * 6] * 4
-        assert store.get([block_key(0)], [empty_slot()], timeout_s=HANG_S)[0].is_hit
-        disk.set()
-        assert store.put([block_key(110)], [make_slot(110)], [40], timeout_s=HANG_S) == [Outcome.STORED]
-
-
 def questions_in_inference_mode_share_a_read(disk: SlowDisk, folder: Path) -> None:
-    with _stored(disk, folder) as store, ThreadPoolExecutor(2) as threads:
+    with stored(disk, folder) as store, ThreadPoolExecutor(2) as threads:
 
         def ask() -> list[torch.Tensor]:
             with torch.inference_mode():
@@ -217,7 +124,7 @@ def questions_in_inference_mode_share_a_read(disk: SlowDisk, folder: Path) -> No
 
 def the_second_asker_outlives_the_first(disk: SlowDisk, folder: Path) -> None:
     for ends_early in ("timed out", "cancelled"):
-        with _stored(disk, folder) as store, ThreadPoolExecutor(1) as threads:
+        with stored(disk, folder) as store, ThreadPoolExecutor(1) as threads:
             disk.set(reads_stall=True)
             first, second = empty_slot(), empty_slot()
             timeout_s = 0.3 if ends_early == "timed out" else None
@@ -238,7 +145,7 @@ def the_second_asker_outlives_the_first(disk: SlowDisk, folder: Path) -> None:
 
 
 def the_second_asker_goes_on_when_the_first_fails(disk: SlowDisk, folder: Path) -> None:
-    with _stored(disk, folder) as store, ThreadPoolExecutor(2) as threads:
+    with stored(disk, folder) as store, ThreadPoolExecutor(2) as threads:
         (extents,) = (folder / "extents").iterdir()
         disk.set(reads_stall=True)
         slots = [empty_slot(), empty_slot()]
@@ -299,10 +206,6 @@ CASES = [
     late_writes_free_the_slots,
     closing_waits_for_a_fetch_that_is_under_way,
     two_askers_cause_one_read,
-    reads_that_are_stuck_hold_up_nothing_that_is_in_memory,
-    a_cancelled_load_leaves_slots_alone,
-    what_nobody_waits_for_any_more_is_not_read,
-    cancelled_puts_let_others_have_their_place,
     questions_in_inference_mode_share_a_read,
     the_second_asker_outlives_the_first,
     the_second_asker_goes_on_when_the_first_fails,
@@ -311,25 +214,9 @@ CASES = [
 ]
 
 
-def run_cases(scratch: Path) -> None:
-    """Run the cases in a process that was started on the disk, and name those that hold, up to the first that fails."""
-    for case in CASES:
-        folder = scratch / "disk" / case.__name__
-        folder.mkdir(parents=True)
-        case(SlowDisk(scratch, scratch / "disk"), folder / "store")
-        sys.stdout.write(f"{case.__name__} holds\n")
-        sys.stdout.flush()
-
-
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> str:
-    scratch = tmp_path_factory.mktemp("slow")
-    (scratch / "disk").mkdir()
-    environment = {**os.environ, **SlowDisk(scratch, scratch / "disk").environment}
-    code = f"from pathlib import Path; from tests.test_stalled_disk import run_cases; run_cases(Path({str(scratch)!r}))"
-    command = [sys.executable, "-c", code]
-    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=5 * HANG_S)
-    return child.stdout + child.stderr
+    return run_on_disk(__name__, tmp_path_factory.mktemp("slow"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)

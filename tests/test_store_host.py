@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from kvstore.config import HostConfig
 from kvstore.errors import StoreIOError
 from kvstore.tiers.host import HostTier, Lease
 from tests.store_blocks import LAYOUT, block_key
@@ -93,6 +94,27 @@ def test_releasing_twice_is_noticed(host: HostTier) -> None:
     lease.release()
     with pytest.raises(AssertionError, match="twice"):
         lease.release()
+
+
+@pytest.mark.parametrize("num_slots", [8, 100])
+def test_a_stream_whose_quota_is_full_of_kept_blocks_goes_on(num_slots: int) -> None:
+    tier = HostTier(LAYOUT, num_slots * LAYOUT.slot_nbytes, HostConfig(stream_nbytes=4 * LAYOUT.slot_nbytes))
+    tier.keep(block_key(number) for number in range(4))
+    for number in range(40):
+        lease = tier.reserve_within(block_key(number), lambda: 0.0, "lecture")
+        assert lease is not None
+        lease.publish()
+        lease.release()
+    assert [tier.contains(block_key(number)) for number in range(4)] == [True] * 4
+    assert tier.num_used == 6, "four that are kept, of which half a quota counts, and two others"
+    tier.unkeep(block_key(number) for number in range(4))
+    for number in range(40, 44):
+        lease = tier.try_reserve(block_key(number), "lecture")
+        assert lease is not None
+        lease.publish()
+        lease.release()
+    assert not any(tier.contains(block_key(number)) for number in range(4))
+    tier.close()
 
 
 def test_a_producer_waits_for_a_slot_and_gets_it(host: HostTier) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -15,6 +16,7 @@ from kvstore.layout import BlockLayout
 from kvstore.native import Arena
 from kvstore.spec import BlockKey
 from kvstore.tiers.eviction.partitions import NOBODY, Partitions
+from kvstore.tiers.forgotten import Forgotten
 
 _KEPT_SHARE = 0.5
 """Blocks that are kept may take this much of the tier, so that others always find room."""
@@ -36,9 +38,15 @@ class Lease:
         self.slot = slot
         """[slot_nbytes] uint8 CPU."""
 
-    def publish(self, *, is_prefetched: bool = False) -> None:
-        """Let others find the block: its bytes are complete."""
-        self._tier._publish(self, is_prefetched)
+    def publish(self, *, is_prefetched: bool = False, asked_at: int | None = None) -> None:
+        """Let others find the block: its bytes are complete.
+
+        Args:
+            is_prefetched: whether nobody has asked for it yet.
+            asked_at: what `HostTier.num_forgotten` was before the block was looked up elsewhere: if it was forgotten
+                since then, it stays so. None for a block that is new.
+        """
+        self._tier._publish(self, is_prefetched, asked_at)
 
     def release(self) -> None:
         """Give the slot up; a published block stays until its slot is needed."""
@@ -87,7 +95,9 @@ class HostTier:
         self._num_idle = 0  # published and not leased
         self._order = Partitions(config.eviction, self.num_slots, quota)
         self._kept: set[BlockKey] = set()
+        self._num_kept: Counter[str] = Counter()  # published slots with such blocks, by owner
         self._speculative: set[int] = set()  # brought by a prefetch, and not asked for since
+        self._forgotten = Forgotten()
         self.num_evicted = 0
         self.num_prefetch_hits = 0
         self.num_prefetch_wasted = 0
@@ -97,6 +107,11 @@ class HostTier:
         """Slots that hold a block or are being filled."""
         with self._lock:
             return self.num_slots - len(self._free)
+
+    @property
+    def num_forgotten(self) -> int:
+        """Times that a block was to be forgotten."""
+        return self._forgotten.num_noted
 
     def pin(self, key: BlockKey, *, is_use: bool = True) -> Lease | None:
         """Lease the slot that holds `key`, and mark it as used unless told not to; None when no slot does."""
@@ -134,11 +149,11 @@ class HostTier:
                     return lease
                 self._changed.wait()
 
-    def reserve_within(self, key: BlockKey, left_s: Callable[[], float | None]) -> Lease | None:
+    def reserve_within(self, key: BlockKey, left_s: Callable[[], float | None], owner: str = NOBODY) -> Lease | None:
         """Like `reserve`, for as long as `left_s` says, each time before it waits; None when nothing is left."""
         with self._lock:
             while True:
-                lease = self._take(key, NOBODY)
+                lease = self._take(key, owner)
                 span_s = left_s()
                 if lease is not None or (span_s is not None and span_s <= 0):
                     return lease
@@ -155,16 +170,22 @@ class HostTier:
             return [key in self._index for key in keys]
 
     def keep(self, keys: Iterable[BlockKey]) -> None:
-        """Never evict these blocks, as far as they fit half the tier: sinks, which every question attends to."""
+        """Never evict these blocks, as far as they fit half the tier: sinks, which every question attends to.
+
+        They may fill half of a stream's share of the tier; more of them come on top of it.
+        """
         with self._lock:
             for key in keys:
-                if len(self._kept) < int(_KEPT_SHARE * self.num_slots):
+                if len(self._kept) < int(_KEPT_SHARE * self.num_slots) and key not in self._kept:
                     self._kept.add(key)
+                    self._count_kept(key, 1)
 
     def unkeep(self, keys: Iterable[BlockKey]) -> None:
         """Undo `keep`."""
         with self._lock:
-            self._kept.difference_update(keys)
+            for key in self._kept.intersection(keys):
+                self._count_kept(key, -1)
+                self._kept.remove(key)
             self._changed.notify_all()
 
     def attend(self, masses: Mapping[BlockKey, float]) -> None:
@@ -176,9 +197,17 @@ class HostTier:
 
     def forget(self, key: BlockKey) -> bool:
         """Stop finding `key`; its slot is free as soon as no lease is left. True when it was there."""
+        return self._forget(key, is_forced=True)
+
+    def forget_idle(self, key: BlockKey) -> bool:
+        """Like `forget`, but a block that is in use stays: one that waits to be written is not lost this way."""
+        return self._forget(key, is_forced=False)
+
+    def _forget(self, key: BlockKey, *, is_forced: bool) -> bool:
         with self._lock:
+            self._forgotten.note(key)
             slot_idx = self._index.get(key)
-            if slot_idx is None:
+            if slot_idx is None or (self._pins[slot_idx] > 0 and not is_forced):
                 return False
             self._order.remove(key)
             self._unpublish(slot_idx)
@@ -201,8 +230,9 @@ class HostTier:
     def _take(self, key: BlockKey, owner: str) -> Lease | None:
         if self._is_closed:
             return None
-        if not self._free or self._order.is_at_quota(owner):
-            victim = self._order.victim(owner, self._may_leave) if self._num_idle else None
+        is_at_quota = self._order.is_at_quota(owner, self._num_kept[owner])
+        if not self._free or is_at_quota:
+            victim = self._order.victim(owner if is_at_quota else None, self._may_leave) if self._num_idle else None
             if victim is None:
                 return None
             slot_idx = self._index[victim]
@@ -219,8 +249,15 @@ class HostTier:
     def _may_leave(self, key: BlockKey) -> bool:
         return self._pins[self._index[key]] == 0 and key not in self._kept
 
+    def _count_kept(self, key: BlockKey, change: int) -> None:
+        slot_idx = self._index.get(key)
+        if slot_idx is not None and key in self._kept:
+            self._num_kept[self._owner_of[slot_idx]] += change
+
     def _unpublish(self, slot_idx: int) -> None:
-        del self._index[self._key_of.pop(slot_idx)]
+        key = self._key_of.pop(slot_idx)
+        self._count_kept(key, -1)
+        del self._index[key]
         if slot_idx in self._speculative:
             self._speculative.remove(slot_idx)
             self.num_prefetch_wasted += 1
@@ -234,13 +271,15 @@ class HostTier:
         start = slot_idx * self._slot_nbytes
         return Lease(self, key, slot_idx, self._memory[start : start + self._slot_nbytes], self._owner_of[slot_idx])
 
-    def _publish(self, lease: Lease, is_prefetched: bool) -> None:
+    def _publish(self, lease: Lease, is_prefetched: bool, asked_at: int | None) -> None:
         with self._lock:
             # Two threads may have brought the same block; the first one is found, the other slot is freed on release.
-            if lease.key not in self._index:
+            is_gone = asked_at is not None and self._forgotten.may_have_since(lease.key, asked_at)
+            if lease.key not in self._index and not is_gone:
                 self._index[lease.key] = lease.slot_idx
                 self._key_of[lease.slot_idx] = lease.key
                 self._order.add(lease.key, lease.owner)
+                self._count_kept(lease.key, 1)
                 if is_prefetched:
                     self._speculative.add(lease.slot_idx)
 

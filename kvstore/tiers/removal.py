@@ -11,7 +11,7 @@ from kvstore.tiers.catalogue import WriteView
 from kvstore.tiers.data_path import DataPath
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.placing.allocator import MIN_STEP_NBYTES
-from kvstore.tiers.tables.blocks import delete_unreferenced
+from kvstore.tiers.tables.blocks import delete_unreferenced, has_block
 from kvstore.tiers.tables.streams import delete_stream
 
 
@@ -37,17 +37,20 @@ def _remove_stream(disk: DiskTier, data: DataPath | None, name: str) -> int:
 
 
 def remove_blocks(disk: DiskTier, data: DataPath | None, keys: Sequence[BlockKey]) -> list[bool]:
-    """Remove blocks that no stream needs; returns per key whether it was removed."""
+    """Remove blocks that no stream needs, from disk or from memory alone; returns per key whether it was removed."""
 
-    def drop(view: WriteView) -> list[Extent | None]:
-        return [delete_unreferenced(view, key) for key in keys]
+    def drop(view: WriteView) -> list[tuple[Extent | None, bool]]:
+        return [(delete_unreferenced(view, key), has_block(view, key)) for key in keys]
 
     with disk.mutation:
-        extents = disk.catalogue.write(drop)
-        disk.allocator.release(extent for extent in extents if extent is not None)
-    removed = [extent is not None for extent in extents]
-    if data is not None:
-        for key, is_removed in zip(keys, removed, strict=True):
-            if is_removed:
-                data.host.forget(key)
+        dropped = disk.catalogue.write(drop)
+        disk.allocator.release(extent for extent, _ in dropped if extent is not None)
+    removed: list[bool] = []
+    for key, (extent, is_needed) in zip(keys, dropped, strict=True):
+        is_removed = extent is not None
+        if data is not None and is_removed:
+            data.host.forget(key)
+        elif data is not None and not is_needed:
+            is_removed = data.host.forget_idle(key)
+        removed.append(is_removed)
     return removed

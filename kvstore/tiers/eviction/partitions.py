@@ -48,9 +48,11 @@ class Partitions:
         self._owners: dict[BlockKey, str] = {}
         self._counts: Counter[str] = Counter()
 
-    def is_at_quota(self, owner: str) -> bool:
-        """True when an owner may have no more slots than it has."""
-        return self._quota is not None and owner != NOBODY and self._counts[owner] >= self._quota
+    def is_at_quota(self, owner: str, num_kept: int) -> bool:
+        """True when an owner may have no more slots than it has; of those it must keep, half a quota counts."""
+        if self._quota is None or owner == NOBODY:
+            return False
+        return self._counts[owner] - max(0, num_kept - self._quota // 2) >= self._quota
 
     def take(self, owner: str) -> None:
         """Count a slot that an owner fills."""
@@ -80,11 +82,16 @@ class Partitions:
         """See `EvictionPolicy`."""
         self._policy(self._owners.pop(key)).remove(key)
 
-    def victim(self, owner: str, may_leave: MayLeave) -> BlockKey | None:
-        """Choose the block that makes room for one of `owner`, and forget it; None when none may leave."""
+    def victim(self, owner: str | None, may_leave: MayLeave) -> BlockKey | None:
+        """Choose the block that makes room, and forget it; None when none may leave.
+
+        Args:
+            owner: who has to make room itself; None for whoever must.
+            may_leave: says which blocks are in nobody's use.
+        """
         if self._quota is None:
             tried = list(self._policies.values())
-        elif self.is_at_quota(owner):
+        elif owner is not None:
             tried = [self._policy(owner)]
         else:
             order = sorted(self._policies, key=lambda name: (name != NOBODY, -self._counts[name]))

@@ -181,7 +181,10 @@ class BlockCalls:
         return [on or (host is not None and host.contains(key)) for key, on in zip(keys, on_disk, strict=True)]
 
     def remove(self, keys: Sequence[BlockKey]) -> list[bool]:
-        """Remove plain blocks; those that a stream needs stay. Returns per block whether it was removed."""
+        """Remove plain blocks; returns per block whether it was removed.
+
+        Those that a stream needs stay, and so does one that memory alone holds while it is written or read.
+        """
         self._check_open(writing=True)
         check_keys(keys)
         try:

@@ -99,6 +99,7 @@ class Prefetcher:
 
     def _bring(self, unit: Sequence[tuple[BlockKey, BatchTicket, int]]) -> None:
         coming: list[tuple[Lease, BatchTicket, int]] = []
+        asked_at = self._host.num_forgotten
         for key, ticket, item in unit:
             if self._host.contains(key):
                 ticket.settle(item, Outcome.HOST)
@@ -114,7 +115,7 @@ class Prefetcher:
             num_brought = 0
             for (lease, ticket, item), outcome in zip(coming, outcomes, strict=True):
                 if outcome in (Outcome.DISK, Outcome.REMOTE):
-                    lease.publish(is_prefetched=True)
+                    lease.publish(is_prefetched=True, asked_at=asked_at)
                     num_brought += 1
                 ticket.settle(item, outcome)
             self._fetcher.host_meter.add(TierStats(prefetched_blocks=num_brought))

@@ -43,6 +43,7 @@ class Sought:
     Args:
         key: the block.
         layers: layers to bring; None for all.
+        asked_at: `HostTier.num_forgotten` before the look-up; see `Lease.publish`.
         outcome: how it ended, unless well.
         fault: why the last attempt failed.
         is_delivered: whether it was decoded, for whomever.
@@ -51,6 +52,7 @@ class Sought:
 
     key: BlockKey
     layers: range | None
+    asked_at: int
     outcome: Outcome | None = None
     fault: KVStoreError | None = None
     is_delivered: bool = False

@@ -211,9 +211,10 @@ class Fetcher:
         flights: dict[int, Flight] = {}
         others: dict[int, Flight] = {}
         wanted = [self._wanted(batch, position) for position in positions]
+        asked_at = self._host.num_forgotten
         for position, (flight, is_first) in zip(positions, self._flights.board(wanted), strict=True):
             if is_first:
-                own[position], flights[position] = Sought(*flight.wanted), flight
+                own[position], flights[position] = Sought(*flight.wanted, asked_at), flight
             else:
                 others[position] = flight
         try:
@@ -268,7 +269,7 @@ class Fetcher:
                 decode(seat.slot)
                 claim.outcome = source
                 if keeper is not None and item.layers is None:
-                    self._copies.admit(item.key, seat.slot, keeper)
+                    self._copies.admit(item.key, seat.slot, keeper, item.asked_at)
                 others = [other for other in self._flights.land(flight) if other is not seat]
                 self._hand_on(item, seat.slot, others, source)
                 if others:  # who waited need not wait for the rest of this batch

@@ -54,8 +54,8 @@ class HostCopies:
         copy_slot(source[start : start + nbytes], target[start : start + nbytes])
         return nbytes
 
-    def admit(self, key: BlockKey, slot: Tensor, owner: str) -> None:
-        """Keep a copy of a block if it may enter and a slot can be had without waiting."""
+    def admit(self, key: BlockKey, slot: Tensor, owner: str, asked_at: int) -> None:
+        """Keep a copy of a block if it may enter and a slot can be had without waiting; see `Lease.publish`."""
         if self._host.contains(key) or not self._doorkeeper.admits(key):
             return
         lease = self._host.try_reserve(key, owner)
@@ -63,4 +63,4 @@ class HostCopies:
             return
         with lease:
             copy_slot(slot, lease.slot)
-            lease.publish()
+            lease.publish(asked_at=asked_at)
