@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +14,18 @@ import pytest
 
 from kvstore.store import FetchRequest, Outcome
 from tests.stalled_disk import HANG_S, NUM_BLOCKS, SlowDisk, run_on_disk, stored
-from tests.store_blocks import EXTENT_NBYTES, LAYOUT, block_key, empty_slot, make_slot, same_block
+from tests.store_blocks import (
+    EXTENT_NBYTES,
+    HEADER,
+    LAYOUT,
+    block_key,
+    empty_slot,
+    make_blocks,
+    make_slot,
+    open_store,
+    requests_for,
+    same_block,
+)
 
 
 def reads_that_are_stuck_hold_up_nothing_that_is_in_memory(disk: SlowDisk, folder: Path) -> None:
@@ -68,6 +82,27 @@ def what_is_removed_while_it_is_read_does_not_come_back(disk: SlowDisk, folder: 
         assert store.get([block_key(0), block_key(1)], [slot, slot]) == [Outcome.MISS] * 2
 
 
+def an_interrupted_append_is_no_part_of_the_next(disk: SlowDisk, folder: Path) -> None:
+    with open_store(folder, host_slots=4) as store:
+        store.create_stream(HEADER)
+        for trial, num_blocks in enumerate((10, 6)):
+            first = len(store.manifest("lecture").entries)
+            disk.set(writes_stall=True)
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                store.append("lecture", make_blocks(num_blocks, first), {"next": -1})
+            disk.set()
+            assert len(store.manifest("lecture").entries) == first
+            store.append("lecture", make_blocks(5, first), {"next": first + 5})
+            store.flush()
+            assert store.manifest("lecture").cursor == {"next": 5 * (trial + 1)}
+        assert store.fetch(requests_for(make_blocks(10))).outcomes.count(Outcome.MISS) == 0
+        assert store.verify().is_clean
+        assert store.stats().host_slots_used == 4
+        leases = [store._moving().host.try_reserve(block_key(100 + number)) for number in range(4)]
+        assert None not in leases, "no slot is lost"
+
+
 def what_nobody_waits_for_any_more_is_not_read(disk: SlowDisk, folder: Path) -> None:
     with stored(disk, folder) as store:
         disk.set(reads_stall=True)
@@ -96,6 +131,7 @@ CASES = [
     reads_that_are_stuck_hold_up_nothing_that_is_in_memory,
     a_cancelled_load_leaves_slots_alone,
     what_is_removed_while_it_is_read_does_not_come_back,
+    an_interrupted_append_is_no_part_of_the_next,
     what_nobody_waits_for_any_more_is_not_read,
     cancelled_puts_let_others_have_their_place,
 ]

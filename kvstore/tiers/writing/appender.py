@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvstore.config import Durability
-from kvstore.errors import ConfigError, ShapeError
+from kvstore.errors import ConfigError, KVStoreError, ShapeError
 from kvstore.layout import BlockLayout
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier, Lease
 from kvstore.tiers.manifest import JSON, check_spec, dump_json
-from kvstore.tiers.slots import check_blocks
+from kvstore.tiers.slots import check_blocks, copy_slot
 from kvstore.tiers.tables.records import Entry
 from kvstore.tiers.tables.streams import find_state, find_stream
 from kvstore.tiers.writing.jobs import AppendPiece
@@ -50,6 +50,41 @@ class _Progress:
     failures: int
 
 
+class _Part:
+    """Blocks of one append that are handed to the writer together, again and again; owns their leases until then."""
+
+    def __init__(self, writer: Writer, progress: _Progress) -> None:
+        self._writer = writer
+        self._progress = progress
+        self._is_first = True
+        self.blocks: list[NewBlock] = []
+        self._leases: list[Lease] = []
+
+    def add(self, block: NewBlock, lease: Lease) -> None:
+        """Take a block, and over its lease."""
+        self._leases.append(lease)
+        self.blocks.append(block)
+
+    def submit(self, cursor_json: bytes | None) -> None:
+        """Hand over what was added since the last time."""
+        blocks, leases = self.blocks, tuple(self._leases)
+        self.blocks, self._leases = [], []
+        entries, summaries = [block.entry for block in blocks], [block.summary for block in blocks]
+        piece = AppendPiece(self._progress.stream_id, entries, summaries, leases, cursor_json, self._is_first)
+        self._is_first = False
+        try:
+            self._writer.append(piece, self._progress.failures)
+        except KVStoreError:  # it was not queued
+            for lease in leases:
+                lease.release()
+            raise
+
+    def drop(self) -> None:
+        """Release what was not handed over."""
+        for lease in self._leases:
+            lease.release()
+
+
 class Appender:
     """Feeds the writer. Thread-safe; appends from several threads follow each other.
 
@@ -67,6 +102,7 @@ class Appender:
         self._layout = layout
         self._lock = threading.Lock()
         self._streams: dict[str, _Progress] = {}
+        self._unsure: set[str] = set()  # streams of interrupted appends
 
     def append(self, name: str, blocks: Sequence[NewBlock], cursor: Mapping[str, JSON]) -> None:
         """Queue blocks and the cursor that goes with them; see `Store.append`."""
@@ -74,31 +110,16 @@ class Appender:
         with self._lock:
             progress = self._progress(name)
             self._check(name, blocks, progress.next_index)
-            pending: list[NewBlock] = []
-            leases: list[Lease] = []
+            part = _Part(self._writer, progress)
             try:
                 for block in blocks:
-                    if len(pending) == _MAX_PIECE_BLOCKS:
-                        self._submit(progress, pending, leases, None)
-                        pending, leases = [], []
-                    lease = self._host.pin(block.entry.key)
-                    if lease is None:
-                        lease = self._host.try_reserve(block.entry.key, name)
-                        if lease is None:
-                            # Hand over what has been collected: only the writer frees the slots that are waited for.
-                            self._submit(progress, pending, leases, None)
-                            pending, leases = [], []
-                            lease = self._host.reserve(block.entry.key, self._writer.check, name)
-                        lease.slot.copy_(block.slot)
-                        lease.publish()
-                    leases.append(lease)
-                    pending.append(block)
-                self._submit(progress, pending, leases, cursor_json)
-                leases = []
-            finally:
-                for lease in leases:
-                    lease.release()
-            progress.next_index += len(blocks)
+                    self._take(name, block, part)
+                part.submit(cursor_json)
+                progress.next_index += len(blocks)
+            except BaseException:  # Ctrl-C too: it may stand in the queue whole, in part, or not at all
+                part.drop()
+                self._unsure.add(name)
+                raise
         if self._disk.config.durability is Durability.SYNC:
             self._writer.flush()
 
@@ -111,15 +132,28 @@ class Appender:
             finally:
                 self._streams.pop(name, None)
 
-    def _submit(
-        self, progress: _Progress, blocks: Sequence[NewBlock], leases: Sequence[Lease], cursor_json: bytes | None
-    ) -> None:
-        entries = [block.entry for block in blocks]
-        summaries = [block.summary for block in blocks]
-        piece = AppendPiece(progress.stream_id, entries, summaries, tuple(leases), cursor_json)
-        self._writer.append(piece, progress.failures)
+    def _take(self, name: str, block: NewBlock, part: _Part) -> None:
+        """Add a block to the part of the append that is being collected; waits while there is no slot for it."""
+        if len(part.blocks) == _MAX_PIECE_BLOCKS:
+            part.submit(None)
+        lease = self._host.pin(block.entry.key)
+        if lease is not None:
+            part.add(block, lease)
+            return
+        lease = self._host.try_reserve(block.entry.key, name)
+        if lease is None:
+            # Hand over what has been collected: only the writer frees the slots that are waited for.
+            part.submit(None)
+            lease = self._host.reserve(block.entry.key, self._writer.check, name)
+        part.add(block, lease)
+        copy_slot(block.slot, lease.slot)
+        lease.publish()
 
     def _progress(self, name: str) -> _Progress:
+        if name in self._unsure:
+            self._writer.flush()
+            self._streams.pop(name, None)
+            self._unsure.remove(name)
         failures = self._writer.check()
         known = self._streams.get(name)
         if known is not None and known.failures == failures:

@@ -25,6 +25,7 @@ class AppendPiece:
         summaries: one per entry.
         leases: one host slot per entry, holding its block; the writer releases them.
         cursor_json: the producer's position, in the last part; None in the others.
+        is_first: begins an append; parts of one before it that got no last part are dropped.
     """
 
     stream_id: int
@@ -32,6 +33,7 @@ class AppendPiece:
     summaries: Sequence[bytes]
     leases: Sequence[Lease]
     cursor_json: bytes | None
+    is_first: bool
 
     @property
     def num_blocks(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from kvstore.errors import BusyError, CapacityError, KVStoreError, StoreIOError
@@ -73,7 +73,7 @@ class Writer:
         self._damaged = damaged
         self._queue = _Queue()
         self._open: dict[int, GrowingAppend] = {}
-        # One worker: batches are committed in the order of the queue. Its futures keep every error, expected or not.
+        # One worker: batches are committed in the order of the queue.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvstore-writer")
 
     @property
@@ -152,9 +152,17 @@ class Writer:
             raise BusyError("the store is closed")
 
     def _enqueue(self, item: AppendPiece | PutJob) -> None:
-        self._queue.waiting.append(item)
+        self._thread.submit(self._run)  # first, and it waits for our lock: Ctrl-C leaves nothing queued without a job
         self._queue.num_queued += 1
-        self._thread.submit(self._work).add_done_callback(self._settle)
+        self._queue.waiting.append(item)
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            self._work()
+        except BaseException as caught:  # noqa: BLE001 - kept for the producers, whatever it is
+            error = caught
+        self._settle(error)
 
     def _work(self) -> None:
         """Take one put, or all appended pieces at the head of the queue up to a limit, and commit."""
@@ -179,9 +187,8 @@ class Writer:
             elif put is not None:
                 self._commit_put(put)
 
-    def _settle(self, job: Future[None]) -> None:
-        """Runs when `_work` has ended, however it ended."""
-        error = job.exception()
+    def _settle(self, error: BaseException | None) -> None:
+        """Give back what was in work, and drop all appends after an error."""
         if error is not None:
             log_fault("append failed", store=str(self._disk.folder), reason=str(error))
         queue = self._queue
@@ -214,8 +221,9 @@ class Writer:
         ]
         complete: list[GrowingAppend] = []
         for piece in pieces:
-            growing = self._open.setdefault(piece.stream_id, GrowingAppend(piece.stream_id))
-            growing.add(piece)
+            if piece.is_first or piece.stream_id not in self._open:  # what is open was interrupted
+                self._open[piece.stream_id] = GrowingAppend(piece.stream_id)
+            self._open[piece.stream_id].add(piece)
             if piece.cursor_json is not None:
                 complete.append(self._open.pop(piece.stream_id))
         keep = {entry.key for growing in (*complete, *self._open.values()) for entry in growing.entries}
