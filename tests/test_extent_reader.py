@@ -138,10 +138,10 @@ def test_a_file_that_cannot_even_be_looked_for_fails_its_pieces(reading: Reading
     assert all(isinstance(error, StoreIOError) and error.errno == errno.ENAMETOOLONG for error in failed)
 
 
-def test_memory_comes_back_when_no_consumer_can_be_had(tmp_path: Path, engine: str) -> None:
+def test_memory_comes_back_when_no_consumer_can_be_had(noise: tuple[Path, list[bytes]], engine: str) -> None:
     pool = IoPool(2, engine)
     with ThreadPoolExecutor(2) as consumers:
-        reading = Reading(tmp_path, pool, consumers)
+        reading = Reading(*noise, pool, consumers)
 
     def read_in_vain() -> None:
         with pytest.raises(RuntimeError, match="shutdown"):

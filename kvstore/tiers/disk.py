@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -106,6 +106,21 @@ class DiskTier:
                     self._place(add_folders(self.files.folders, config.extent_folders))
                 self.count_free_space()
             cleanup.pop_all()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Hold `mutation`; what ends with an error leaves free what the catalogue does not name.
+
+        An interrupt may come right after a commit: only the catalogue knows then whether that took place. Whoever
+        writes extents inside must have waited for all of it when the error leaves the `with` block.
+        """
+        with self.mutation:
+            try:
+                yield
+            except BaseException:
+                with suppress(KVStoreError):  # what cannot be counted stays taken, until the store is opened again
+                    self.count_free_space()
+                raise
 
     def count_free_space(self) -> None:
         """Take everything that the catalogue does not name for free, as at opening; called under `mutation`."""

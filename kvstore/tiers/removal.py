@@ -26,7 +26,7 @@ def remove_stream(disk: DiskTier, data: DataPath | None, name: str) -> int:
 
 
 def _remove_stream(disk: DiskTier, data: DataPath | None, name: str) -> int:
-    with disk.mutation:
+    with disk.changing():
         gone = disk.catalogue.write(lambda view: delete_stream(view, name))
         disk.allocator.release(extent for _, extent in gone)
         disk.allocator.trim(MIN_STEP_NBYTES)
@@ -42,7 +42,7 @@ def remove_blocks(disk: DiskTier, data: DataPath | None, keys: Sequence[BlockKey
     def drop(view: WriteView) -> list[tuple[Extent | None, bool]]:
         return [(delete_unreferenced(view, key), has_block(view, key)) for key in keys]
 
-    with disk.mutation:
+    with disk.changing():
         dropped = disk.catalogue.write(drop)
         disk.allocator.release(extent for extent, _ in dropped if extent is not None)
     removed: list[bool] = []

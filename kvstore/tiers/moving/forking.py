@@ -41,7 +41,7 @@ def rollback(disk: DiskTier, data: DataPath | None, name: str, at: int, cursor: 
 
 
 def _cut(disk: DiskTier, data: DataPath | None, name: str, at: int, cursor_json: bytes) -> int:
-    with disk.mutation:
+    with disk.changing():
         gone = disk.catalogue.write(lambda view: cut_stream(view, name, at, cursor_json))
         disk.allocator.release(extent for _, extent in gone)
     if data is not None:

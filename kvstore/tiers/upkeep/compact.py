@@ -100,19 +100,10 @@ class Compactor:
 
     def step(self) -> bool:
         """Move as much as one step may, from the end of the files backwards; returns whether there may be more."""
-        with self._disk.mutation:
-            moves: list[_Move] = []
-            try:
-                with self._disk.catalogue.read() as view:
-                    self._choose(view, moves)
-                moved = self._copy(moves)
-                self._disk.catalogue.write(lambda view: _name(view, moved))
-            except BaseException:
-                self._disk.allocator.release(move.target for move in moves)
-                raise
-            done = {move.key for move in moved}
-            self._disk.allocator.release(move.target for move in moves if move.key not in done)
-            self._disk.allocator.release(move.record.extent for move in moved)
+        with self._disk.changing():
+            with self._disk.catalogue.read() as view:
+                moves = self._choose(view)
+            moved = self._execute(moves)
             self._disk.allocator.trim(MIN_STEP_NBYTES)
         self._moved_blocks += len(moved)
         self._moved_nbytes += sum(move.target.nbytes for move in moved)
@@ -123,8 +114,9 @@ class Compactor:
         goes_on, self._moved_in_sweep = self._moved_in_sweep, False
         return goes_on
 
-    def _choose(self, view: ReadView, moves: list[_Move]) -> None:
+    def _choose(self, view: ReadView) -> list[_Move]:
         """Take the next extents that fit into holes before them; leaves `_before` None at the end of a sweep."""
+        moves: list[_Move] = []
         nbytes = 0
         start, self._before = self._before, None
         last = start
@@ -143,6 +135,16 @@ class Compactor:
                 if target is not None:
                     moves.append(_Move(key, record, target))
                     nbytes += extent.nbytes
+        return moves
+
+    def _execute(self, moves: list[_Move]) -> list[_Move]:
+        """Copy, sync, commit, free; returns the moves that took place."""
+        moved = self._copy(moves)
+        self._disk.catalogue.write(lambda view: _name(view, moved))
+        done = {move.key for move in moved}
+        self._disk.allocator.release(move.target for move in moves if move.key not in done)
+        self._disk.allocator.release(move.record.extent for move in moved)
+        return moved
 
     def _copy(self, moves: list[_Move]) -> list[_Move]:
         """Bring the bytes to their new places, durably where the store promises that; skips what is damaged."""

@@ -121,7 +121,7 @@ class _Import:
 
     def run(self, progress: Callable[[int], None]) -> ImportReport:
         """Read the file twice from the entries on: first everything is checked, then the stream is made."""
-        with self._disk.mutation:
+        with self._disk.changing():
             is_new = self._is_new()
             chunk = self._read_blocks(progress)
             first_offset, num_tokens = chunk.offset, 0

@@ -72,7 +72,7 @@ class Repairer:
             CapacityError: the catalogue has no room to grow; nothing has changed.
             StoreIOError: the catalogue cannot be written; nothing has changed.
         """
-        with self._disk.mutation:
+        with self._disk.changing():
             damaged = self._find_damage(progress)
             damaged = self._mend_directories(damaged)
             self._report.dropped = {key: str(error) for key, error in damaged.items()}

@@ -84,5 +84,5 @@ class Sharing:
         with nullcontext() if write is None else write.appender.stopped(name):
             if write is not None:
                 write.writer.flush()
-            with self._disk.mutation:
+            with self._disk.changing():
                 self._disk.catalogue.write(append)

@@ -159,17 +159,13 @@ class RecordTransfer:
     def _write_batch(
         self, batch: Sequence[tuple[int, EncodedBlock, bytes]], keep: Collection[BlockKey], outcomes: list[Outcome]
     ) -> None:
-        with self._disk.mutation:
+        with self._disk.changing():
             with self._disk.catalogue.read() as view:
                 new = {block.key: (block, head) for _, block, head in batch if not has_block(view, block.key)}
             placed: list[_Placed] = []
-            try:
-                is_full = self._place(list(new.values()), keep, placed)
-                self._write_placed(placed)
-                self._name(placed, keep)
-            except BaseException:
-                self._disk.allocator.release(each.record.extent for each in placed)
-                raise
+            is_full = self._place(list(new.values()), keep, placed)
+            self._write_placed(placed)
+            self._name(placed, keep)
         refused = new.keys() - {each.block.key for each in placed} if is_full else set()
         for position, block, _ in batch:
             outcomes[position] = Outcome.FULL if block.key in refused else Outcome.STORED
@@ -216,11 +212,11 @@ class RecordTransfer:
 
 def wait_all(tickets: Sequence[Ticket]) -> None:
     """Wait until nothing is in flight, then raise the first error: what the transfers use must outlive all of them."""
-    errors: list[KVStoreError] = []
+    errors: list[BaseException] = []
     for ticket in tickets:
         try:
             ticket.wait()
-        except KVStoreError as error:
+        except BaseException as error:  # noqa: BLE001 - an interrupt waits for the rest, too
             errors.append(error)
     if errors:
         raise errors[0]
