@@ -12,6 +12,7 @@ from kvstore.policy import Candidate
 from kvstore.spec import BlockKey
 from kvstore.tiers.base import Extent
 from kvstore.tiers.catalogue import ReadView, Table, WriteView
+from kvstore.tiers.tables.awaited import count_awaiting, count_entries, set_awaiting
 from kvstore.tiers.tables.records import (
     BlockRecord,
     check_key,
@@ -35,6 +36,13 @@ def find_block(view: ReadView, key: BlockKey) -> BlockRecord | None:
     return None if value is None else unpack_block(value)
 
 
+def find_sound(view: ReadView, key: BlockKey) -> BlockRecord | None:
+    """Like `find_block`; a damaged entry is None, for those who go on with other blocks, or write this one again."""
+    with suppress(CorruptRecordError, UnsupportedFormatError):
+        return find_block(view, key)
+    return None
+
+
 def find_directory(view: ReadView, key: BlockKey) -> bytes | None:
     """Return the first bytes of the block's record: header and plane directory, unchecked."""
     return view.get(Table.DIRECTORIES, key)
@@ -48,20 +56,20 @@ def has_block(view: ReadView, key: BlockKey) -> bool:
 def insert_block(view: WriteView, key: BlockKey, record: BlockRecord, directory: bytes) -> Extent | None:
     """Store where a freshly written block lies; a block of that key is replaced and keeps its references.
 
+    A block that was lost, and that entries name still, has their references from the start. Where the entry of the
+    replaced block is damaged, they are counted.
+
     Returns:
         The extent that the replaced block leaves, to be freed after the commit; None when the key is new.
     """
-    old = find_block(view, key)
-    if old is not None:
-        _drop_extent(view, old)
-        record = replace(record, references=old.references)
-        _forget_stamp(view, old)
+    references, freed = _clear(view, key)
+    record = replace(record, references=references)
     view.put(Table.BLOCKS, key, pack_block(record))
     view.put(Table.DIRECTORIES, key, directory)
     view.put(Table.EXTENTS, *pack_extent(record.extent, key))
     if record.references == 0:
         view.put(Table.LRU, pack_stamp(record.stamp), key)
-    return None if old is None else old.extent
+    return freed
 
 
 def add_reference(view: WriteView, key: BlockKey) -> None:
@@ -77,25 +85,29 @@ def add_reference(view: WriteView, key: BlockKey) -> None:
     view.put(Table.BLOCKS, key, pack_block(replace(record, references=record.references + 1)))
 
 
-def set_references(view: WriteView, key: BlockKey, references: int) -> None:
-    """Correct how many stream entries name a block; does nothing for a block that is not stored."""
-    record = find_block(view, key)
-    if record is None or record.references == references:
-        return
-    _forget_stamp(view, record)
-    view.put(Table.BLOCKS, key, pack_block(replace(record, references=references)))
-    if references == 0:
-        view.put(Table.LRU, pack_stamp(record.stamp), key)
+def await_block(view: WriteView, key: BlockKey) -> bool:
+    """Count one more stream entry that names a block, which may be lost; returns whether it is stored."""
+    if find_sound(view, key) is not None:
+        add_reference(view, key)
+        return True
+    set_awaiting(view, key, count_awaiting(view, key) + 1)
+    return False
 
 
 def drop_reference(view: WriteView, key: BlockKey) -> Extent | None:
-    """Undo one `add_reference`; the last one removes the block and returns its extent, to be freed after the commit.
+    """Undo one `add_reference` or `await_block`, before the entry that names the block is deleted.
 
-    A block that is gone already is no error: removing a damaged stream must succeed.
+    A block that is gone, or damaged, is no error: removing a damaged stream must succeed.
+
+    Returns:
+        The extent of the block, to be freed after the commit, if that was its last reference and removed it.
     """
-    record = find_block(view, key)
+    record = find_sound(view, key)
     if record is None:
+        set_awaiting(view, key, count_awaiting(view, key) - 1)
         return None
+    if record.references == 0:
+        return None  # a wrong count must not cost a block that somebody may need
     if record.references > 1:
         view.put(Table.BLOCKS, key, pack_block(replace(record, references=record.references - 1)))
         return None
@@ -112,16 +124,16 @@ def delete_block(view: WriteView, key: BlockKey, record: BlockRecord) -> Extent:
 
 
 def delete_unreferenced(view: WriteView, key: BlockKey) -> Extent | None:
-    """Remove a block that no stream needs; returns its extent, or None when it stays or was not there."""
-    record = find_block(view, key)
+    """Remove a block that no stream needs; returns its extent, or None when it stays, was not there, or is damaged."""
+    record = find_sound(view, key)
     if record is None or record.references > 0:
         return None
     return delete_block(view, key, record)
 
 
 def touch(view: WriteView, key: BlockKey, stamp: int) -> None:
-    """Mark a block as used now; does nothing for a block that is gone or that a stream refers to."""
-    record = find_block(view, key)
+    """Mark a block as used now; does nothing for a block that is gone, damaged, or that a stream refers to."""
+    record = find_sound(view, key)
     if record is None or record.references > 0:
         return
     _forget_stamp(view, record)
@@ -137,9 +149,9 @@ def oldest_first(view: ReadView, records: dict[BlockKey, BlockRecord]) -> Iterat
         records: gains the record of every block that was yielded.
     """
     for _, value in view.scan(Table.LRU):
-        with suppress(CorruptRecordError, UnsupportedFormatError):
+        with suppress(CorruptRecordError):
             key = check_key(value)
-            record = find_block(view, key)
+            record = find_sound(view, key)
             if record is not None and record.references == 0:
                 records[key] = record
                 yield Candidate(key, record.extent.nbytes)
@@ -185,6 +197,30 @@ def move_block(view: WriteView, key: BlockKey, moved: BlockRecord) -> None:
     _drop_extent(view, old)
     view.put(Table.BLOCKS, key, pack_block(replace(old, extent=moved.extent)))
     view.put(Table.EXTENTS, *pack_extent(moved.extent, key))
+
+
+def _clear(view: WriteView, key: BlockKey) -> tuple[int, Extent | None]:
+    """Unlist what is replaced; returns how many entries name the block, and the extent that it leaves."""
+    old = find_sound(view, key)
+    if old is not None:
+        _drop_extent(view, old)
+        _forget_stamp(view, old)
+        return old.references, old.extent
+    if not has_block(view, key):
+        references, extents = count_awaiting(view, key), []
+    else:  # its entry is damaged: only the other tables know
+        references = count_entries(view, key)
+        extents = [
+            unpack_extent(*row)[0]
+            for row in view.scan(Table.EXTENTS)
+            if is_extent(*row) and unpack_extent(*row)[1] == key
+        ]
+        for stamp in [stamp for stamp, value in view.scan(Table.LRU) if value == key]:
+            view.delete(Table.LRU, stamp)
+    set_awaiting(view, key, 0)
+    for extent in extents:
+        view.delete(Table.EXTENTS, pack_extent(extent, key)[0])
+    return references, extents[0] if extents else None
 
 
 def _drop_extent(view: WriteView, record: BlockRecord) -> None:

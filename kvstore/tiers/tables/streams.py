@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from kvstore.spec import BlockKey
 from kvstore.tiers.base import Extent
 from kvstore.tiers.catalogue import ReadView, Table, WriteView
 from kvstore.tiers.manifest import Manifest, StreamHeader, check_name, load_json
-from kvstore.tiers.tables.blocks import add_reference, drop_reference, has_block
+from kvstore.tiers.tables.blocks import add_reference, await_block, drop_reference
 from kvstore.tiers.tables.meta import next_stream_id
 from kvstore.tiers.tables.records import (
     VALUE_VERSION,
@@ -131,7 +131,7 @@ def append_entries(
 def restore_stream(
     view: WriteView, header: StreamHeader, state: StreamState, rows: Iterable[tuple[Entry, bytes | None]]
 ) -> list[BlockKey]:
-    """Make a whole stream at once; entries may name blocks that are not stored.
+    """Make a whole stream at once; entries may name blocks that are not stored, which are counted when they come.
 
     Args:
         view: the transaction.
@@ -151,26 +151,13 @@ def restore_stream(
         raise ConfigError(f"stream {header.name!r} exists; remove it or use another name")
     missing: dict[BlockKey, None] = {}
     for entry, summary in rows:
-        if has_block(view, entry.key):
-            add_reference(view, entry.key)
-        else:
+        if not await_block(view, entry.key):
             missing[entry.key] = None
         view.put(Table.ENTRIES, position_key(stream_id, entry.index), pack_entry(entry))
         if summary is not None:
             view.put(Table.SUMMARIES, position_key(stream_id, entry.index), summary)
     view.put(Table.STATES, _STREAM_ID.pack(stream_id), pack_state(state))
     return list(missing)
-
-
-def count_references(view: ReadView, keys: Collection[BlockKey]) -> dict[BlockKey, int]:
-    """Count the entries of all streams that name each of `keys`; reads the whole table."""
-    found = dict.fromkeys(keys, 0)
-    for _, value in view.scan(Table.ENTRIES):
-        with suppress(CorruptRecordError, UnsupportedFormatError):
-            key = unpack_entry(0, value).key
-            if key in found:
-                found[key] += 1
-    return found
 
 
 def read_entries(view: ReadView, stream_id: int, first: int = 0) -> Iterator[Entry]:

@@ -13,8 +13,9 @@ from kvstore.spec import BlockKey
 from kvstore.tiers.catalogue import ReadView, Table
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.placing.free_space import FreeSpace
-from kvstore.tiers.tables.blocks import find_block
-from kvstore.tiers.tables.records import BlockRecord, check_key, unpack_extent
+from kvstore.tiers.tables.awaited import awaited_rows, make_rows
+from kvstore.tiers.tables.blocks import find_block, find_sound, has_block
+from kvstore.tiers.tables.records import check_key, unpack_extent
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ class TableCheck:
             if before and extent.offset < sum(before[-1]):
                 self.problems.append(f"file {extent.file_id}: the extent at {extent.offset} overlaps the one before it")
             before.append((extent.offset, extent.nbytes))
-            record = self._owner(key)
+            record = find_sound(self._view, key)
             if record is None or record.extent != extent:
                 self.problems.append(f"file {extent.file_id}: the extent at {extent.offset} belongs to no block")
                 totals["orphan"] += extent.nbytes
@@ -122,12 +123,6 @@ class TableCheck:
                     self.problems.append(f"file {file_id}: the free list overlaps the extent at {offset}")
                 end = max(end, offset + nbytes)
 
-    def _owner(self, key: BlockKey) -> BlockRecord | None:
-        try:
-            return find_block(self._view, key)
-        except KVStoreError:
-            return None
-
     def _check_blocks(self) -> None:
         idle: dict[bytes, int] = {}
         for packed_key, _ in self._view.scan(Table.BLOCKS):
@@ -144,6 +139,13 @@ class TableCheck:
                 )
             if record.references == 0:
                 idle[key] = record.stamp
+        lost = {key: count for key, count in self._needed.items() if not has_block(self._view, key)}
+        awaited, expected = awaited_rows(self._view), make_rows(lost)
+        if awaited != expected:
+            wrong = len(awaited.items() ^ expected.items())
+            self.problems.append(
+                f"{len(expected)} blocks of streams are lost, {wrong} rows say so wrongly or not at all"
+            )
         listed = {value: int.from_bytes(stamp, "big") for stamp, value in self._view.scan(Table.LRU)}
         if listed != idle or len(listed) != self._view.count(Table.LRU):
             self.problems.append(

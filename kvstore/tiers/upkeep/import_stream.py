@@ -28,15 +28,10 @@ from kvstore.tiers.base import Extent, Outcome
 from kvstore.tiers.catalogue import WriteView
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.manifest import StreamHeader, load_json
-from kvstore.tiers.tables.blocks import has_block, set_references
+from kvstore.tiers.tables.blocks import find_sound
 from kvstore.tiers.tables.calibrations import find_decision, put_calibration, put_decision
 from kvstore.tiers.tables.records import ENTRY_NBYTES, Entry, StreamState, unpack_entry, unpack_state
-from kvstore.tiers.tables.streams import (
-    count_references,
-    find_state,
-    find_stream,
-    restore_stream,
-)
+from kvstore.tiers.tables.streams import find_state, find_stream, restore_stream
 from kvstore.tiers.upkeep.container import Chunk, ContainerReader, Kind
 from kvstore.tiers.upkeep.export_stream import BLOCK_PREFIX
 from kvstore.tiers.upkeep.transfer import EncodedBlock, RecordTransfer
@@ -245,10 +240,8 @@ class _Import:
             if is_new:
                 missing.extend(restore_stream(view, self._header, self._state, self._entries(first_offset)))
                 return []
-            for key, references in count_references(view, self._tokens_of).items():
-                set_references(view, key, references)
             wanted = {entry.key: None for entry, _ in self._entries(first_offset)}
-            missing.extend(key for key in wanted if not has_block(view, key))
+            missing.extend(key for key in wanted if find_sound(view, key) is None)
             return []
 
         self._disk.commit(name, self._tokens_of)

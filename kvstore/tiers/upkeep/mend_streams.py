@@ -42,7 +42,7 @@ def mend_streams(
         mended: gains what was done, in words.
 
     Returns:
-        How many entries name each stored block; stream and index of those whose block is not stored.
+        How many entries name each block; stream and index of those whose block is not stored.
     """
     needed: Counter[BlockKey] = Counter()
     lost: list[tuple[str, int]] = []
@@ -51,9 +51,8 @@ def mend_streams(
         if isinstance(row, StreamRow):
             owned.add(row.stream_id.to_bytes(STREAM_ID_NBYTES, "big"))
             for entry in _Manifest(view, row, mended).mend():
-                if entry.key in stored:
-                    needed[entry.key] += 1
-                else:
+                needed[entry.key] += 1
+                if entry.key not in stored:
                     lost.append((row.header.name, entry.index))
         else:
             view.delete(Table.STREAMS, packed_name)

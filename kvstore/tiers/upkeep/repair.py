@@ -12,6 +12,7 @@ from kvstore.spec import BLOCK_KEY_NBYTES, BlockKey
 from kvstore.tiers.catalogue import Table, WriteView
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.reading.verify import Verifier
+from kvstore.tiers.tables.awaited import awaited_rows, make_rows
 from kvstore.tiers.tables.blocks import find_block, find_directory
 from kvstore.tiers.tables.records import BlockRecord, pack_block, pack_extent, pack_stamp
 from kvstore.tiers.upkeep.mend_streams import mend_streams
@@ -148,8 +149,10 @@ class Repairer:
                 view.put(Table.BLOCKS, key, pack_block(replace(record, references=references, stamp=stamp)))
         if num_counted:
             mended.append(f"table blocks: {num_counted} reference counts or stamps were wrong")
-        _make_equal(view, Table.EXTENTS, extents, mended)
-        _make_equal(view, Table.LRU, idle, mended)
+        _make_equal(view, Table.EXTENTS, dict(view.scan(Table.EXTENTS)), extents, mended)
+        _make_equal(view, Table.LRU, dict(view.scan(Table.LRU)), idle, mended)
+        awaited = {key: count for key, count in needed.items() if key not in records}
+        _make_equal(view, Table.META, awaited_rows(view), make_rows(awaited), mended)
         orphans = [key for key in view.keys(Table.DIRECTORIES) if key not in records]
         for orphan in orphans:
             view.delete(Table.DIRECTORIES, orphan)
@@ -176,9 +179,10 @@ class Repairer:
         return records
 
 
-def _make_equal(view: WriteView, table: Table, rows: dict[bytes, bytes], mended: list[str]) -> None:
-    """Give a table exactly these rows; touch only what differs."""
-    present = dict(view.scan(table))
+def _make_equal(
+    view: WriteView, table: Table, present: dict[bytes, bytes], rows: dict[bytes, bytes], mended: list[str]
+) -> None:
+    """Give a table these rows instead of those that are present; touch only what differs."""
     wrong = [key for key, value in present.items() if rows.get(key) != value]
     missing = [key for key, value in rows.items() if present.get(key) != value]
     for key in wrong:

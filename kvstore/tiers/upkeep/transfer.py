@@ -17,7 +17,7 @@ from kvstore.tiers.base import Extent, Outcome
 from kvstore.tiers.catalogue import WriteView
 from kvstore.tiers.disk import DiskTier, Found
 from kvstore.tiers.reading.extent_check import record_in
-from kvstore.tiers.tables.blocks import has_block, insert_block
+from kvstore.tiers.tables.blocks import find_sound, insert_block
 from kvstore.tiers.tables.records import (
     EXTENT_HEADER_NBYTES,
     BlockRecord,
@@ -161,7 +161,7 @@ class RecordTransfer:
     ) -> None:
         with self._disk.changing():
             with self._disk.catalogue.read() as view:
-                new = {block.key: (block, head) for _, block, head in batch if not has_block(view, block.key)}
+                new = {block.key: (block, head) for _, block, head in batch if find_sound(view, block.key) is None}
             placed: list[_Placed] = []
             is_full = self._place(list(new.values()), keep, placed)
             self._write_placed(placed)

@@ -21,7 +21,7 @@ from kvstore.tiers.base import Extent, Outcome
 from kvstore.tiers.catalogue import WriteView
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier
-from kvstore.tiers.tables.blocks import find_block, insert_block
+from kvstore.tiers.tables.blocks import find_sound, insert_block
 from kvstore.tiers.tables.streams import append_entries
 from kvstore.tiers.writing.calibrator import Calibrator
 from kvstore.tiers.writing.jobs import AppendPiece, GrowingAppend, PutJob
@@ -265,7 +265,7 @@ class Writer:
         """Drop repetitions and what is on disk in good order."""
         distinct = {block.key: block for block in blocks}
         with self._disk.catalogue.read() as view:
-            return [block for key, block in distinct.items() if key in self._damaged or find_block(view, key) is None]
+            return [block for key, block in distinct.items() if key in self._damaged or find_sound(view, key) is None]
 
     def _name(
         self, written: Sequence[WrittenRecord], appends: Sequence[GrowingAppend], keep: Collection[BlockKey]
