@@ -34,6 +34,7 @@ from kvstore.tiers.tables.records import ENTRY_NBYTES, Entry, StreamState, unpac
 from kvstore.tiers.tables.streams import find_state, find_stream, restore_stream
 from kvstore.tiers.upkeep.container import Chunk, ContainerReader, Kind
 from kvstore.tiers.upkeep.export_stream import BLOCK_PREFIX
+from kvstore.tiers.upkeep.record_check import RecordCheck
 from kvstore.tiers.upkeep.transfer import EncodedBlock, RecordTransfer
 
 _BATCH_NBYTES = 8 << 20
@@ -67,8 +68,9 @@ def import_stream(
 ) -> ImportReport:
     """Bring a stream from a file. A stream that is there already must be the same one; it gets back what it lacks.
 
-    Whoever else writes in this process waits until it is done. A block whose key the store holds is not written again:
-    like every `put`, an import is believed that equal keys mean equal blocks.
+    Whoever else writes in this process waits until it is done. Every record is decoded before it is stored. A block
+    whose key the store holds is not written again: like every `put`, an import is believed that equal keys mean equal
+    blocks.
 
     Args:
         disk: the store, open for writing.
@@ -113,6 +115,7 @@ class _Import:
         self._batch_nbytes = 0
         self._header = self._read_header(name)
         self._state = self._read_state()
+        self._check = RecordCheck(disk.calibrations, self._header)
 
     def run(self, progress: Callable[[int], None]) -> ImportReport:
         """Read the file twice from the entries on: first everything is checked, then the stream is made."""
@@ -204,6 +207,12 @@ class _Import:
             raise CorruptRecordError(f"{self._path}: block {key.hex()[:16]} is not of the stream's model")
         if num_tokens > self._header.block_tokens:
             raise CorruptRecordError(f"{self._path}: block {key.hex()[:16]} has {num_tokens} tokens")
+        try:
+            self._disk.calibrations.find(info.calibration_id)
+        except CorruptRecordError:
+            return  # it was lost before the export: nobody can read the block, with or without its record
+        if not self._check.is_sound(record, num_tokens):
+            raise CorruptRecordError(f"{self._path}: block {key.hex()[:16]} cannot be decoded")
         self._tokens_of[key] = num_tokens
         if self._batch and self._batch_nbytes + len(record) > _BATCH_NBYTES:
             self._write_batch()
