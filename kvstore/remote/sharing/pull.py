@@ -5,17 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from kvstore.codec import Codec, Profile, probe
-from kvstore.errors import CapacityError, ConfigError, CorruptRecordError, KVStoreError, StreamNotFoundError
+from kvstore.codec import Codec, Profile
+from kvstore.errors import CapacityError, ConfigError, CorruptRecordError, StreamNotFoundError
 from kvstore.remote.envelope import ENVELOPE_NBYTES
 from kvstore.remote.server import RemoteServer
 from kvstore.remote.sharing.messenger import Messenger
 from kvstore.remote.sharing.pages import PAGE_ENTRIES, StreamHead, page_name, unpack_page
 from kvstore.remote.sharing.push import Progress, ShareReport, page_of
 from kvstore.store import Entry, Manifest, Outcome, Store, StreamHeader
-from kvstore.tiers.codec_shelf import CodecShelf
+from kvstore.tiers.upkeep.record_check import RecordCheck
 from kvstore.tiers.upkeep.transfer import EncodedBlock
 
 _BATCH_BLOCKS = 32
@@ -127,7 +125,7 @@ def _pull_blocks(
     report.num_blocks = len(keys)
     room_nbytes = ENVELOPE_NBYTES + Codec(header.layout, Profile.RAW).bound(header.block_tokens)
     step = max(1, min(_BATCH_BLOCKS, _BATCH_NBYTES // room_nbytes))
-    checker = _Checker(store, header)
+    checker = RecordCheck(store.calibrations, header)
     lost: list[Entry] = []
     for first in range(0, len(keys), step):
         batch = keys[first : first + step]
@@ -152,20 +150,3 @@ def _pull_blocks(
             f"remote stream {header.name!r}: {len(lost)} of {len(keys)} blocks are missing or damaged on the server, "
             f"the first at {lost[0].start_s:.1f} s; push it again, then pull"
         )
-
-
-class _Checker:
-    """Decodes records into a slot of its own to see whether they are sound."""
-
-    def __init__(self, store: Store, header: StreamHeader) -> None:
-        self._codecs = CodecShelf(store.calibrations, header.layout, header.profile)
-        self._slot = torch.empty(header.layout.slot_nbytes, dtype=torch.uint8)
-
-    def is_sound(self, record: bytes, num_tokens: int) -> bool:
-        """True when a store of the stream's layout and profile can read it."""
-        try:
-            info = probe(record)
-            self._codecs.decoder(info).decode(record, self._slot, num_tokens=num_tokens)
-        except KVStoreError:
-            return False
-        return info.total_nbytes == len(record)
