@@ -21,7 +21,11 @@ import kvstore
 import kvstore.store
 from kvstore.native import IoPool
 from kvstore.store import Access, Durability, FetchRequest, Outcome, Store
+from kvstore.tiers.disk import Found
 from kvstore.tiers.upkeep.compact import Compactor
+from kvstore.tiers.upkeep.export_stream import export_stream
+from kvstore.tiers.upkeep.import_stream import import_stream
+from kvstore.tiers.upkeep.repair import Repairer
 from tests.faulty_disk import build, faults
 from tests.store_blocks import (
     EXTENT_NBYTES,
@@ -43,11 +47,21 @@ MOST_CALLS = 400
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Something that a writer does, and how many entries of each stream there may be before and after."""
+    """Something that a writer does, and what there may be before and after.
+
+    Args:
+        run: what it does.
+        before: entries of each stream before.
+        after: entries of each stream after.
+        stored: plain blocks that are there once it is acknowledged.
+        is_repair: there is damage before; a repair that ended early is done again.
+    """
 
     run: Callable[[Store], object]
     before: dict[str, int]
     after: dict[str, int]
+    stored: range = range(0)
+    is_repair: bool = False
 
 
 def append(store: Store) -> None:
@@ -60,6 +74,16 @@ def append(store: Store) -> None:
 def put_into_a_full_store(store: Store) -> None:
     numbers = range(200, 216)
     store.put([block_key(number) for number in numbers], [make_slot(number) for number in numbers], [40] * 16)
+
+
+def put(store: Store) -> None:
+    assert (
+        store.put([block_key(200), block_key(201)], [make_slot(200), make_slot(201)], [40, 40]) == [Outcome.STORED] * 2
+    )
+
+
+def import_another(store: Store) -> None:
+    assert not import_stream(store._disk, store._pool, store._disk.folder.with_name("exported")).missing
 
 
 def compact(store: Store) -> None:
@@ -78,9 +102,48 @@ CHANGES = {
     "start_another": Change(start_another, {"lecture": NUM_BLOCKS}, {"lecture": NUM_BLOCKS, "other": 3}),
     "remove_stream": Change(lambda store: store.remove_stream("lecture"), {"lecture": NUM_BLOCKS}, {}),
     "put_into_a_full_store": Change(put_into_a_full_store, {"lecture": NUM_BLOCKS}, {"lecture": NUM_BLOCKS}),
-    "compact": Change(compact, {"lecture": NUM_BLOCKS}, {"lecture": NUM_BLOCKS}),
+    "compact": Change(compact, {"lecture": NUM_BLOCKS}, {"lecture": NUM_BLOCKS}, stored=PLAIN[1::2]),
+    "put": Change(put, {"lecture": NUM_BLOCKS}, {"lecture": NUM_BLOCKS}, stored=range(200, 202)),
+    "fork": Change(
+        lambda store: store.fork("lecture", "other", 120, {"next": 3}),
+        {"lecture": NUM_BLOCKS},
+        {"lecture": NUM_BLOCKS, "other": 3},
+    ),
+    "rollback": Change(
+        lambda store: store.rollback("lecture", 160, {"next": 4}), {"lecture": NUM_BLOCKS}, {"lecture": 4}
+    ),
+    "repair": Change(
+        lambda store: Repairer(store._disk, store._pool).run(),
+        {"lecture": NUM_BLOCKS},
+        {"lecture": NUM_BLOCKS},
+        stored=PLAIN[1:],
+        is_repair=True,
+    ),
+    "import": Change(
+        import_another, {"lecture": NUM_BLOCKS}, {"lecture": NUM_BLOCKS, "other": NUM_BLOCKS + 2}, stored=PLAIN[-1:]
+    ),
     "close": Change(lambda store: store.close(), {"lecture": NUM_BLOCKS}, {"lecture": NUM_BLOCKS}),
 }
+
+
+def export_another(path: Path) -> None:
+    """A file with a stream that begins like the store's, and goes on."""
+    with open_store(path.with_name("origin")) as store:
+        store.create_stream(replace(HEADER, name="other"))
+        store.append("other", make_blocks(NUM_BLOCKS + 2), {"next": NUM_BLOCKS + 2})
+        store.flush()
+        export_stream(store._disk, store._pool, "other", path.with_name("exported"))
+    shutil.rmtree(path.with_name("origin"))
+
+
+def damage_a_plain_block(path: Path) -> None:
+    with open_store(path, Access.READ) as store:
+        (found,) = store._disk.look_up([block_key(PLAIN[0])], [False])
+        assert isinstance(found, Found)
+        file = store._disk.files.path(found.record.extent.file_id)
+    with file.open("r+b") as extents:
+        extents.seek(found.record.extent.offset + 1000)
+        extents.write(bytes(100))
 
 
 def make_store(path: Path) -> None:
@@ -93,6 +156,8 @@ def make_store(path: Path) -> None:
 def check(path: Path, change: Change, is_acknowledged: bool) -> None:
     """A sound store, as it was before or after; after, if that was acknowledged."""
     with open_store(path, Access.WRITE) as store:
+        if change.is_repair and not is_acknowledged:
+            Repairer(store._disk, store._pool).run()
         report = store.verify()
         assert report.is_clean, report
         assert report.account is not None
@@ -110,6 +175,7 @@ def check(path: Path, change: Change, is_acknowledged: bool) -> None:
             slot = empty_slot()
             (outcome,) = store.get([block_key(number)], [slot])
             assert outcome is Outcome.MISS or same_block(slot, make_slot(number)), f"block {number} holds other bytes"
+            assert outcome.is_hit or number not in change.stored or not is_acknowledged, f"block {number} is lost"
 
 
 def run_all(scratch: Path, name: str, durability: Durability, has_power: bool) -> int:
@@ -117,6 +183,9 @@ def run_all(scratch: Path, name: str, durability: Durability, has_power: bool) -
     change = CHANGES[name]
     template = scratch / f"{name}-{durability}-{has_power}"
     make_store(template)
+    export_another(template)
+    if change.is_repair:
+        damage_a_plain_block(template)
     for number in range(1, MOST_CALLS):
         path, said = template.with_name("store"), template.with_name("said")
         shutil.rmtree(path, ignore_errors=True)
@@ -198,14 +267,18 @@ def _cases(quick: tuple[str, ...], levels: tuple[Durability, ...]) -> list[Param
 
 @pytest.mark.parametrize(("name", "durability"), _cases(("append", "compact"), tuple(Durability)))
 def test_killed_before_any_call(name: str, durability: str, ask: Callable[[str], str]) -> None:
-    answer = ask(f"{name} {durability} power")
-    assert answer.startswith("survived "), answer
+    check_answer(ask, f"{name} {durability} power")
 
 
 @pytest.mark.parametrize(("name", "durability"), _cases(tuple(CHANGES), (Durability.COMMIT, Durability.SYNC)))
 def test_without_power_before_any_call(name: str, durability: str, ask: Callable[[str], str]) -> None:
-    answer = ask(f"{name} {durability} none")
+    check_answer(ask, f"{name} {durability} none")
+
+
+def check_answer(ask: Callable[[str], str], words: str) -> None:
+    answer = ask(words)
     assert answer.startswith("survived "), answer
+    sys.stdout.write(f"{words}: {answer} ends\n")
 
 
 def serve(scratch: Path) -> None:

@@ -8,8 +8,8 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -100,23 +100,24 @@ def write_at_full_speed(store: Store, until_s: float) -> dict[str, int]:
     """Put, evict and remove, with a thread that compacts beside; returns how many blocks met what."""
     rng = random.Random(0)
     num_put = num_removed = 0
-    moved: list[int] = []
-    compacting = threading.Thread(target=compact_until, args=(store, until_s, moved))
-    compacting.start()
-    while time.monotonic() < until_s:
-        numbers = rng.sample(PLAIN, 16)  # half of them fit: others are evicted
-        keys, slots = [block_key(number) for number in numbers], [expected(number) for number in numbers]
-        assert Outcome.UNAVAILABLE not in store.put(keys, slots, [40] * 16)
-        num_removed += sum(store.remove([block_key(number) for number in rng.sample(PLAIN, 4)]))
-        num_put += 16
-    compacting.join()
+    with ThreadPoolExecutor(1) as thread:
+        compacting = thread.submit(compact_until, store, until_s)
+        while time.monotonic() < until_s:
+            numbers = rng.sample(PLAIN, 16)  # half of them fit: others are evicted
+            keys, slots = [block_key(number) for number in numbers], [expected(number) for number in numbers]
+            assert Outcome.UNAVAILABLE not in store.put(keys, slots, [40] * 16)
+            num_removed += sum(store.remove([block_key(number) for number in rng.sample(PLAIN, 4)]))
+            num_put += 16
     evicted = store.stats().disk.evicted_blocks
-    return {"put": num_put, "removed": num_removed, "evicted": evicted, "moved": sum(moved)}
+    return {"put": num_put, "removed": num_removed, "evicted": evicted, "moved": compacting.result()}
 
 
-def compact_until(store: Store, until_s: float, moved: list[int]) -> None:
+def compact_until(store: Store, until_s: float) -> int:
+    """Compact over and over; returns how many blocks moved."""
+    moved = 0
     while time.monotonic() < until_s:
-        moved.append(Compactor(store._disk, store._pool, 4 * EXTENT_NBYTES).run().moved_blocks)
+        moved += Compactor(store._disk, store._pool, 4 * EXTENT_NBYTES).run().moved_blocks
+    return moved
 
 
 def torture(path: Path, seconds: float) -> None:
@@ -137,14 +138,19 @@ def torture(path: Path, seconds: float) -> None:
             written = write_at_full_speed(store, time.monotonic() + seconds)
             output, _ = readers.communicate(timeout=PATIENCE_S)  # a reader that hangs ends the test here
         assert readers.returncode == 0, "a reader failed; its traceback is above"
-        sys.stdout.write(f"writer: {written}\n")  # pytest shows it with -s, or when the test fails
         report = store.verify()
         assert report.is_clean, report
     results = [json.loads(line) for line in output.splitlines()]
     assert len(results) == NUM_READERS
     assert min(written.values()) > 0
+    sys.stdout.write(f"{NUM_READERS} readers for {seconds:.0f} s; the writer: {written}\n")
     for result in results:
-        sys.stdout.write(f"reader: {result}\n")
+        sys.stdout.write(f"reader: {result}\n")  # pytest shows it with -s, or when the test fails
+    sum_of = {name: sum(result[name] for result in results) for name in ("reads", "hits", "misses", "damaged", "wrong")}
+    growth_kib = max(result["rss_after"] - result["rss_before"] for result in results) / 1024
+    worst_s = max(result["worst_s"] for result in results)
+    sys.stdout.write(f"all readers: {sum_of}, slowest read {worst_s:.2f} s, most growth {growth_kib:.0f} KiB\n")
+    for result in results:
         assert result["wrong"] == result["damaged"] == 0
         assert min(result["hits"], result["misses"]) > 0
         assert result["worst_s"] < PATIENCE_S / 2
