@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -284,7 +285,7 @@ def check_answer(ask: Callable[[str], str], words: str) -> None:
 def serve(scratch: Path) -> None:
     """Answer each line of words with one line."""
     # The library sees the calls of threads, not what is handed to the kernel in a ring.
-    setattr(kvstore.store, "IoPool", threads_pool)  # noqa: B010 - a type to mypy
+    setattr(kvstore.store, "IoPool", partial(IoPool, engine="threads"))  # noqa: B010 - a type to mypy
     for line in sys.stdin:
         name, durability, power = line.split()
         try:
@@ -292,14 +293,6 @@ def serve(scratch: Path) -> None:
         except AssertionError as error:
             answer = f"failed: {error}"
         os.write(1, (" ".join(answer.split()) + "\n").encode())
-
-
-def threads_pool(num_threads: int) -> IoPool:
-    """A pool whose transfers are plain system calls."""
-    try:
-        return IoPool(num_threads, engine="threads")  # type: ignore[call-arg, unused-ignore]
-    except TypeError:
-        return IoPool(num_threads)
 
 
 if __name__ == "__main__":
