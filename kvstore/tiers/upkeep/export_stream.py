@@ -21,7 +21,7 @@ from kvstore.tiers.manifest import Manifest
 from kvstore.tiers.room import FULL_ERRNOS, describe_full
 from kvstore.tiers.tables.blocks import find_directory
 from kvstore.tiers.tables.records import StreamState, pack_entry, pack_state
-from kvstore.tiers.tables.streams import find_state, find_stream, read_manifest, read_summaries
+from kvstore.tiers.tables.streams import find_state, find_stream, read_entries, read_manifest, read_summaries
 from kvstore.tiers.upkeep.container import ContainerWriter, Kind
 from kvstore.tiers.upkeep.transfer import RecordTransfer
 
@@ -72,14 +72,13 @@ def export_stream(
             nbytes = file.tell()
         part.replace(path)
         sync_folder(path.absolute().parent)
-    except KVStoreError:
-        _discard(part)
-        raise
     except OSError as error:
-        _discard(part)
         if error.errno in FULL_ERRNOS:
             raise CapacityError(f"{path}: {describe_full(path.absolute().parent)}") from error
         raise StoreIOError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        with suppress(OSError):  # it is gone when all went well
+            part.unlink()
     return ExportReport(num_entries, num_blocks, missing, nbytes)
 
 
@@ -110,9 +109,10 @@ def _write(
             progress(done, len(keys))
     for entry in manifest.entries:
         with disk.catalogue.read() as view:
-            summary = read_summaries(view, stream_id, entry.index, 1).get(entry.index)
-        has_summary = bytes([summary is not None])
-        container.write(Kind.ENTRY, pack_entry(entry), has_summary, summary or b"")
+            # Of a stream that was cut meanwhile, and grew again, another entry is there: its summary is not ours.
+            is_same = next(read_entries(view, stream_id, entry.index), None) == entry
+            summary = read_summaries(view, stream_id, entry.index, 1).get(entry.index) if is_same else None
+        container.write(Kind.ENTRY, pack_entry(entry), bytes([summary is not None]), summary or b"")
     container.end()
     return len(manifest.entries), len(keys), missing
 
@@ -133,8 +133,3 @@ def _write_calibrations(
                 container.write(Kind.CALIBRATION, found.data)
     if decision is not None:
         container.write(Kind.DECISION, decision.to_json())
-
-
-def _discard(part: Path) -> None:
-    with suppress(OSError):
-        part.unlink()
