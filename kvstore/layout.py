@@ -37,8 +37,8 @@ class BlockLayout:
     block_tokens: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.block_tokens <= 65535:
-            raise ConfigError(f"block_tokens is {self.block_tokens}; it must be 1 to 65535")
+        if type(self.block_tokens) is not int or not 1 <= self.block_tokens <= 65535:
+            raise ConfigError(f"block_tokens is {self.block_tokens!r}; it must be an integer from 1 to 65535")
 
     @property
     def slot_nbytes(self) -> int:

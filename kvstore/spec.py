@@ -34,7 +34,7 @@ class ModelSpec:
         revision: hex digest of weight samples: two fine-tunes of one shape differ here.
 
     Raises:
-        ConfigError: a size is not positive, or `dtype` or `key_space` is unknown.
+        ConfigError: a size is not a positive integer, or `dtype` or `key_space` is unknown.
     """
 
     num_layers: int
@@ -49,8 +49,9 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "kv_heads", "key_dim", "value_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"ModelSpec.{name} is {getattr(self, name)}; it must be positive")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:  # specs come from files and servers, too
+                raise ConfigError(f"ModelSpec.{name} is {value!r}; it must be a positive integer")
         if self.dtype not in _DTYPE_NBYTES:
             raise ConfigError(f"ModelSpec.dtype is {self.dtype!r}; use one of {sorted(_DTYPE_NBYTES)}")
         if self.key_space not in _KEY_SPACES:

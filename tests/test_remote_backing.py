@@ -18,6 +18,8 @@ from kvstore.remote.address import open_server
 from kvstore.remote.breaker import BreakerConfig, BreakerState
 from kvstore.remote.lane import LaneConfig
 from kvstore.remote.server import RemoteConfig
+from kvstore.remote.sharing.pull import pull
+from kvstore.remote.sharing.push import push
 from kvstore.remote.tier import RemoteTier
 from kvstore.store import Access, Outcome, Store, Tier
 from tests.remote_servers import MooncakeServers, RedisServer, mooncake_servers, redis_server, wait_for
@@ -176,6 +178,21 @@ def test_a_server_that_goes_on_is_taken_back(tmp_path: Path, redis: RedisServer)
         redis.go_on()
         wait_for(lambda: tier.put([block_key(0)], [make_slot(0)], [40]) == [Outcome.STORED], "the server again")
         wait_for(lambda: store.get([block_key(0)], [empty_slot()])[0].is_hit, "the block behind the store")
+
+
+def test_a_stream_is_pulled_although_its_blocks_were_read_through_the_server(
+    tmp_path: Path, redis: RedisServer
+) -> None:
+    fill(tmp_path / "a", redis, 4)
+    with open_server(redis.address) as server, open_tier(redis) as tier:
+        with open_store(tmp_path / "a", None) as origin:
+            push(origin, server, "lecture")
+        with open_store(tmp_path / "b", tier, slots=8) as store:
+            assert store.fetch(requests_for(make_blocks(2))).outcomes == [Outcome.REMOTE] * 2
+            assert pull(store, server, "lecture").num_moved == 4, "memory is no place for a stream"
+            assert store.verify().is_clean
+    with open_store(tmp_path / "b", None, Access.READ) as store:
+        assert store.fetch(requests_for(make_blocks(4))).outcomes == [Outcome.DISK] * 4
 
 
 def test_a_tier_of_another_layout_is_refused(tmp_path: Path, redis: RedisServer) -> None:

@@ -19,6 +19,7 @@ PAGE_ENTRIES = 64
 
 _VERSION = 1
 _NAME_NBYTES = 32
+_MAX_CALIBRATIONS = 256
 _SUMMARY = struct.Struct("<I")
 _ENTRY_NBYTES = len(pack_entry(Entry(0, bytes(32), 0, 0, 0.0, 0.0, 0)))  # type: ignore[arg-type]
 
@@ -76,10 +77,12 @@ class StreamHead:
                 raise CorruptRecordError(f"remote stream {name!r}: fields that no writer makes")
             if not (isinstance(num_entries, int) and isinstance(num_tokens, int)):
                 raise CorruptRecordError(f"remote stream {name!r}: counts that are no numbers")
-            if len(pages) != -(-num_entries // PAGE_ENTRIES):
+            if len(calibrations) > _MAX_CALIBRATIONS:
+                raise CorruptRecordError(f"remote stream {name!r}: {len(calibrations)} calibrations")
+            if num_entries < 0 or len(pages) != -(-num_entries // PAGE_ENTRIES):
                 raise CorruptRecordError(f"remote stream {name!r}: {len(pages)} pages of {num_entries} entries")
             return StreamHead(
-                StreamHeader.from_json(name, json.dumps(fields["header"]).encode()),
+                _header(name, fields["header"]),
                 num_entries,
                 num_tokens,
                 cursor,
@@ -87,7 +90,7 @@ class StreamHead:
                 _names(calibrations, CALIBRATION_ID_NBYTES),
                 None if decision is None else Decision.from_json(json.dumps(decision).encode()),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             raise CorruptRecordError(f"remote stream {name!r}: {error}") from error
 
 
@@ -128,6 +131,16 @@ def unpack_page(data: bytes, first: int) -> tuple[list[Entry], list[bytes]]:
         summaries.append(data[body : body + nbytes])
         at = body + nbytes
     return entries, summaries
+
+
+def _header(name: str, fields: JSON) -> StreamHeader:
+    header = StreamHeader.from_json(name, json.dumps(fields).encode())
+    spec = header.spec
+    words = (header.prefill, spec.dtype, spec.key_space, spec.architecture, spec.rope, spec.revision)
+    if not (all(isinstance(word, str) for word in words) and isinstance(header.source, dict)):
+        raise CorruptRecordError(f"remote stream {name!r}: a header that no writer makes")
+    header.to_json()  # what cannot be encoded again cannot be stored
+    return header
 
 
 def _names(words: Sequence[JSON], nbytes: int) -> list[bytes]:

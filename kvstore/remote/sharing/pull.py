@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvstore.codec import Codec, Profile
-from kvstore.errors import CapacityError, ConfigError, CorruptRecordError, StreamNotFoundError
+from kvstore.errors import CapacityError, ConfigError, CorruptRecordError, ShapeError, StreamNotFoundError
 from kvstore.remote.envelope import ENVELOPE_NBYTES
 from kvstore.remote.server import RemoteServer
 from kvstore.remote.sharing.messenger import Messenger
@@ -18,6 +18,8 @@ from kvstore.tiers.upkeep.transfer import EncodedBlock
 
 _BATCH_BLOCKS = 32
 _BATCH_NBYTES = 8 << 20
+_MAX_BLOCK_NBYTES = 512 << 20
+"""As much as a value of Redis can take; a head that announces larger blocks is not believed."""
 
 
 def find_remote_stream(server: RemoteServer, name: str) -> StreamHeader:
@@ -54,10 +56,12 @@ def pull(store: Store, server: RemoteServer, name: str, progress: Progress | Non
     """
     messenger = Messenger(server, store.calibrations)
     head = _fetch_head(messenger, server, name)
-    manifest = store.create_stream(head.header)
+    begun = store.sharing.begun(head.header)
+    manifest = begun or Manifest(head.header, (), {}, 0)
     entries, summaries = _fetch_entries(store, messenger, head, manifest)
     report = ShareReport(max(head.num_entries, len(manifest.entries)))
-    if not entries:
+    is_ahead = manifest.is_complete or len(manifest.entries) > head.num_entries
+    if begun is not None and not entries and (is_ahead or manifest.cursor == head.cursor):
         return report
     for identity in head.calibrations:
         found = messenger.bring_calibration(identity)
@@ -68,7 +72,7 @@ def pull(store: Store, server: RemoteServer, name: str, progress: Progress | Non
         calibration = messenger.bring_calibration(head.decision.calibration)
         if calibration is not None:
             store.calibrations.keep(head.header.spec, calibration, head.decision, replace=False)
-    store.sharing.adopt(name, entries, summaries, head.cursor)
+    store.sharing.adopt(head.header, entries, summaries, head.cursor)
     return report
 
 
@@ -121,15 +125,17 @@ def _pull_blocks(
     progress: Progress | None,
 ) -> None:
     wanted = {entry.key: entry for entry in entries}
+    if any(wanted[entry.key].num_tokens != entry.num_tokens for entry in entries):
+        raise CorruptRecordError(f"remote stream {header.name!r}: a block that is of two lengths")
     keys = list(wanted)
     report.num_blocks = len(keys)
-    room_nbytes = ENVELOPE_NBYTES + Codec(header.layout, Profile.RAW).bound(header.block_tokens)
+    room_nbytes = _room_nbytes(header)
     step = max(1, min(_BATCH_BLOCKS, _BATCH_NBYTES // room_nbytes))
     checker = RecordCheck(store.calibrations, header)
     lost: list[Entry] = []
     for first in range(0, len(keys), step):
         batch = keys[first : first + step]
-        some = [key for key, is_there in zip(batch, store.exists(batch), strict=True) if not is_there]
+        some = [key for key, is_there in zip(batch, store.sharing.has_blocks(batch), strict=True) if not is_there]
         records = messenger.fetch_records(messenger.space(header.layout), some, room_nbytes) if some else []
         sound: list[EncodedBlock] = []
         for key, record in zip(some, records, strict=True):
@@ -150,3 +156,14 @@ def _pull_blocks(
             f"remote stream {header.name!r}: {len(lost)} of {len(keys)} blocks are missing or damaged on the server, "
             f"the first at {lost[0].start_s:.1f} s; push it again, then pull"
         )
+
+
+def _room_nbytes(header: StreamHeader) -> int:
+    """Bytes that a record of the stream takes at most, with its envelope."""
+    try:
+        room_nbytes = ENVELOPE_NBYTES + Codec(header.layout, Profile.RAW).bound(header.block_tokens)
+    except ShapeError as error:
+        raise CorruptRecordError(f"remote stream {header.name!r}: {error}") from error
+    if max(room_nbytes, header.layout.slot_nbytes) > _MAX_BLOCK_NBYTES:
+        raise CorruptRecordError(f"remote stream {header.name!r}: blocks of {header.layout.slot_nbytes} bytes")
+    return room_nbytes

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
-from kvstore.errors import ConfigError, CorruptRecordError, KVStoreError
+from kvstore.errors import ConfigError, CorruptRecordError, KVStoreError, ReadOnlyError, StreamNotFoundError
 from kvstore.native import IoPool
 from kvstore.record import probe
 from kvstore.spec import BlockKey
@@ -14,9 +14,10 @@ from kvstore.tiers.base import Outcome
 from kvstore.tiers.catalogue import WriteView
 from kvstore.tiers.data_path import DataPath
 from kvstore.tiers.disk import DiskTier, Found
-from kvstore.tiers.manifest import JSON, dump_json
+from kvstore.tiers.manifest import JSON, Manifest, StreamHeader, dump_json
+from kvstore.tiers.tables.blocks import has_block
 from kvstore.tiers.tables.records import Entry
-from kvstore.tiers.tables.streams import append_entries, find_state, find_stream
+from kvstore.tiers.tables.streams import append_entries, ensure_stream, find_state, find_stream, read_manifest
 from kvstore.tiers.upkeep.transfer import EncodedBlock, RecordTransfer
 
 
@@ -42,6 +43,35 @@ class Sharing:
         """See `RecordTransfer.write`."""
         return self._transfer.write(blocks, keep)
 
+    def has_blocks(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Say per block whether the disk tier holds it: unlike `Store.exists`, what only memory holds is not there."""
+        with self._disk.catalogue.read() as view:
+            return [has_block(view, key) for key in keys]
+
+    def begun(self, header: StreamHeader) -> Manifest | None:
+        """Return what there is of a stream that is to be taken over, appended blocks too; None before `adopt` makes it.
+
+        Raises:
+            ConfigError: there is another stream of that name, or the store was opened for another profile.
+            SpecMismatchError: the store was opened for another model or block size.
+            ReadOnlyError: the store is open for reading.
+            KVStoreError: what an earlier append ran into.
+        """
+        if not self._disk.is_writable:
+            raise ReadOnlyError(f"{self._disk.folder}: open for reading; open it with Access.WRITE")
+        if self._data is not None:
+            self._data.check_header(header)
+        if self._data is not None and self._data.write is not None:
+            self._data.write.writer.flush()
+        with self._disk.catalogue.read() as view:
+            try:
+                manifest = read_manifest(view, header.name)
+            except StreamNotFoundError:
+                return None
+        if not manifest.header.describes_same(header):
+            raise ConfigError(f"stream {header.name!r} exists and was made otherwise; remove it or use another name")
+        return manifest
+
     def calibrations_of(self, keys: Sequence[BlockKey]) -> list[bytes]:
         """Ids of the calibrations that stored blocks name, each once; a block that is not stored names none.
 
@@ -59,22 +89,24 @@ class Sharing:
         return list(found)
 
     def adopt(
-        self, name: str, entries: Sequence[Entry], summaries: Sequence[bytes], cursor: Mapping[str, JSON]
+        self, header: StreamHeader, entries: Sequence[Entry], summaries: Sequence[bytes], cursor: Mapping[str, JSON]
     ) -> None:
         """Append entries whose blocks are stored already, and move the cursor, in one durable transaction.
+
+        A stream that is not there is made in it.
 
         Nobody may append to the stream meanwhile.
 
         Raises:
-            StreamNotFoundError: create it first.
-            ConfigError: the entries do not continue the stream.
+            ConfigError: the entries do not continue the stream, or there is another one of that name.
             CorruptRecordError: a block is not stored; nothing was changed.
             KVStoreError: what an earlier append ran into.
         """
-        cursor_json = dump_json(dict(cursor), "cursor")
+        name, cursor_json = header.name, dump_json(dict(cursor), "cursor")
         write = None if self._data is None else self._data.write
 
         def append(view: WriteView) -> None:
+            ensure_stream(view, header)
             stream_id = find_stream(view, name).stream_id
             num_entries = find_state(view, stream_id).num_entries
             if entries and entries[0].index != num_entries:
