@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real servers on loopback for tests of the remote tier: redis-server, and a Mooncake master with a storage client.
 
-Run as a script it is the storage client.
+Run as a script it is the storage client. All end with the process that started them, also when that is killed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -13,15 +14,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from kvstore.remote.resp import Endpoint, RespConnection
 
 _PATIENCE_S = 60.0
+_BOUND = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
+"""Runs a program that gets SIGKILL when whoever started it ends (PR_SET_PDEATHSIG)."""
 
 
 def free_port() -> int:
@@ -46,6 +50,11 @@ def answers(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def start_bound(command: Sequence[str], log: IO[bytes] | int) -> subprocess.Popen[bytes]:
+    """Start a server that does not outlive this process."""
+    return subprocess.Popen([sys.executable, "-I", "-S", "-c", _BOUND, *command], stdout=log, stderr=log)
 
 
 class RedisServer:
@@ -74,8 +83,9 @@ class RedisServer:
 
     def start(self) -> None:
         """Start it, again after `kill`."""
-        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-        wait_for(lambda: answers(self.port), f"redis-server, see {self._log}")
+        self.process = start_bound(self._command, subprocess.DEVNULL)
+        with ended_unless_started(self.kill):
+            wait_for(lambda: answers(self.port), f"redis-server, see {self._log}")
 
     def kill(self) -> None:
         """End it at once; what it held is lost."""
@@ -114,6 +124,16 @@ class RedisServer:
 
 
 @contextmanager
+def ended_unless_started(end: Callable[[], None]) -> Iterator[None]:
+    """End what was started when what shows that it works fails: nobody else will."""
+    try:
+        yield
+    except BaseException:
+        end()
+        raise
+
+
+@contextmanager
 def redis_server(folder: Path, *options: str) -> Iterator[RedisServer]:
     """A redis-server for the length of a `with` block."""
     server = RedisServer(folder, *options)
@@ -137,11 +157,8 @@ class MooncakeServers:
         self._folder = folder
         self._segment_nbytes = segment_nbytes
         self.start_master()
-        try:
+        with ended_unless_started(self.kill_master):
             self.start_client()
-        except BaseException:
-            self.kill_master()
-            raise
 
     @property
     def address(self) -> str:
@@ -154,8 +171,9 @@ class MooncakeServers:
         command = [program, "--rpc_address=127.0.0.1", f"--rpc_port={self.port}", "--enable_metric_reporting=false"]
         command += [f"--metrics_port={free_port()}", "--metrics_host=127.0.0.1", "--client_ttl=8"]
         with (self._folder / "master.log").open("ab") as log:
-            self.master = subprocess.Popen(command, stdout=log, stderr=log)
-        wait_for(lambda: answers(self.port), f"mooncake_master, see {self._folder}")
+            self.master = start_bound(command, log)
+        with ended_unless_started(self.kill_master):
+            wait_for(lambda: answers(self.port), f"mooncake_master, see {self._folder}")
 
     def start_client(self) -> None:
         """Start the storage client, again after it was killed."""
@@ -163,9 +181,10 @@ class MooncakeServers:
         with (self._folder / "client.log").open("ab") as log:
             environment = {**os.environ, "MC_TCP_BIND_ADDRESS": "127.0.0.1"}
             self.client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment)
-        assert self.client.stdout is not None
-        said = self.client.stdout.readline()
-        assert said == b"ready\n", f"the storage client said {said!r}, see {self._folder}"
+        with ended_unless_started(self.kill_client):
+            assert self.client.stdout is not None
+            said = self.client.stdout.readline()
+            assert said == b"ready\n", f"the storage client said {said!r}, see {self._folder}"
 
     def close(self) -> None:
         """End both."""
@@ -200,6 +219,7 @@ def mooncake_servers(folder: Path, segment_nbytes: int = 128 << 20) -> Iterator[
 
 
 def _store_for_others(port: str, segment_nbytes: str) -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # see _BOUND
     from mooncake.store import MooncakeDistributedStore
 
     client = MooncakeDistributedStore()
