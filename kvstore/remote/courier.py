@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvstore.codec import Profile, probe
-from kvstore.errors import CapacityError, KVStoreError, StoreIOError
+from kvstore.errors import CapacityError, CorruptRecordError, KVStoreError, StoreIOError
 from kvstore.layout import BlockLayout
 from kvstore.remote.calibrations import RemoteCalibrations
 from kvstore.remote.envelope import ENVELOPE_NBYTES, Kind, Namespace, seal, unseal
@@ -19,6 +19,7 @@ from kvstore.remote.lane import Lane
 from kvstore.remote.transport import Span
 from kvstore.spec import BlockKey
 from kvstore.stats import Meter, TierStats
+from kvstore.telemetry.fault_log import log_fault
 from kvstore.tiers.base import Outcome
 from kvstore.tiers.codec_shelf import CodecShelf
 from kvstore.tiers.moving.ticket import BatchTicket
@@ -68,6 +69,7 @@ class Courier:
     ) -> None:
         self._space = space
         self._calibrations = calibrations
+        self._spec = layout.spec
         self._codecs = CodecShelf(calibrations, layout, profile)
         self._meter = meter
         self._deadline_s = deadline_s
@@ -115,12 +117,12 @@ class Courier:
             if isinstance(reply, Outcome):
                 outcome = reply
                 batch.ticket.settle(item, reply)
+                if reply is Outcome.DAMAGED:
+                    self._damage(batch.keys[item], "the value is too large, or no value")
             else:
                 outcome = self._decode(lane, batch, item, Span(room.offset, reply))
                 num_read += outcome is Outcome.REMOTE
                 nbytes += reply
-            if outcome is Outcome.DAMAGED:
-                self._note_damaged(batch.keys[item])
         decode_s = time.perf_counter() - received_s
         self._meter.add(
             TierStats(read_blocks=num_read, read_nbytes=nbytes, read_s=received_s - began_s, decode_s=decode_s)
@@ -157,27 +159,32 @@ class Courier:
         try:
             record = unseal(lane.part(value), Kind.BLOCK, self._space.fingerprint, batch.keys[item])
             info = probe(record)
-            self._calibrations.bring(lane, info.calibration_id, self._deadline_s)
+            if info.total_nbytes != len(record):
+                raise CorruptRecordError(f"record of {info.total_nbytes} bytes in {len(record)}")
+            self._calibrations.bring(lane, info.calibration_id, self._spec, self._deadline_s)
             codec = self._codecs.decoder(info)
-        except StoreIOError:
-            raise
-        except KVStoreError:
+        except StoreIOError:  # of its calibration; the others of the batch are here
+            batch.ticket.settle(item, Outcome.UNAVAILABLE)
+            return Outcome.UNAVAILABLE
+        except KVStoreError as error:
             batch.ticket.settle(item, Outcome.DAMAGED)
-            return Outcome.DAMAGED
+            return self._damage(batch.keys[item], error)
         if not batch.ticket.claim(item):
             return Outcome.TIMED_OUT
         outcome = Outcome.DAMAGED
         try:
             codec.decode_planes(info, record, 0, batch.slots[item], layers=range(info.num_layers))
             outcome = Outcome.REMOTE
-        except KVStoreError:
-            pass
+        except KVStoreError as error:
+            self._damage(batch.keys[item], error)
         finally:
             batch.ticket.unclaim(item, outcome)
         return outcome
 
-    def _note_damaged(self, key: BlockKey) -> None:
-        """Remember a block that the next put replaces."""
+    def _damage(self, key: BlockKey, reason: KVStoreError | str) -> Outcome:
+        """Tell of a damaged block, and remember that the next put replaces it."""
+        log_fault("remote block damaged", namespace=self._space.name, key=key.hex(), reason=str(reason))
         with self._lock:
             if len(self._damaged) < _MAX_DAMAGED:
                 self._damaged.add(key)
+        return Outcome.DAMAGED

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import time
 
-from kvstore.errors import CapacityError, ConfigError, CorruptRecordError
+from kvstore.errors import CapacityError, ConfigError, CorruptRecordError, StoreIOError
 from kvstore.remote.envelope import ENVELOPE_NBYTES, Kind, Namespace, seal, unseal
 from kvstore.remote.lane import Lane
 from kvstore.remote.transport import Span
@@ -15,6 +16,7 @@ from kvstore.tiers.base import Outcome
 MAX_OBJECT_NBYTES = 1 << 30
 
 _PART_NBYTES = 1 << 20
+_LEAST_NBYTES_PER_S = 32 << 20
 _TOTAL = struct.Struct("<Q")
 _NAME_NBYTES = 32
 
@@ -29,16 +31,23 @@ def has_object(lane: Lane, namespace: Namespace, key: bytes, deadline_s: float) 
     return _has(lane, namespace.key(Kind.HEAD, key), deadline_s)
 
 
-def send_object(lane: Lane, namespace: Namespace, key: bytes, data: bytes, deadline_s: float) -> None:
+def send_object(
+    lane: Lane,
+    namespace: Namespace,
+    key: bytes,
+    data: bytes,
+    deadline_s: float,
+    max_nbytes: int = MAX_OBJECT_NBYTES,
+) -> None:
     """Store an object, in place of an older one of that key. Parts that the server has are not sent.
 
     Raises:
         CapacityError: the server is full.
-        ConfigError: larger than `MAX_OBJECT_NBYTES`.
+        ConfigError: larger than `max_nbytes`.
         StoreIOError: the server failed.
     """
-    if len(data) > MAX_OBJECT_NBYTES:
-        raise ConfigError(f"an object of {len(data)} bytes is too large to share; {MAX_OBJECT_NBYTES} is the most")
+    if len(data) > max_nbytes:
+        raise ConfigError(f"an object of {len(data)} bytes is too large to share; {max_nbytes} is the most")
     names = bytearray()
     for start in range(0, len(data), _PART_NBYTES):
         part = data[start : start + _PART_NBYTES]
@@ -50,13 +59,21 @@ def send_object(lane: Lane, namespace: Namespace, key: bytes, data: bytes, deadl
     _send(lane, namespace, Kind.HEAD, key, _TOTAL.pack(len(data)) + names, deadline_s)
 
 
-def fetch_object(lane: Lane, namespace: Namespace, key: bytes, deadline_s: float) -> bytes | None:
-    """Fetch an object; None when there is none, or parts of it are gone.
+def fetch_object(lane: Lane, namespace: Namespace, key: bytes, deadline_s: float, max_nbytes: int) -> bytes | None:
+    """Fetch an object part by part; None when there is none, or parts of it are gone.
+
+    Args:
+        lane: talks to the server.
+        namespace: where it is.
+        key: its `object_key`.
+        deadline_s: seconds for each exchange; for all of them together as many, and one more for every 32 MiB.
+        max_nbytes: the most that an object of its kind can take; nothing of a larger one is fetched.
 
     Raises:
-        CorruptRecordError: what the server has under that name is damaged, or something else.
-        StoreIOError: the server failed.
+        CorruptRecordError: what the server has under that name is damaged, too large, or something else.
+        StoreIOError: the server failed, or was too slow.
     """
+    until_s = time.monotonic() + deadline_s
     head = _fetch(lane, namespace, Kind.HEAD, key, deadline_s)
     if head is None:
         return None
@@ -64,11 +81,17 @@ def fetch_object(lane: Lane, namespace: Namespace, key: bytes, deadline_s: float
         raise CorruptRecordError(f"remote object: a head of {len(head)} bytes")
     (total,) = _TOTAL.unpack_from(head)
     names = [head[at : at + _NAME_NBYTES] for at in range(_TOTAL.size, len(head), _NAME_NBYTES)]
-    if total > MAX_OBJECT_NBYTES or len(names) != -(-total // _PART_NBYTES):
+    if total > max_nbytes:
+        raise CorruptRecordError(f"remote object: {total} bytes, where {max_nbytes} are the most")
+    if len(names) != -(-total // _PART_NBYTES):
         raise CorruptRecordError(f"remote object: {len(names)} parts of {total} bytes")
+    until_s += total / _LEAST_NBYTES_PER_S
     data = bytearray()
     for name in names:
-        part = _fetch(lane, namespace, Kind.PART, name, deadline_s)
+        left_s = until_s - time.monotonic()
+        if left_s <= 0:
+            raise StoreIOError(f"remote object: {len(data)} of {total} bytes when its time was over")
+        part = _fetch(lane, namespace, Kind.PART, name, min(left_s, deadline_s))
         if part is None:
             return None
         if hashlib.blake2b(part, digest_size=_NAME_NBYTES).digest() != name:

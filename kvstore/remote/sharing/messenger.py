@@ -12,12 +12,14 @@ from kvstore.remote.envelope import Kind, Namespace
 from kvstore.remote.objects import fetch_object, has_object, object_key, send_object
 from kvstore.remote.records import fetch_records, send_records
 from kvstore.remote.server import RemoteServer
-from kvstore.spec import BlockKey
+from kvstore.spec import BlockKey, ModelSpec
 from kvstore.tiers.base import Outcome
 from kvstore.tiers.codec_shelf import CalibrationSource
 
 _EXCHANGE_S = 30.0
 _CALL_S = 300.0
+_MAX_PAGE_NBYTES = 64 << 20
+_MAX_HEAD_NBYTES = 16 << 20
 
 
 class Messenger:
@@ -57,30 +59,36 @@ class Messenger:
         """See `RemoteCalibrations.send`."""
         self._server.lanes.call(lambda lane: self._calibrations.send(lane, identity, _EXCHANGE_S), _CALL_S)
 
-    def bring_calibration(self, identity: bytes) -> Calibration | None:
+    def bring_calibration(self, identity: bytes, spec: ModelSpec) -> Calibration | None:
         """See `RemoteCalibrations.bring`."""
-        return self._server.lanes.call(lambda lane: self._calibrations.bring(lane, identity, _EXCHANGE_S), _CALL_S)
+        return self._server.lanes.call(
+            lambda lane: self._calibrations.bring(lane, identity, spec, _EXCHANGE_S), _CALL_S
+        )
 
     def send_page(self, name: bytes, data: bytes) -> None:
         """Store a page under the name of its content, unless it is there."""
         key, namespace = object_key("page", name), self._server.namespace
         if not self._server.lanes.call(lambda lane: has_object(lane, namespace, key, _EXCHANGE_S), _CALL_S):
-            self._server.lanes.call(lambda lane: send_object(lane, namespace, key, data, _EXCHANGE_S), _CALL_S)
+            self._send(key, data, _MAX_PAGE_NBYTES)
 
     def fetch_page(self, name: bytes) -> bytes | None:
         """Fetch a page; its content is still to be compared with its name."""
-        return self._fetch(object_key("page", name))
+        return self._fetch(object_key("page", name), _MAX_PAGE_NBYTES)
 
     def send_head(self, stream: str, data: bytes) -> None:
         """Store what pullers of a stream read first, in place of an older one."""
-        key = object_key("stream", stream.encode())
-        self._server.lanes.call(lambda lane: send_object(lane, self._server.namespace, key, data, _EXCHANGE_S), _CALL_S)
+        self._send(object_key("stream", stream.encode()), data, _MAX_HEAD_NBYTES)
 
     def fetch_head(self, stream: str) -> bytes | None:
         """Fetch what pullers of a stream read first."""
-        return self._fetch(object_key("stream", stream.encode()))
+        return self._fetch(object_key("stream", stream.encode()), _MAX_HEAD_NBYTES)
 
-    def _fetch(self, key: bytes) -> bytes | None:
+    def _send(self, key: bytes, data: bytes, max_nbytes: int) -> None:
+        namespace = self._server.namespace
+        self._server.lanes.call(lambda lane: send_object(lane, namespace, key, data, _EXCHANGE_S, max_nbytes), _CALL_S)
+
+    def _fetch(self, key: bytes, max_nbytes: int) -> bytes | None:
+        namespace = self._server.namespace
         return self._server.lanes.call(
-            lambda lane: fetch_object(lane, self._server.namespace, key, _EXCHANGE_S), _CALL_S
+            lambda lane: fetch_object(lane, namespace, key, _EXCHANGE_S, max_nbytes), _CALL_S
         )

@@ -64,12 +64,12 @@ def pull(store: Store, server: RemoteServer, name: str, progress: Progress | Non
     if begun is not None and not entries and (is_ahead or manifest.cursor == head.cursor):
         return report
     for identity in head.calibrations:
-        found = messenger.bring_calibration(identity)
+        found = messenger.bring_calibration(identity, head.header.spec)
         if found is not None:
             store.calibrations.hold(found)
     _pull_blocks(store, messenger, head.header, entries, report, progress)
     if head.decision is not None:
-        calibration = messenger.bring_calibration(head.decision.calibration)
+        calibration = messenger.bring_calibration(head.decision.calibration, head.header.spec)
         if calibration is not None:
             store.calibrations.keep(head.header.spec, calibration, head.decision, replace=False)
     store.sharing.adopt(head.header, entries, summaries, head.cursor)
