@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
 
 from kvstore.telemetry.histogram import Histogram
 
@@ -59,12 +60,47 @@ class DiskUsage:
         return self.extent_file_nbytes + self.catalogue_nbytes
 
 
+class BreakerState(StrEnum):
+    """What a circuit breaker lets pass: `CLOSED` everything, `OPEN` nothing, `HALF_OPEN` one call, which decides."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half-open"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteStats:
+    """A snapshot of one remote tier.
+
+    Args:
+        tier: look-ups, and what moved.
+        full: blocks that the server had no room for.
+        timed_out: blocks whose time ran out, reads and writes.
+        unavailable: blocks of calls that failed, or were not made since the breaker was open; reads and writes.
+        breaker: what it does now.
+        breaker_opened: how often it has opened.
+        queued_offers: appended blocks that wait to be sent.
+        dropped_offers: appended blocks that were not sent: the queue or the server was full, or the server failed.
+        threads_left_behind: threads that hang in a call that nobody waits for any more.
+    """
+
+    tier: TierStats
+    full: int
+    timed_out: int
+    unavailable: int
+    breaker: BreakerState
+    breaker_opened: int
+    queued_offers: int
+    dropped_offers: int
+    threads_left_behind: int
+
+
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """A snapshot of a store: both tiers, bytes on disk, and what waits to be written.
+    """A snapshot of a store: its tiers, bytes on disk, and what waits to be written.
 
     `durations` says how long batches took, by tier and operation (`read`, `write`, `encode`, `decode`); where threads
-    share an operation, the sum of their seconds counts.
+    share an operation, the sum of their seconds counts. `remote` is None for a store that nothing stands behind.
     """
 
     host: TierStats
@@ -76,6 +112,7 @@ class StoreStats:
     host_slots_used: int
     queued_blocks: int
     durations: dict[tuple[str, str], Histogram] = field(default_factory=dict)
+    remote: RemoteStats | None = None
 
 
 _TIMED = ("read", "write", "encode", "decode")

@@ -10,8 +10,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import pytest
@@ -107,6 +110,25 @@ def test_another_process_sees_the_counters_until_the_process_is_gone(tmp_path: P
     assert list((tmp_path / FOLDER).iterdir()), "a killed process leaves its file"
     with open_store(tmp_path) as store, publish(store, tmp_path, "next"):
         assert len(list((tmp_path / FOLDER).iterdir())) == 1, "the next one clears it away"
+
+
+def test_those_who_begin_to_publish_at_once_are_all_seen(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store, ExitStack() as publishing:
+        together = threading.Barrier(16)
+
+        def begin(number: int) -> AbstractContextManager[None]:
+            together.wait(30)
+            publisher = publish(store, tmp_path, str(number), interval_s=0.05)
+            publisher.__enter__()
+            return publisher
+
+        with ThreadPoolExecutor(16) as threads:
+            for publisher in threads.map(begin, range(16)):
+                publishing.push(publisher)
+        deadline = time.monotonic() + 30
+        while len(found := read_live(tmp_path)) < 16 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert {each.command for each in found} == {str(number) for number in range(16)}
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{", b'{"stats": 1}', b"\xff" * 100, b"[" * 10_000])

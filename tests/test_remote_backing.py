@@ -15,12 +15,13 @@ import torch
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
 from kvstore.remote.address import open_server
-from kvstore.remote.breaker import BreakerConfig, BreakerState
+from kvstore.remote.breaker import BreakerConfig
 from kvstore.remote.lane import LaneConfig
 from kvstore.remote.server import RemoteConfig
 from kvstore.remote.sharing.pull import pull
 from kvstore.remote.sharing.push import push
 from kvstore.remote.tier import RemoteTier
+from kvstore.stats import BreakerState
 from kvstore.store import Access, Outcome, Store, Tier
 from tests.remote_servers import MooncakeServers, RedisServer, mooncake_servers, redis_server, wait_for
 from tests.store_blocks import (

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from kvstore.remote.breaker import Breaker, BreakerConfig, BreakerState
+from kvstore.remote.breaker import Breaker, BreakerConfig
+from kvstore.stats import BreakerState
 
 
 class Clock:

@@ -14,11 +14,12 @@ import pytest
 
 from kvstore.layout import BlockLayout
 from kvstore.remote.address import open_server
-from kvstore.remote.breaker import BreakerConfig, BreakerState
+from kvstore.remote.breaker import BreakerConfig
 from kvstore.remote.envelope import Kind
 from kvstore.remote.lane import LaneConfig
 from kvstore.remote.server import RemoteConfig
 from kvstore.remote.tier import RemoteTier, block_space
+from kvstore.stats import BreakerState
 from kvstore.tiers.base import Outcome
 from tests.remote_servers import MooncakeServers, RedisServer, mooncake_servers, redis_server, wait_for
 from tests.store_blocks import LAYOUT, SPEC, block_key, empty_slot, make_slot, same_block

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from kvstore.remote.address import open_server
-from kvstore.remote.breaker import BreakerConfig, BreakerState
+from kvstore.remote.breaker import BreakerConfig
 from kvstore.remote.lane import LaneConfig
 from kvstore.remote.server import RemoteConfig
 from kvstore.remote.tier import RemoteTier
+from kvstore.stats import BreakerState
 from kvstore.tiers.base import Outcome
 from tests.store_blocks import LAYOUT, block_key, empty_slot, make_slot
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kvstore.cli import arguments, text
 
 if TYPE_CHECKING:
-    from kvstore.stats import StoreStats, TierStats
+    from kvstore.stats import RemoteStats, StoreStats, TierStats
     from kvstore.watch.live import LiveStats
 
 
@@ -96,13 +96,8 @@ def _of_process(live: LiveStats, before: LiveStats | None) -> list[str]:
     ]
     passed_s = 0.0 if before is None else live.unix_s - before.unix_s
     titles = ("tier", "hits", "misses", "damaged", "evicted", "read", "written", "read/s", "written/s")
-    rows = [
-        _row(name, now, then, passed_s)
-        for name, now, then in (
-            ("host", stats.host, None if before is None else before.stats.host),
-            ("disk", stats.disk, None if before is None else before.stats.disk),
-        )
-    ]
+    earlier = {} if before is None else _tiers(before.stats)
+    rows = [_row(name, now, earlier.get(name), passed_s) for name, now in _tiers(stats).items()]
     lines += [f"  {line}" for line in text.table(titles, rows)]
     for (tier, operation), histogram in sorted(stats.durations.items()):
         known = None if before is None else before.stats.durations.get((tier, operation))
@@ -111,7 +106,20 @@ def _of_process(live: LiveStats, before: LiveStats | None) -> list[str]:
             middle, tail = (text.short_time(recent.quantile_s(share)) for share in (0.5, 0.99))
             times = text.count(recent.count, "time")
             lines.append(f"  {tier} {operation}: {times}, half within {middle}, 99 % within {tail}")
-    return lines
+    return lines if stats.remote is None else [*lines, f"  remote: {_of_server(stats.remote)}"]
+
+
+def _tiers(stats: StoreStats) -> dict[str, TierStats]:
+    tiers = {"host": stats.host, "disk": stats.disk}
+    return tiers if stats.remote is None else {**tiers, "remote": stats.remote.tier}
+
+
+def _of_server(remote: RemoteStats) -> str:
+    return (
+        f"breaker {remote.breaker}, opened {text.count(remote.breaker_opened, 'time')}; "
+        f"{text.count(remote.timed_out, 'block')} timed out, {remote.unavailable:,} unavailable, {remote.full:,} full; "
+        f"{remote.queued_offers:,} to send, {remote.dropped_offers:,} dropped"
+    )
 
 
 def _row(name: str, now: TierStats, then: TierStats | None, passed_s: float) -> tuple[str, ...]:

@@ -7,15 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 
-
-class BreakerState(StrEnum):
-    """`CLOSED` lets everything pass, `OPEN` nothing, `HALF_OPEN` one call, which decides."""
-
-    CLOSED = "closed"
-    OPEN = "open"
-    HALF_OPEN = "half-open"
+from kvstore.stats import BreakerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,26 +65,29 @@ class Breaker:
                 self._trial_until_s = self._clock() + self._config.max_wait_s
             return state is BreakerState.CLOSED or state is BreakerState.HALF_OPEN
 
-    def succeeded(self) -> None:
-        """Tell of a call that the server answered, however late: it closes."""
+    def succeeded(self) -> bool:
+        """Tell of a call that the server answered, however late; True when that closed it."""
         with self._lock:
+            was_open = self._open_until_s is not None
             self._failures = 0
             self._wait_s = self._config.first_wait_s
             self._open_until_s = self._trial_until_s = None
+            return was_open
 
-    def failed(self) -> None:
-        """Tell of a call that the server did not answer."""
+    def failed(self) -> float | None:
+        """Tell of a call that the server did not answer; returns for how many seconds that opened it, if it did."""
         with self._lock:
             self._failures += 1
             if self._open_until_s is not None:
                 if self._clock() < self._open_until_s:
-                    return  # a call from before it opened: no news
+                    return None  # a call from before it opened: no news
                 self._wait_s = min(2 * self._wait_s, self._config.max_wait_s)
             elif self._failures < self._config.max_failures:
-                return
+                return None
             self._open_until_s = self._clock() + self._wait_s
             self._trial_until_s = None
             self._num_opened += 1
+            return self._wait_s
 
     def _state(self) -> BreakerState:
         now_s = self._clock()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -12,10 +11,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kvstore.errors import KVStoreError, StoreIOError
-from kvstore.remote.breaker import Breaker, BreakerState
+from kvstore.remote.breaker import Breaker
 from kvstore.remote.transport import Link, Span, Transport
+from kvstore.stats import BreakerState
+from kvstore.telemetry.fault_log import log_fault
 
-_LOG = logging.getLogger(__name__)
 _SCRATCH_NBYTES = (1 << 20) + 4096
 _MIN_MEMORY_NBYTES = 4 << 20
 
@@ -97,7 +97,8 @@ class Lane:
             self._count_failure(error)
             raise
         self._began_s = None
-        self._breaker.succeeded()
+        if self._breaker.succeeded():
+            log_fault("remote breaker closed", server=self._transport.place)
         return result
 
     def connect(self) -> None:
@@ -139,7 +140,7 @@ class Lane:
             if self._is_counted:
                 return
             self._is_counted = True
-        before = self._breaker.num_opened
-        self._breaker.failed()
-        if self._breaker.num_opened > before:
-            _LOG.warning("remote tier: %s is left alone for a while: %s", self._transport.place, error)
+        log_fault("remote server failed", server=self._transport.place, reason=str(error))
+        open_s = self._breaker.failed()
+        if open_s is not None:
+            log_fault("remote breaker opened", server=self._transport.place, for_s=open_s, reason=str(error))

@@ -7,7 +7,6 @@ memory that belongs to the thread, and nobody waits for a thread: tickets and fu
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
@@ -19,11 +18,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from kvstore.errors import KVStoreError, StoreIOError
-from kvstore.remote.breaker import Breaker, BreakerState
+from kvstore.remote.breaker import Breaker
 from kvstore.remote.lane import Lane, LaneConfig
 from kvstore.remote.transport import Transport
+from kvstore.stats import BreakerState
+from kvstore.telemetry.fault_log import log_fault
 
-_LOG = logging.getLogger(__name__)
 _MAX_WAITING = 1024
 _MAX_LEFT_BEHIND = 8
 
@@ -170,10 +170,10 @@ class Lanes:
         try:
             task.run(lane)
             is_done = True
-        except StoreIOError as error:
-            _LOG.debug("remote tier: %s", error)
+        except StoreIOError:
+            pass  # logged where it was counted, or not made since the breaker is open
         except KVStoreError as error:
-            _LOG.warning("remote tier: a call to %s was given up: %s", self._transport.place, error)
+            log_fault("remote call given up", server=self._transport.place, reason=str(error))
         finally:
             if not is_done:
                 task.give_up()

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from kvstore.codec import probe
 from kvstore.errors import CapacityError, KVStoreError, StoreIOError
-from kvstore.remote.breaker import BreakerState
 from kvstore.remote.calibrations import RemoteCalibrations
 from kvstore.remote.envelope import Namespace
 from kvstore.remote.lane import Lane
@@ -17,7 +16,7 @@ from kvstore.remote.meter import RemoteMeter
 from kvstore.remote.records import send_records
 from kvstore.remote.server import RemoteServer
 from kvstore.spec import BlockKey
-from kvstore.stats import TierStats
+from kvstore.stats import BreakerState, TierStats
 from kvstore.tiers.base import Outcome
 
 _MAX_BATCH_BLOCKS = 32

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -14,10 +15,11 @@ from kvstore.remote.calibrations import RemoteCalibrations
 from kvstore.remote.courier import Batch, Courier
 from kvstore.remote.envelope import Kind, Namespace
 from kvstore.remote.lane import Lane
-from kvstore.remote.meter import RemoteMeter, RemoteStats
+from kvstore.remote.meter import RemoteMeter
 from kvstore.remote.offers import Offers
 from kvstore.remote.server import RemoteServer
 from kvstore.spec import BlockKey
+from kvstore.stats import RemoteStats
 from kvstore.tiers.base import Outcome
 from kvstore.tiers.block_store import Ticket
 from kvstore.tiers.codec_shelf import CalibrationSource
@@ -200,19 +202,22 @@ class RemoteTier:
 
 
 class _CountedTicket(BatchTicket):
-    """Tells how its blocks ended to a counter, once, when somebody sees the end."""
+    """Tells how its blocks ended to a counter, once, when somebody sees the end; also of one who only asks `done`."""
 
     def __init__(self, num_items: int, timeout_s: float, count: Callable[[list[Outcome]], None]) -> None:
         super().__init__(num_items, timeout_s)
-        self._count: Callable[[list[Outcome]], None] | None = count
+        self._count = count
+        self._counting = threading.Lock()  # taken by the first who counts, and kept
+
+    def done(self) -> bool:
+        """See `BatchTicket.done`."""
+        return super().done() and self.wait() is not None
 
     def wait(self, timeout_s: float | None = None) -> list[Outcome] | None:
         """See `BatchTicket.wait`."""
         outcomes = super().wait(timeout_s)
-        count = self._count
-        if outcomes is not None and count is not None:
-            self._count = None
-            count(outcomes)
+        if outcomes is not None and self._counting.acquire(blocking=False):
+            self._count(outcomes)
         return outcomes
 
 

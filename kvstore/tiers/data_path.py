@@ -58,6 +58,7 @@ class DataPath:
             backing.use_calibrations(disk.calibrations)
         self.layout = layout
         self.profile = profile
+        self.backing = backing
         codecs = CodecShelf(disk.calibrations, layout, profile)
         self._cleanup = ExitStack()
         with ExitStack() as building:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gathers the counters of both tiers into one snapshot."""
+"""Gathers the counters of all tiers into one snapshot."""
 
 from __future__ import annotations
 
@@ -38,4 +38,5 @@ def collect_stats(disk: DiskTier, data: DataPath | None) -> StoreStats:
         host_slots_used=host_slots_used,
         queued_blocks=queued_blocks,
         durations=durations,
+        remote=None if data is None or data.backing is None else data.backing.stats(),
     )

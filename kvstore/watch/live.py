@@ -9,13 +9,13 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from kvstore.errors import KVStoreError
-from kvstore.stats import DiskUsage, StoreStats, TierStats
+from kvstore.stats import BreakerState, DiskUsage, RemoteStats, StoreStats, TierStats
 from kvstore.store import Store
 from kvstore.telemetry.histogram import NUM_BUCKETS, Histogram
 
@@ -96,18 +96,24 @@ def read_live(folder: Path) -> list[LiveStats]:
 def _create(path: Path) -> IO[bytes] | None:
     """Open and lock a new file before others see it under its name; None where that is not possible."""
     hidden = path.with_suffix(".new")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        for left in path.parent.iterdir():
-            with left.open("rb") as other:
-                if not _is_locked(other):
-                    left.unlink()
-        file = hidden.open("xb", buffering=0)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        hidden.rename(path)
-    except OSError:
-        return None
-    return file
+    with ExitStack() as building:
+        try:
+            path.parent.mkdir(exist_ok=True)
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            building.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX)  # else another may find our file before it is locked
+            for left in path.parent.iterdir():
+                with left.open("rb") as other:
+                    if not _is_locked(other):
+                        left.unlink()
+            with ExitStack() as opening:
+                file = opening.enter_context(hidden.open("xb", buffering=0))
+                fcntl.flock(file, fcntl.LOCK_EX)
+                hidden.rename(path)
+                opening.pop_all()
+        except OSError:
+            return None
+        return file
 
 
 def _is_locked(file: IO[bytes]) -> bool:
@@ -126,6 +132,19 @@ def _write(file: IO[bytes], live: LiveStats) -> None:
     os.pwrite(file.fileno(), json.dumps(plain).encode().ljust(_MAX_NBYTES)[:_MAX_NBYTES], 0)
 
 
+def _tier(given: dict[str, float]) -> TierStats:
+    numbers = {field.name: given[field.name] for field in fields(TierStats)}
+    if not all(isinstance(number, int | float) for number in numbers.values()):
+        raise TypeError("counters are numbers")
+    return TierStats(**numbers)  # type: ignore[arg-type]  # counts and seconds alike
+
+
+def _remote(given: dict[str, Any]) -> RemoteStats:
+    names = [field.name for field in fields(RemoteStats) if field.name not in ("tier", "breaker")]
+    counts = {name: int(given[name]) for name in names}
+    return RemoteStats(tier=_tier(given["tier"]), breaker=BreakerState(given["breaker"]), **counts)
+
+
 def _parsed(data: bytes) -> LiveStats | None:
     try:
         plain = json.loads(data)
@@ -138,8 +157,9 @@ def _parsed(data: bytes) -> LiveStats | None:
                 return None
             durations[tier, operation] = Histogram(counts, float(each["total_s"]))
         stats = StoreStats(
-            host=TierStats(**{field.name: given["host"][field.name] for field in fields(TierStats)}),
-            disk=TierStats(**{field.name: given["disk"][field.name] for field in fields(TierStats)}),
+            host=_tier(given["host"]),
+            disk=_tier(given["disk"]),
+            remote=None if given.get("remote") is None else _remote(given["remote"]),
             usage=DiskUsage(**{field.name: int(given["usage"][field.name]) for field in fields(DiskUsage)}),
             durations=durations,
             **{

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from kvstore.errors import BusyError
 from kvstore.extras import missing_dependency
-from kvstore.stats import TierStats
+from kvstore.stats import BreakerState, RemoteStats, TierStats
 from kvstore.store import Store
 from kvstore.telemetry.histogram import NUM_BUCKETS, Histogram, bound_s
 
@@ -25,8 +25,17 @@ except ImportError as error:
     raise missing_dependency("prometheus_client", "exporting metrics") from error
 
 _LOOKUPS = {"hits": "hit", "misses": "miss", "damaged": "damaged", "unavailable": "unavailable"}
-_BLOCKS = {"read_blocks": "read", "written_blocks": "write", "evicted_blocks": "evict"}
+_BLOCKS = {
+    "read_blocks": "read",
+    "written_blocks": "write",
+    "evicted_blocks": "evict",
+    "shared_reads": "share",
+    "prefetched_blocks": "prefetch",
+    "prefetch_hits": "prefetch_hit",
+    "prefetch_wasted": "prefetch_waste",
+}
 _BYTES = {"read_nbytes": "read", "written_nbytes": "write"}
+_FAILURES = ("full", "timed_out", "unavailable")
 _SECONDS = {"read_s": "read", "write_s": "write", "encode_s": "encode", "decode_s": "decode"}
 
 
@@ -49,6 +58,9 @@ class StoreCollector(Collector):
         except BusyError:  # closed, or another process's
             return
         tiers = {"host": stats.host, "disk": stats.disk}
+        if stats.remote is not None:
+            tiers["remote"] = stats.remote.tier
+            yield from self._remote(stats.remote)
         yield self._counter("lookups", "Blocks looked up, by what was found.", tiers, _LOOKUPS, "outcome")
         yield self._counter("blocks", "Blocks moved.", tiers, _BLOCKS, "operation")
         yield self._counter("bytes", "Bytes moved.", tiers, _BYTES, "operation")
@@ -74,6 +86,31 @@ class StoreCollector(Collector):
             for field, value in fields.items():
                 family.add_metric([self._name, tier, value], getattr(stats, field))
         return family
+
+    def _remote(self, remote: RemoteStats) -> Iterator[Metric]:
+        text = "Blocks of calls that the server did not serve, reads and writes."
+        failures = CounterMetricFamily("kvstore_remote_failures", text, labels=["store", "outcome"])
+        for outcome in _FAILURES:
+            failures.add_metric([self._name, outcome], getattr(remote, outcome))
+        yield failures
+        state = GaugeMetricFamily("kvstore_remote_breaker", "1 for the breaker's state.", labels=["store", "state"])
+        for each in BreakerState:
+            state.add_metric([self._name, each.value], remote.breaker is each)
+        yield state
+        for name, text, number in (
+            ("breaker_opened", "How often the breaker has opened.", remote.breaker_opened),
+            ("dropped_offers", "Written blocks that were not sent.", remote.dropped_offers),
+        ):
+            counter = CounterMetricFamily(f"kvstore_remote_{name}", text, labels=["store"])
+            counter.add_metric([self._name], number)
+            yield counter
+        for name, text, number in (
+            ("queued_offers", "Written blocks that wait to be sent.", remote.queued_offers),
+            ("threads_left_behind", "Threads that hang in a call.", remote.threads_left_behind),
+        ):
+            gauge = GaugeMetricFamily(f"kvstore_remote_{name}", text, labels=["store"])
+            gauge.add_metric([self._name], number)
+            yield gauge
 
     def _durations(self, durations: dict[tuple[str, str], Histogram]) -> HistogramMetricFamily:
         text = "Seconds that batches took."

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvstore.layout import BlockLayout
 from kvstore.spec import BlockKey
+from kvstore.stats import RemoteStats
 from kvstore.tiers.base import Outcome
 from kvstore.tiers.codec_shelf import CalibrationSource
 
@@ -28,6 +29,10 @@ class Backing(Protocol):
 
     def offer(self, key: BlockKey, record: memoryview) -> None:
         """Take a copy of a record, or drop it; never waits."""
+        ...
+
+    def stats(self) -> RemoteStats:
+        """Count what moved and what failed since it was opened."""
         ...
 
     def use_calibrations(self, source: CalibrationSource) -> None:
