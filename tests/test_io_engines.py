@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from kvstore.errors import ConfigError
-from kvstore.native import IoPool
+from kvstore.native import Arena, DirectFile, IoPool, Ticket
 
+HANG_S = 20.0
 PAGE = 4096
 
 
@@ -126,3 +131,72 @@ def test_transfers_end_when_the_kernel_refuses_them_later(tmp_path: Path) -> Non
         assert said.startswith(f"io_uring 0 [Errno 1] write {tmp_path}")
         assert "Operation not permitted" in said
         assert said.endswith("[100, 100, 100, 1]\n")
+
+
+def num_sleeps() -> int:
+    """How often threads of this process have gone to sleep so far."""
+    tasks = [task.read_text() for task in Path("/proc/self/task").glob("*/status")]
+    return sum(int(line.split()[1]) for task in tasks for line in task.splitlines() if line.startswith("voluntary"))
+
+
+@pytest.fixture
+def ring() -> Iterator[IoPool]:
+    """A pool on a ring. Only there can transfers of pipes, which stall for as long as a test wants, be asked for."""
+    try:
+        pool = IoPool(2, "io_uring")
+    except ConfigError as error:
+        pytest.skip(str(error))
+    yield pool
+    pool.close()
+
+
+@contextmanager
+def stalled_reads(pool: IoPool, count: int, nbytes: int) -> Iterator[Ticket]:
+    """Reads of a device, that of all pipes, which wait until the end of the `with` block."""
+    source, sink = os.pipe()
+    try:
+        file = DirectFile(f"/proc/self/fd/{source}", False)
+        arena = Arena(count * nbytes, pinned=False)
+        yield pool.submit_read(file, arena, [(0, at * nbytes, nbytes) for at in range(count)])
+    finally:
+        os.close(sink)  # what still waits finds the end of the file
+        os.close(source)
+
+
+def test_a_ring_sleeps_while_its_transfers_stall(ring: IoPool) -> None:
+    with stalled_reads(ring, 32, PAGE) as ticket:
+        time.sleep(0.2)
+        before = num_sleeps()
+        time.sleep(0.5)
+
+        assert num_sleeps() - before < 200
+        assert not ticket.done()
+
+
+@pytest.mark.parametrize(("count", "nbytes"), [(300, PAGE), (8, 1 << 20)])
+def test_a_device_that_stalls_holds_up_no_other(ring: IoPool, tmp_path: Path, count: int, nbytes: int) -> None:
+    file = DirectFile(str(tmp_path / "data"), True)
+    arena = Arena(8 << 20, pinned=False)
+    with stalled_reads(ring, count, nbytes) as stalled:
+        assert ring.submit_write(file, arena, [(0, 0, 8 << 20)]).wait(HANG_S)
+        assert ring.submit_read(file, arena, [(at * PAGE, at * PAGE, PAGE) for at in range(300)]).wait(HANG_S)
+        assert not stalled.done()
+
+
+@pytest.mark.parametrize(("count", "nbytes"), [(300, PAGE), (8, 1 << 20)])
+def test_reads_pass_writes_of_their_device(ring: IoPool, tmp_path: Path, count: int, nbytes: int) -> None:
+    (tmp_path / "data").write_bytes(bytes(PAGE))
+    os.mkfifo(tmp_path / "fifo")
+    source = os.open(tmp_path / "fifo", os.O_RDWR | os.O_NONBLOCK)
+    fifo = DirectFile(str(tmp_path / "fifo"), True)
+    writes = ring.submit_write(fifo, Arena(nbytes, pinned=False), [(0, 0, nbytes)] * count)
+    try:
+        file = DirectFile(str(tmp_path / "data"), False)
+        assert ring.submit_read(file, Arena(PAGE, pinned=False), [(0, 0, PAGE)]).wait(HANG_S)
+        assert not writes.done()
+    finally:
+        while not writes.done():
+            with suppress(BlockingIOError):
+                os.read(source, 1 << 20)
+        os.close(source)
+    writes.wait()

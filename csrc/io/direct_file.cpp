@@ -32,6 +32,11 @@ DirectFile::DirectFile(const std::string& path, bool writable)
     descriptor_ = open_retrying(path_, flags);
   }
   KV_ERRNO(descriptor_, about("open"));
+  struct stat status{};
+  if (::fstat(descriptor_, &status) ==
+      0) {  // else a device of its own: it only says who takes turns
+    device_ = status.st_dev;
+  }
 }
 
 DirectFile::~DirectFile() { ::close(descriptor_); }

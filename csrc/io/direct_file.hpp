@@ -2,6 +2,8 @@
 // One open file, past the page cache where the file system allows it.
 #pragma once
 
+#include <sys/types.h>
+
 #include <atomic>
 #include <cstdint>
 #include <string>
@@ -31,6 +33,8 @@ class DirectFile {
   [[nodiscard]] bool is_writable() const noexcept { return is_writable_; }
   [[nodiscard]] const std::string& path() const noexcept { return path_; }
   [[nodiscard]] std::uint64_t size() const;
+  /// The device that it lies on, by its number; that of a file system, where it has several.
+  [[nodiscard]] dev_t device() const noexcept { return device_; }
 
   /// Reserves the first `nbytes` bytes on the medium; a longer file stays as long as it is. When
   /// that fails the file keeps its old size.
@@ -56,6 +60,7 @@ class DirectFile {
   bool is_writable_;
   std::atomic<bool> is_direct_{false};
   int descriptor_ = -1;
+  dev_t device_ = 0;
 };
 
 }  // namespace kv

@@ -2,40 +2,57 @@
 // What moves the pieces of tickets: system calls on several threads, or one io_uring.
 #pragma once
 
-#include <condition_variable>
+#include <sys/types.h>
+
+#include <cstddef>
 #include <deque>
+#include <list>
 #include <memory>
-#include <mutex>
 #include <optional>
 
 #include "io/ticket.hpp"
 
 namespace kv {
 
-/// Tickets in the order of submission; pieces are taken from the first that has any left. The lock
-/// is the engine's, so that it can decide under it whether to sleep.
+/// Tickets in lanes, one a device and direction: lanes take turns, and none has more in flight than
+/// its share, so that reads pass queued writes, and a device that stalls holds up no other. In a
+/// lane, pieces are taken from the first ticket that has any left. The lock is the engine's, so
+/// that it can decide under it whether to sleep.
 class TicketQueue {
  public:
+  /// Most in flight of one lane; another piece begins while there is less than either.
+  struct Share {
+    std::size_t num_pieces;
+    std::size_t nbytes;
+  };
+
+  struct Lane {
+    dev_t device;
+    Direction direction;
+    std::deque<std::shared_ptr<Ticket>> tickets;
+    std::size_t num_pieces = 0;
+    std::size_t nbytes = 0;
+  };
+
   struct Taken {
     std::shared_ptr<Ticket> ticket;
     Piece piece;
+    std::list<Lane>::iterator lane;
   };
 
-  void push(std::shared_ptr<Ticket> ticket) { tickets_.push_back(std::move(ticket)); }
+  explicit TicketQueue(Share share) : share_(share) {}
 
-  /// The next piece to begin; none when all that was pushed has begun.
-  [[nodiscard]] std::optional<Taken> take() {
-    while (!tickets_.empty()) {
-      if (std::optional<Piece> piece = tickets_.front()->take()) {
-        return Taken{tickets_.front(), std::move(*piece)};
-      }
-      tickets_.pop_front();
-    }
-    return std::nullopt;
-  }
+  void push(std::shared_ptr<Ticket> ticket);
+
+  /// The next piece to begin; none when all has begun that the shares allow.
+  [[nodiscard]] std::optional<Taken> take();
+
+  /// Says that a piece has ended, and its share is free.
+  void end(const Taken& taken) noexcept;
 
  private:
-  std::deque<std::shared_ptr<Ticket>> tickets_;
+  const Share share_;
+  std::list<Lane> lanes_;  // whose turn it is first
 };
 
 /// Ends every ticket that was submitted, however it is closed. Thread-safe.

@@ -20,9 +20,9 @@ enum class EngineKind { kThreads, kUring };
 /// Moves batches of bytes between files and memory; close() or the destructor ends what is
 /// submitted. All methods may be called from any thread.
 ///
-/// Pieces start in the order of submission and end in any order. The caller keeps the memory alive
-/// until its ticket is done. Threads do not survive fork(): in the child every call is refused, and
-/// the destructor leaks instead of hanging.
+/// Reads of a device start in the order of submission, and so do writes; they end in any order. The
+/// caller keeps the memory alive until its ticket is done. Threads do not survive fork(): in the
+/// child every call is refused, and the destructor leaks instead of hanging.
 class IoPool {
  public:
   static constexpr std::size_t kMaxThreads = 256;
@@ -33,7 +33,7 @@ class IoPool {
   struct Options {
     std::size_t num_threads;           ///< of the engine `kThreads`: its transfers in flight
     std::optional<EngineKind> engine;  ///< none: io_uring where it is to be had, else threads
-    unsigned depth = 64;               ///< of the engine `kUring`: most pieces in flight
+    unsigned depth = 64;  ///< of the engine `kUring`: most pieces in flight, a device and direction
   };
 
   /// @throws ConfigError for a number out of range, or when the engine asked for cannot be had.

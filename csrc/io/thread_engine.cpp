@@ -2,6 +2,7 @@
 // The workers and their queue.
 #include "io/thread_engine.hpp"
 
+#include <cstdint>
 #include <exception>
 #include <utility>
 
@@ -9,10 +10,10 @@
 
 namespace kv {
 
-ThreadEngine::ThreadEngine(std::size_t num_threads) {
-  threads_.reserve(num_threads);
+ThreadEngine::ThreadEngine(std::size_t num_threads) : queue_({num_threads, SIZE_MAX}) {
+  threads_.reserve(num_threads + 1);
   try {
-    for (std::size_t index = 0; index < num_threads; ++index) {
+    for (std::size_t index = 0; index <= num_threads; ++index) {
       threads_.emplace_back([this] { work(); });
     }
   } catch (...) {
@@ -56,7 +57,7 @@ void ThreadEngine::work() {
       });
     }
     if (!taken.has_value()) {
-      return;
+      return;  // what waits for its share is taken by those who free it
     }
     std::exception_ptr error;
     try {
@@ -64,6 +65,11 @@ void ThreadEngine::work() {
     } catch (...) {
       error = std::current_exception();
     }
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      queue_.end(*taken);
+    }
+    changed_.notify_one();
     taken->ticket->finish(taken->piece.op, std::move(error));
   }
 }

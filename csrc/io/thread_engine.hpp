@@ -11,9 +11,10 @@
 
 namespace kv {
 
-/// As many transfers in flight as threads.
+/// One thread more than a lane may keep busy: others get on while its device stalls.
 class ThreadEngine final : public IoEngine {
  public:
+  /// @param num_threads  most transfers in flight of one lane.
   explicit ThreadEngine(std::size_t num_threads);
   ThreadEngine(const ThreadEngine&) = delete;
   ThreadEngine& operator=(const ThreadEngine&) = delete;

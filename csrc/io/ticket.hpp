@@ -66,6 +66,9 @@ class Ticket {
   /// Ends what has not begun, as an IoError with ECANCELED; what has begun runs to its end.
   void cancel();
 
+  [[nodiscard]] dev_t device() const noexcept { return file_->device(); }
+  [[nodiscard]] Direction direction() const noexcept { return direction_; }
+
   /// For engines: the next piece to begin, of `most_nbytes` at most; none when all have begun.
   [[nodiscard]] std::optional<Piece> take(std::size_t most_nbytes = kPieceNbytes);
 

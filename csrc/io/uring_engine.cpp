@@ -17,16 +17,13 @@ namespace {
 
 constexpr std::uint64_t kWakeTag = UINT64_MAX;
 
-// What a piece takes of the room in flight. Nobody works on the first writes while the last ones go
-// on: a deeper queue costs them nothing, and lasts longer while the thread waits for a processor.
-std::size_t room_of(const Piece& piece) {
-  return piece.direction == Direction::kRead ? piece.nbytes : piece.nbytes / 4;
-}
-
 }  // namespace
 
-UringEngine::UringEngine(unsigned depth) : ring_(depth + 1), slots_(depth) {
-  for (std::size_t slot = depth; slot-- > 0;) {
+UringEngine::UringEngine(unsigned depth)
+    : ring_(kNumShares * depth + 1),
+      queue_({depth, kMaxNbytesInFlight}),
+      slots_(kNumShares * depth) {
+  for (std::size_t slot = slots_.size(); slot-- > 0;) {
     free_slots_.push_back(slot);
   }
   event_ = ::eventfd(0, EFD_CLOEXEC);
@@ -84,11 +81,14 @@ void UringEngine::work() {
       is_wake_armed_ = true;
     }
     // One call for several ends, and for as many new beginnings; an eighth of what is in flight is
-    // not missed by the device.
+    // not missed by the device. One that ends nothing in that time is slow or stalls: wait for one
+    // end then, as long as it takes.
     const std::size_t num_in_flight = slots_.size() - free_slots_.size();
-    ring_.enter(std::max(1U, static_cast<unsigned>(num_in_flight / 8)));
+    ring_.enter(is_idle_ ? 1 : std::max(1U, static_cast<unsigned>(num_in_flight / 8)));
     Uring::Completion completion{};
+    is_idle_ = true;
     while (ring_.take(completion)) {
+      is_idle_ = false;
       if (completion.tag == kWakeTag) {
         is_wake_armed_ = false;
       } else {
@@ -101,16 +101,15 @@ void UringEngine::work() {
 bool UringEngine::begin_pieces() {
   const std::lock_guard<std::mutex> lock(mutex_);
   is_asleep_ = false;
-  while (!free_slots_.empty() && nbytes_in_flight_ < kMaxNbytesInFlight) {
+  while (!free_slots_.empty()) {
     std::optional<TicketQueue::Taken> taken = queue_.take();
     if (!taken.has_value()) {
-      // All has begun: a new ticket has to wake this thread.
+      // All has begun, or waits for its share: a new ticket has to wake this thread.
       is_asleep_ = true;
       return !is_closed_ || free_slots_.size() < slots_.size();
     }
     const std::size_t slot = free_slots_.back();
     free_slots_.pop_back();
-    nbytes_in_flight_ += room_of(taken->piece);
     slots_[slot] = std::move(taken);
     ring_.prepare(slots_[slot]->piece, slot);
   }
@@ -130,7 +129,10 @@ void UringEngine::settle(std::size_t slot, std::int64_t result) {
   } catch (...) {
     error = std::current_exception();
   }
-  nbytes_in_flight_ -= room_of(taken.piece);
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    queue_.end(taken);
+  }
   const std::size_t op = taken.piece.op;
   const std::shared_ptr<Ticket> ticket = std::move(taken.ticket);
   slots_[slot].reset();  // lets go of the file before anybody hears that the transfer has ended

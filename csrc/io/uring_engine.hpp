@@ -21,7 +21,11 @@ class UringEngine final : public IoEngine {
   /// come: this is what drives of 28 GB/s move in 150 microseconds. Writes count a quarter.
   static constexpr std::size_t kMaxNbytesInFlight = std::size_t{4} << 20;
 
-  /// @param depth  most pieces in flight.
+  /// Lanes that can have all in flight that they may at once, such as both directions of two
+  /// drives; more share the room.
+  static constexpr unsigned kNumShares = 4;
+
+  /// @param depth  most pieces in flight of one lane.
   /// @throws IoError when there is no io_uring to be had; see Uring.
   explicit UringEngine(unsigned depth);
   UringEngine(const UringEngine&) = delete;
@@ -53,8 +57,8 @@ class UringEngine final : public IoEngine {
   // The thread's own.
   std::vector<std::optional<TicketQueue::Taken>> slots_;
   std::vector<std::size_t> free_slots_;
-  std::size_t nbytes_in_flight_ = 0;
   bool is_wake_armed_ = false;
+  bool is_idle_ = false;  // the last wait ended by its time
 
   std::mutex close_mutex_;
   std::thread thread_;
