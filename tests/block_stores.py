@@ -3,18 +3,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 
+from torch import Tensor
+
 from kvstore.remote.address import open_server
 from kvstore.remote.server import RemoteConfig
 from kvstore.remote.tier import RemoteTier
+from kvstore.spec import BlockKey
+from kvstore.tiers.base import Outcome
 from kvstore.tiers.block_store import BlockStore
 from kvstore.tiers.moving.host_store import HostStore
 from tests.remote_servers import mooncake_servers, redis_server
-from tests.store_blocks import LAYOUT, open_store
+from tests.store_blocks import LAYOUT, block_key, empty_slot, make_slot, open_store
 
+PATIENCE_S = 60.0
+_NUMBERS = itertools.count(1)
 _PATIENT = RemoteConfig(deadline_s=20.0)
 """A busy machine must not look like a slow server here."""
 
@@ -54,3 +61,28 @@ IMPLEMENTATIONS: dict[str, Callable[[Path], AbstractContextManager[BlockStore]]]
     "mooncake": mooncake_tier,
 }
 """Each opens an empty store of `LAYOUT` with room for a thousand blocks; its scratch folder is the argument."""
+
+
+def fresh(count: int) -> list[int]:
+    """Numbers of blocks that no other test has."""
+    return list(itertools.islice(_NUMBERS, count))
+
+
+def keys_of(numbers: list[int]) -> list[BlockKey]:
+    """Keys of blocks."""
+    return [block_key(number) for number in numbers]
+
+
+def slots_of(numbers: list[int]) -> list[Tensor]:
+    """Blocks."""
+    return [make_slot(number) for number in numbers]
+
+
+def empty_slots(count: int) -> list[Tensor]:
+    """Destinations."""
+    return [empty_slot() for _ in range(count)]
+
+
+def put(store: BlockStore, numbers: list[int], num_tokens: int = 40) -> list[Outcome]:
+    """Put blocks of so many tokens each."""
+    return store.put(keys_of(numbers), slots_of(numbers), [num_tokens] * len(numbers))
