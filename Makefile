@@ -49,8 +49,8 @@ test: venv  ## all quick tests; GPU tests where there is a GPU
 test-slow: venv  ## the tests that take minutes
 	$(BIN)/pytest -m "slow$(if $(HAS_GPU),, and not gpu)"
 
-torture: venv  ## 500 kills of a busy writer, one at every call; 8 readers beside one for 5 minutes
-	$(BIN)/pytest -m slow -s tests/test_crash.py tests/test_crash_matrix.py tests/test_reader_torture.py
+torture: venv  ## 500 kills of a busy writer, an end before every call, 8 readers beside a writer: 7 minutes
+	$(BIN)/pytest -q -m slow -s tests/test_crash.py tests/test_crash_matrix.py tests/test_reader_torture.py
 
 coverage: venv  ## quick tests with branch coverage of the Python code
 	$(BIN)/coverage run -m pytest -m "$(MARKS)"
