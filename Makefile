@@ -24,7 +24,7 @@ CUDA_UNITS := $(filter csrc/cuda/%.cu csrc/cuda/%.cpp,$(CSRC))
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -o -m1 GPU)
 MARKS := not slow$(if $(HAS_GPU),, and not gpu)
 
-.PHONY: help venv demo test test-slow torture coverage lint lint-python lint-types lint-cpp fmt bench cuda-check mutate fuzz clean
+.PHONY: help venv demo servers test test-slow torture coverage lint lint-python lint-types lint-cpp fmt bench cuda-check mutate fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,7 +43,10 @@ $(NATIVE): setup.py $(CSRC) | $(PACKAGES)
 demo: venv  ## the worked example, on this machine
 	$(PY) examples/demo.py
 
-test: venv  ## all quick tests; GPU tests where there is a GPU
+servers:  ## redis-server and Mooncake's libraries for tests: apt-get where root, else a word on what is skipped
+	@tools/install_servers.sh
+
+test: servers venv  ## all quick tests; GPU tests where there is a GPU
 	$(BIN)/pytest -m "$(MARKS)"
 
 test-slow: venv  ## the tests that take minutes

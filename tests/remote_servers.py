@@ -68,7 +68,7 @@ class RedisServer:
     def __init__(self, folder: Path, *options: str) -> None:
         program = shutil.which("redis-server")
         if program is None:
-            pytest.skip("redis-server is not installed (apt-get install redis-server)")
+            pytest.skip("redis-server is not installed; `make servers` gets it")
         self.port = free_port()
         self.socket = folder / "redis.sock"
         self._log = folder / "redis.log"
@@ -143,6 +143,12 @@ def redis_server(folder: Path, *options: str) -> Iterator[RedisServer]:
         server.kill()
 
 
+def need_mooncake() -> None:
+    """Skip the test where Mooncake is not installed, or does not load for want of a library."""
+    reason = "Mooncake is not here; pip install 'tiered-kvstore[remote]', and `make servers` for its libraries"
+    pytest.importorskip("mooncake.store", reason=reason, exc_type=ImportError)
+
+
 class MooncakeServers:
     """A Mooncake master, and a client in a process of its own that stores for others.
 
@@ -152,7 +158,7 @@ class MooncakeServers:
     """
 
     def __init__(self, folder: Path, segment_nbytes: int) -> None:
-        pytest.importorskip("mooncake.store", reason="pip install 'tiered-kvstore[remote]', and libibverbs1 for it")
+        need_mooncake()
         self.port = free_port()
         self._folder = folder
         self._segment_nbytes = segment_nbytes

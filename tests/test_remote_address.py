@@ -8,6 +8,7 @@ import pytest
 from kvstore.errors import ConfigError
 from kvstore.remote.address import open_server
 from kvstore.remote.envelope import MAX_NAMESPACE_SIGNS, Namespace
+from tests.remote_servers import need_mooncake
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def test_addresses_name_server_and_namespace(address: str, place: str) -> None:
 
 
 def test_mooncake_has_settings() -> None:
-    pytest.importorskip("mooncake.store", reason="pip install 'tiered-kvstore[remote]', and libibverbs1 for it")
+    need_mooncake()
     with open_server("mooncake://master/x?replicas=2&host=10.0.0.7&protocol=tcp") as server:
         assert server.place == "mooncake://master:50051/x"
     with pytest.raises(ConfigError, match="protocol"):

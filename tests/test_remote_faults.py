@@ -21,7 +21,7 @@ from kvstore.remote.server import RemoteConfig
 from kvstore.remote.tier import RemoteTier, block_space
 from kvstore.stats import BreakerState
 from kvstore.tiers.base import Outcome
-from tests.remote_servers import MooncakeServers, RedisServer, mooncake_servers, redis_server, wait_for
+from tests.remote_servers import MooncakeServers, RedisServer, mooncake_servers, need_mooncake, redis_server, wait_for
 from tests.store_blocks import LAYOUT, SPEC, block_key, empty_slot, make_slot, same_block
 
 _DEADLINE_S = 0.4
@@ -254,6 +254,6 @@ def test_a_crashed_worker_is_replaced_and_none_outlives_its_tier(mooncake: Moonc
 def test_nobody_at_the_address_is_unavailable(tmp_path: Path) -> None:
     for address in ("redis://127.0.0.1:1/x", f"redis+unix://{tmp_path}/none?namespace=x", "mooncake://127.0.0.1:1/x"):
         if address.startswith("mooncake"):
-            pytest.importorskip("mooncake.store")
+            need_mooncake()
         with RemoteTier(open_server(address, _HURRIED), LAYOUT) as tier:
             assert set(get(tier, 0, 1) + put(tier, 0)) == {Outcome.UNAVAILABLE}

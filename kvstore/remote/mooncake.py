@@ -158,8 +158,10 @@ class _MooncakeLink:
             (code,) = self._read(1, deadline_s)
             if code != 0:
                 raise self._failed(code)
-        except StoreIOError:
+        except StoreIOError as error:
             self.close()
+            if self._worker.returncode == 1:  # it ended by an exception
+                raise StoreIOError(f"{cluster}: Mooncake does not load here; the system lacks libibverbs1?") from error
             raise
 
     def put(
