@@ -16,8 +16,10 @@ from torch import Tensor
 from kvstore.errors import ConfigError, ShapeError
 from kvstore.layout import BlockLayout
 from kvstore.spec import BlockKey
+from kvstore.stats import RemoteStats
 from kvstore.store import Access, Durability, Outcome, Store
 from kvstore.tiers.codec_shelf import CalibrationSource
+from kvstore.tiers.reading.fetcher import Fetcher
 from tests.store_blocks import (
     HEADER,
     LAYOUT,
@@ -89,6 +91,12 @@ def test_the_most_wanted_comes_first_and_cancelled_ones_do_not_come(tmp_path: Pa
         assert [store._moving().host.contains(key) for key in _keys(0, 1, 2)] == [True, False, True]
 
 
+def end_demand(fetcher: Fetcher) -> None:
+    with fetcher._demand:
+        fetcher._num_demands -= 1
+        fetcher._demand.notify_all()
+
+
 def test_prefetch_waits_for_demand(tmp_path: Path) -> None:
     with open_store(tmp_path, host_slots=8) as store:
         _put(store, 8)
@@ -98,12 +106,12 @@ def test_prefetch_waits_for_demand(tmp_path: Path) -> None:
         assert ticket.wait(0.1) is None
         assert _get(store, 1) == [Outcome.DISK]
         assert not ticket.done()
-        with fetcher._demand:
-            fetcher._num_demands -= 1
-            fetcher._demand.notify_all()
+        end_demand(fetcher)
         assert ticket.wait(60) == [Outcome.DISK]
-        fetcher._num_demands += 1
+        with fetcher._demand:
+            fetcher._num_demands += 1
         waiting = store.prefetch(_keys(2, 3))
+        threading.Timer(0.2, end_demand, (fetcher,)).start()  # closing waits for what is being served
     assert waiting.wait(0) == [Outcome.CANCELLED] * 2, "closing does not wait for what has not begun"
 
 
@@ -234,6 +242,9 @@ class _OutOfMemory:
 
     def offer(self, key: BlockKey, record: memoryview) -> None:
         pass
+
+    def stats(self) -> RemoteStats:
+        raise NotImplementedError
 
     def use_calibrations(self, source: CalibrationSource) -> None:
         pass
