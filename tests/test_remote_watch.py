@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.remote.address import open_server
 from kvstore.remote.breaker import BreakerConfig
-from kvstore.remote.lanes import LaneConfig
+from kvstore.remote.lane import LaneConfig
 from kvstore.remote.server import RemoteConfig
 from kvstore.remote.tier import RemoteTier
 from kvstore.stats import BreakerState
