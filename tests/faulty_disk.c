@@ -22,6 +22,7 @@ struct control {
   volatile unsigned long long read_stall_ms, write_stall_ms, sync_stall_ms;
   volatile unsigned long long end_at;    // the process is killed before so many more writes and syncs; 0 = never
   volatile unsigned long long loses;     // of what is not synced then: 0 = nothing, 1 = all, above = some, by this seed
+  volatile unsigned long long is_fickle;  // rings take parts, are interrupted, and give transfers back
 };
 
 static struct control *control(void) {
@@ -222,3 +223,5 @@ static int synced(int descriptor, int (*sync)(int)) {
 int fdatasync(int descriptor) { return synced(descriptor, REAL(fdatasync)); }
 
 int fsync(int descriptor) { return synced(descriptor, REAL(fsync)); }
+
+#include "faulty_ring.h"
