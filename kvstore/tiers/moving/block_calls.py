@@ -60,6 +60,8 @@ class BlockCalls:
     ) -> list[Outcome]:
         """Store plain blocks until the budget needs their room; what is `STORED` is durable, and putting is idempotent.
 
+        With `put_admission="second-use"` the first put of a block is `STORED` in memory only.
+
         Args:
             keys: one per block.
             slots: [slot_nbytes] uint8 CPU, contiguous, each.
