@@ -18,10 +18,10 @@ PAGE = 4096
 MIB = 1 << 20
 
 
-@pytest.fixture(params=["threads", None])
-def pool(request: pytest.FixtureRequest) -> Iterator[IoPool]:
+@pytest.fixture
+def pool(engine: str) -> Iterator[IoPool]:
     """Both engines, where this system has both."""
-    pool = IoPool(2, request.param)
+    pool = IoPool(2, engine)
     yield pool
     pool.close()
 
