@@ -35,7 +35,7 @@ class ExtentFiles:
         self._files: dict[int, DirectFile] = {}
         self._unsynced: set[Path] = set()
         self.folders = read_map()
-        self._num_known = len(self.folders.of_file)  # files that a reader need not look up again
+        self._asked_for: set[int] = set()  # files behind the map's end that a reader need not look up again
         self._present = self._find_present()
 
     def use(self, folders: FolderMap) -> None:
@@ -120,10 +120,10 @@ class ExtentFiles:
             self._files.clear()
 
     def _number(self, file_id: int) -> int:
-        if file_id >= self._num_known and not self._writable:
+        if file_id >= len(self.folders.of_file) and file_id not in self._asked_for and not self._writable:
             known = self.folders
             self.folders = self._read_map()  # the writer may have added files, and folders, since
-            self._num_known = max(file_id + 1, len(self.folders.of_file))
+            self._asked_for.add(file_id)
             if self.folders.paths != known.paths:
                 self._present = self._find_present()
         return self.folders.folder_of(file_id)

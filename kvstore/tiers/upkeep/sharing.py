@@ -15,7 +15,7 @@ from kvstore.tiers.catalogue import WriteView
 from kvstore.tiers.data_path import DataPath
 from kvstore.tiers.disk import DiskTier, Found
 from kvstore.tiers.manifest import JSON, Manifest, StreamHeader, dump_json
-from kvstore.tiers.tables.blocks import has_block
+from kvstore.tiers.tables.blocks import find_sound
 from kvstore.tiers.tables.records import Entry
 from kvstore.tiers.tables.streams import append_entries, ensure_stream, find_state, find_stream, read_manifest
 from kvstore.tiers.upkeep.transfer import EncodedBlock, RecordTransfer
@@ -46,7 +46,7 @@ class Sharing:
     def has_blocks(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Say per block whether the disk tier holds it: unlike `Store.exists`, what only memory holds is not there."""
         with self._disk.catalogue.read() as view:
-            return [has_block(view, key) for key in keys]
+            return [find_sound(view, key) is not None for key in keys]
 
     def begun(self, header: StreamHeader) -> Manifest | None:
         """Return what there is of a stream that is to be taken over, appended blocks too; None before `adopt` makes it.
