@@ -11,14 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from kvstore.errors import ConfigError, ShapeError
 from kvstore.layout import BlockLayout
 from kvstore.spec import BlockKey
-from kvstore.stats import RemoteStats
 from kvstore.store import Access, Durability, Outcome, Store
-from kvstore.tiers.codec_shelf import CalibrationSource
 from kvstore.tiers.reading.fetcher import Fetcher
 from tests.store_blocks import (
     HEADER,
@@ -229,37 +226,6 @@ def test_nothing_is_written_to_slots_of_a_cancelled_load_after_a_wait(tmp_path: 
             assert all((slot == 7).all() for slot in slots)
             num_cancelled += any(Outcome.CANCELLED in (each or ()) for each in outcomes)
     assert num_cancelled > 0
-
-
-class _OutOfMemory:
-    """Something behind the disk that fails as nothing should."""
-
-    def __init__(self) -> None:
-        self.layout = LAYOUT
-
-    def bring(self, keys: Sequence[BlockKey], slots: Sequence[Tensor], left_s: float | None) -> list[Outcome]:
-        raise MemoryError("no room for what comes")
-
-    def offer(self, key: BlockKey, record: memoryview) -> None:
-        pass
-
-    def stats(self) -> RemoteStats:
-        raise NotImplementedError
-
-    def use_calibrations(self, source: CalibrationSource) -> None:
-        pass
-
-
-def test_a_unit_that_fails_does_not_end_prefetching(tmp_path: Path) -> None:
-    host_nbytes = 8 * LAYOUT.slot_nbytes
-    with Store.open(
-        tmp_path, access=Access.WRITE, layout=LAYOUT, host_nbytes=host_nbytes, remote=_OutOfMemory()
-    ) as store:
-        _put(store, 4)
-        for turn in range(2):
-            assert store.prefetch(_keys(90 + turn)).wait(60) == [Outcome.UNAVAILABLE]
-            assert store.prefetch(_keys(turn)).wait(60) == [Outcome.DISK]
-        assert store.stats().host_slots_used == 2
 
 
 def test_a_misuse_is_refused(tmp_path: Path) -> None:
