@@ -137,6 +137,7 @@ def test_the_breaker_and_damage_are_lines_of_the_one_log(
         key = tier._texts([block_key(0)])[0]
         redis.command("SET", key, b"garbage" * 20)
         assert tier.get([block_key(0)], [empty_slot()], timeout_s=30.0) == [Outcome.DAMAGED]
+        wait_for(lambda: "remote block damaged" in caplog.text, "its line: an outcome may be known before it is logged")
     ours = [record for record in caplog.records if record.name.startswith("kvstore")]
     assert {record.name for record in ours} == {"kvstore.faults"}, "there is one place to look"
     lines = {line["event"]: line for line in (json.loads(record.getMessage()) for record in ours)}
