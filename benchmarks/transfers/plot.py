@@ -11,8 +11,8 @@ Curve = Sequence[tuple[int, float]]
 """(bytes of a block, GB/s), by size."""
 
 _WIDTH, _HEIGHT = 430, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 150, 40, 50
-_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 170, 40, 50
+_COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2", "#7f7f7f")
 
 
 def drawing(panels: Mapping[str, Mapping[str, Curve]], roof: str) -> str:
