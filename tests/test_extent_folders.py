@@ -123,7 +123,7 @@ def test_blocks_that_are_away_are_not_evicted_for_room_that_they_do_not_make(tmp
     folders[0].rename(tmp_path / "unplugged")
     with _open(tmp_path, (), budget) as store:
         for number in range(100, 140):
-            assert all(store.put([block_key(number)], [make_slot(number)], [40]))
+            assert store.put([block_key(number)], [make_slot(number)], [40]) == [Outcome.STORED]
         assert store.verify().structure == []
     (tmp_path / "unplugged").rename(folders[0])
     with _open(tmp_path, (), budget) as store:
