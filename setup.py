@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pybind11
 from pybind11.setup_helpers import ParallelCompile
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 VERSION = tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"]
-PACKAGES = [*find_packages(include=["kvstore", "kvstore.*"]), "kvstore.retrieval", "kvstore.kernels"]
+ROOTS = {"kvstore.retrieval": "retrieval", "kvstore.kernels": "kernels"}
+PACKAGES = [*find_packages(include=["kvstore", "kvstore.*"]), *ROOTS]
+for name, root in ROOTS.items():
+    PACKAGES += [f"{name}.{part}" for part in find_namespace_packages(root, exclude=["*__pycache__"])]
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*/*.cpp"))
 FLAGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-MMD"]
 FLAGS += ["-ffp-contract=off", "-fno-trapping-math", f'-DKV_VERSION="{VERSION}"', "-isystem", pybind11.get_include()]
@@ -68,7 +71,7 @@ class BuildNative(build_ext):
 ParallelCompile("KVSTORE_BUILD_JOBS", needs_recompile=is_stale, default=2).install()
 setup(
     packages=PACKAGES,
-    package_dir={"kvstore.retrieval": "retrieval", "kvstore.kernels": "kernels"},
+    package_dir=ROOTS,
     ext_modules=[
         Extension("kvstore._native", SOURCES, include_dirs=["csrc"], extra_compile_args=FLAGS, language="c++")
     ],

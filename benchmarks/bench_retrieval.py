@@ -11,8 +11,8 @@ from torch import Tensor
 
 from harness import Report, alternate, check, options
 from kvstore.kernels.reference import best_similarity
-from kvstore.retrieval.faiss_index import FaissIndex, is_faiss_installed
-from kvstore.retrieval.index import FlatIndex, SummaryIndex
+from kvstore.retrieval.index.faiss_index import FaissIndex, is_faiss_installed
+from kvstore.retrieval.index.flat import FlatIndex, SummaryIndex
 from kvstore.retrieval.maxsim import HITS_PER_TOKEN, MaxSimScorer, scored_layers
 from real_kv import add_options, corpus
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from kvstore.retrieval.index import SummaryIndex
+from kvstore.retrieval.index.flat import SummaryIndex
 from kvstore.retrieval.selection import Ranking
 
 DEPTHS = (1 / 30, 9 / 30)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvstore.retrieval.index import SummaryIndex
+from kvstore.retrieval.index.flat import SummaryIndex
 from kvstore.retrieval.selection import Ranking
 
 

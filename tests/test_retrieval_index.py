@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kvstore.errors import ShapeError
 from kvstore.extras import faiss_distribution
-from kvstore.retrieval.faiss_index import FaissIndex
-from kvstore.retrieval.index import FlatIndex, SummaryIndex
+from kvstore.retrieval.index.faiss_index import FaissIndex
+from kvstore.retrieval.index.flat import FlatIndex, SummaryIndex
 from kvstore.retrieval.maxsim import HITS_PER_TOKEN, MaxSimScorer, scored_layers
 from kvstore.retrieval.mean_query import MeanQueryScorer
 from kvstore.retrieval.selection import Ranking

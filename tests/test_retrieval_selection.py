@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvstore.errors import ConfigError
-from kvstore.retrieval.policies import DEFAULT_POLICY, POLICIES, Scope, Searched, Trigger, policy_named
 from kvstore.retrieval.positions import PositionPolicy, place
 from kvstore.retrieval.selection import Ranking, select
+from kvstore.retrieval.session_policies import DEFAULT_POLICY, POLICIES, Scope, Searched, Trigger, policy_named
 from tests.tiny_models import policy
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=30)

@@ -28,8 +28,8 @@ from kvstore.engines.anatomy import position_rows, rotation_of, spec_of
 from kvstore.engines.loading import LanguageModel
 from kvstore.engines.transformers import Attached, attach
 from kvstore.layout import BlockLayout
-from kvstore.retrieval.policies import POLICIES, Policy
 from kvstore.retrieval.positions import PositionPolicy
+from kvstore.retrieval.session_policies import POLICIES, Policy
 from kvstore.session.session import Session
 from kvstore.session.view import SessionConfig
 from kvstore.store import Access, Durability, Profile, Store, StreamHeader

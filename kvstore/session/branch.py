@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kvstore.errors import ConfigError, CorruptRecordError
 from kvstore.retrieval.maxsim import scored_layers
-from kvstore.retrieval.policies import Scope, Trigger
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.selection import Ranking, select
+from kvstore.retrieval.session_policies import Scope, Trigger
 from kvstore.session.attending import Attending, AttentionInputs, Past
 from kvstore.session.recall import Recall, cite
 from kvstore.session.view import StreamView

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from kvstore.errors import CorruptRecordError
 from kvstore.layout import BlockLayout
-from kvstore.retrieval.faiss_index import make_index
+from kvstore.retrieval.index.faiss_index import make_index
 from kvstore.retrieval.maxsim import MaxSimScorer, scored_layers
 from kvstore.retrieval.mean_query import MeanQueryScorer
-from kvstore.retrieval.policies import Policy, Searched
 from kvstore.retrieval.selection import Ranking
+from kvstore.retrieval.session_policies import Policy, Searched
 from kvstore.retrieval.summary import Summary, SummaryKind
 from kvstore.store import Entry, FetchRequest, Store, StreamHeader
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kvstore.errors import ConfigError, CorruptRecordError, StreamNotFoundError
 from kvstore.layout import BlockLayout
-from kvstore.retrieval.policies import Policy
 from kvstore.retrieval.positions import PositionPolicy
+from kvstore.retrieval.session_policies import Policy
 from kvstore.retrieval.summary import Summary, SummaryKind
 from kvstore.session.attending import Rotate
 from kvstore.session.residency import Residency

@@ -17,7 +17,7 @@ from kvstore.engines.anatomy import position_rows, rotation_of, spec_of
 from kvstore.engines.loading import LanguageModel
 from kvstore.engines.transformers import TierCache, attach
 from kvstore.layout import BlockLayout
-from kvstore.retrieval.policies import policy_named
+from kvstore.retrieval.session_policies import policy_named
 from kvstore.session.recall import Recall, Span
 from kvstore.session.session import Session
 from kvstore.session.view import SessionConfig

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvstore.extras import faiss_distribution, missing_dependency
-from kvstore.retrieval.index import FlatIndex, SummaryIndex, check_rows
+from kvstore.retrieval.index.flat import FlatIndex, SummaryIndex, check_rows
 
 
 @functools.cache

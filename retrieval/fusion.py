@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fusion: several views of the same units, and one order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Fusion(Protocol):
+    """Makes one score of several."""
+
+    def fuse(self, scores: Sequence[Tensor]) -> Tensor:
+        """Fuse `[num_partitions, num_units]` float32 scores, one per view; -inf stays -inf."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReciprocalRank:
+    """Sum of `weight / (offset + rank)`: views need no common scale (Cormack et al., SIGIR 2009).
+
+    Args:
+        offset: how much the first ranks count more than those behind; 60 in the source.
+        weights: one per view; empty for equal ones.
+    """
+
+    offset: float = 60.0
+    weights: tuple[float, ...] = ()
+
+    def fuse(self, scores: Sequence[Tensor]) -> Tensor:
+        """See `Fusion`."""
+        if len(scores) == 1:
+            return scores[0]
+        fused = torch.zeros_like(scores[0])
+        for number, each in enumerate(scores):
+            order = each.argsort(dim=1, descending=True, stable=True)
+            ranks = torch.empty_like(order).scatter_(1, order, torch.arange(each.shape[1]).expand_as(order))
+            fused += (self.weights[number] if self.weights else 1.0) / (self.offset + 1 + ranks)
+        return fused.masked_fill_(scores[0].isneginf(), float("-inf"))

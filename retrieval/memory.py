@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory of one layer: cuts what leaves the window into units, looks at them, and selects for a query."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvstore.errors import ShapeError
+from kvstore.retrieval.index.partitions import MatrixIndex, PartitionedIndex
+from kvstore.retrieval.policy import Policy
+from kvstore.retrieval.tokens import LayerQuery, LayerTokens
+from kvstore.retrieval.unit_table import UnitTable
+from kvstore.retrieval.units import Units
+from kvstore.retrieval.view import Pool
+
+MakeIndex = Callable[[int, int], PartitionedIndex]
+"""Makes an index of so many partitions and so wide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What one layer reads.
+
+    Args:
+        tokens: numbers of the tokens, ascending: one tensor `[num_chosen]` int64 for all KV heads, or one for each.
+        units: the units that hold them, likewise: numbers in the order in which they were cut.
+        scores: [partitions, num_units] float32: the fused scores; -inf for what could not be chosen.
+        estimated: units whose attention is to be estimated, one tensor per KV head; none when empty.
+    """
+
+    tokens: tuple[Tensor, ...]
+    units: tuple[Tensor, ...]
+    scores: Tensor
+    estimated: tuple[Tensor, ...] = ()
+
+
+class LayerMemory:
+    """What one layer can select from. Not thread-safe.
+
+    Args:
+        policy: says how; it has views.
+        kv_heads: of the model.
+        key_dim: elements of a key.
+        make_index: holds the summaries; the exact one by default.
+    """
+
+    def __init__(self, policy: Policy, kv_heads: int, key_dim: int, make_index: MakeIndex = MatrixIndex) -> None:
+        assert policy.segmenter is not None, "a policy without units needs no memory"
+        self._policy = policy
+        self._segmenter = policy.segmenter
+        self._scale = key_dim**-0.5
+        self._kv_heads = kv_heads
+        self._indices = [make_index(kv_heads, view.summariser.width(key_dim)) for view in policy.views]
+        self._pending: LayerTokens | None = None
+        self.table = UnitTable(kv_heads)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in units; what was added behind them is pending."""
+        return self.table.num_tokens
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are in no unit yet: nothing selects them, so whoever added them attends to them himself."""
+        return self._pending.num_tokens if self._pending is not None else 0
+
+    def add(self, tokens: LayerTokens, *, is_end: bool = False) -> None:
+        """Take in the next tokens of the stream.
+
+        Args:
+            tokens: any number of them; what the segmenter leaves is kept until more come.
+            is_end: cut all there is: no more are to come for now.
+
+        Raises:
+            ShapeError: they do not follow those before.
+            ConfigError: keys are stored rotated, and a view compares them before RoPE.
+        """
+        if self._pending is not None:
+            if tokens.first != self._pending.first + self._pending.num_tokens:
+                raise ShapeError(
+                    f"tokens from {tokens.first} on do not follow {self._pending.first + self._pending.num_tokens - 1}"
+                )
+            tokens = self._pending.followed_by(tokens)
+        units = tuple(self._segmenter.cut(tokens, is_end=is_end))
+        taken = units[0].num_tokens
+        if taken:
+            self._index(tokens.part(0, taken), units)
+        self._pending = tokens.part(taken, tokens.num_tokens)
+
+    def select(self, query: LayerQuery, budget_tokens: int, end: int | None = None) -> Selection:
+        """Choose what to read for a forward.
+
+        Args:
+            query: its queries.
+            budget_tokens: most tokens to read, per KV head.
+            end: units that hold a token from here on are not chosen: they are attended to anyway. None for all.
+        """
+        scores = self.score(query)
+        if end is not None:
+            scores = scores.masked_fill(self.table.ends > end, float("-inf"))
+        sizes = self.table.sizes if scores.shape[0] == self._kv_heads else self.table.sizes[:1]
+        chosen = self._policy.selector.select(scores, sizes.expand_as(scores), budget_tokens)
+        estimated: tuple[Tensor, ...] = ()
+        if self._policy.estimated_share:
+            estimated = self._next_best(scores.masked_fill(chosen, float("-inf")))
+        units = tuple(row.nonzero()[:, 0] for row in chosen)
+        return Selection(self.table.tokens_of(units), units, scores, estimated)
+
+    def score(self, query: LayerQuery) -> Tensor:
+        """Fused scores of all units: `[kv_heads, num_units]`, or `[1, num_units]` where heads select together."""
+        scores = []
+        for view, index in zip(self._policy.views, self._indices, strict=True):
+            num_asking = query.query.shape[2] if view.pool is Pool.EACH else 1
+            scores.append(view.agree(index.scores(view.lifted(query)), num_asking, self._scale))
+        return self._policy.fusion.fuse(scores)
+
+    def _index(self, tokens: LayerTokens, units: tuple[Units, ...]) -> None:
+        for view, index in zip(self._policy.views, self._indices, strict=True):
+            index.add(view.summaries(tokens, units))
+        self.table.add(units)
+
+    def _next_best(self, scores: Tensor) -> tuple[Tensor, ...]:
+        count = min(round(self._policy.estimated_share * scores.shape[1]), scores.shape[1])
+        best = scores.topk(count, dim=1)
+        found = [row[value.isfinite()].sort().values for row, value in zip(best.indices, best.values, strict=True)]
+        return tuple(found) if len(found) == self._kv_heads else tuple(found * self._kv_heads)

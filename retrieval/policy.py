@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A policy: a named composition of strategies. What does not fit together is refused when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvstore.errors import ConfigError
+from kvstore.retrieval.fusion import Fusion, ReciprocalRank
+from kvstore.retrieval.positions import PositionPolicy
+from kvstore.retrieval.retention.retention import Retention
+from kvstore.retrieval.selectors.budget import Selector, TokenBudget
+from kvstore.retrieval.tokens import Space
+from kvstore.retrieval.triggers.trigger import OncePerQuestion, Trigger
+from kvstore.retrieval.units import Segmenter
+from kvstore.retrieval.view import View
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What of a stream is read, when, and where it is placed.
+
+    Args:
+        name: what users type.
+        source: the paper, or our own measurement.
+        segmenter: how tokens are cut into units; None for a policy that retrieves nothing.
+        views: how units are looked at; several are fused.
+        fusion: of the views.
+        selector: which units a score earns a place.
+        trigger: when units are selected anew.
+        position: where they are placed.
+        retention: what is left out of a block before it is stored; None keeps everything.
+        estimated_share: of the units, those next in order whose attention is estimated from their mean key and the sum
+            of their values instead of read (RetroInfer, arXiv:2505.02922).
+        full_layers: first layers that attend to everything, because attention is not sparse there.
+        recent_tokens: tokens of the stream's end that a question always attends to.
+        retrieves_while_appending: whether a forward that appends also looks beyond its window.
+
+    Raises:
+        ConfigError: the parts do not fit each other.
+    """
+
+    name: str
+    source: str
+    segmenter: Segmenter | None = None
+    views: tuple[View, ...] = ()
+    fusion: Fusion = field(default_factory=ReciprocalRank)
+    selector: Selector = field(default_factory=TokenBudget)
+    trigger: Trigger = field(default_factory=OncePerQuestion)
+    position: PositionPolicy = PositionPolicy.ORIGINAL
+    retention: Retention | None = None
+    estimated_share: float = 0.0
+    full_layers: int = 0
+    recent_tokens: int = 0
+    retrieves_while_appending: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.segmenter is None) != (not self.views):
+            raise ConfigError(f"policy {self.name}: it has units without views of them, or views without units")
+        is_moved = self.position is not PositionPolicy.ORIGINAL
+        if is_moved and any(view.space is Space.ROTATED for view in self.views):
+            raise ConfigError(
+                f"policy {self.name}: it scores keys at their original positions and reads them at others "
+                f"({self.position}), where attention is not what the score says; compare them in the plain space, or "
+                "leave them where they are"
+            )
+        if self.estimated_share and is_moved:
+            raise ConfigError(f"policy {self.name}: attention is estimated at original positions, not {self.position}")
+        if not 0 <= self.estimated_share < 1:
+            raise ConfigError(f"policy {self.name}: estimated_share is {self.estimated_share}; it must be 0 to below 1")
+        for name in ("full_layers", "recent_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"policy {self.name}: {name} is {getattr(self, name)}; it must not be negative")

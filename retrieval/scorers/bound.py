@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The largest inner product that a key inside a box can have with a query, as one inner product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Lifts `q` to `[max(q, 0) | min(q, 0)]`, to be met with `[upper | lower]` sides of a box.
+
+    The inner product is `sum_i max(q_i upper_i, q_i lower_i)`, because each term takes the side that its sign wants; so
+    a sum over queries is one inner product, too.
+
+    Source: Quest (arXiv:2406.10774), its score; the lift is ours.
+    """
+
+    def lift(self, queries: Tensor) -> Tensor:
+        """See `Scorer`."""
+        return torch.cat([queries.clamp_min(0), queries.clamp_max(0)], dim=-1)

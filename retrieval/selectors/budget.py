@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selectors: which units a score earns a place, and the simplest one: the best, as many as fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Selector(Protocol):
+    """Says which units are read."""
+
+    def select(self, scores: Tensor, sizes: Tensor, budget_tokens: int) -> Tensor:
+        """Choose units, in each partition by itself or over all of them.
+
+        Args:
+            scores: [num_partitions, num_units] float32, larger is better; -inf for units that may not be chosen.
+            sizes: [num_partitions, num_units] int64: tokens of each.
+            budget_tokens: most tokens to read, on average over the partitions; 0 chooses nothing.
+
+        Returns:
+            [num_partitions, num_units] bool.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBudget:
+    """The best units of each partition, in order of score, until the next one would not fit.
+
+    The best unit is taken even when it alone exceeds the budget, so that no question goes unanswered for want of room.
+    """
+
+    def select(self, scores: Tensor, sizes: Tensor, budget_tokens: int) -> Tensor:
+        """See `Selector`."""
+        chosen = torch.zeros_like(scores, dtype=torch.bool)
+        if budget_tokens <= 0 or scores.shape[1] == 0:
+            return chosen
+        most = min(scores.shape[1], max(1, budget_tokens // int(sizes.min())))
+        best = scores.topk(most, dim=1)
+        fits = sizes.gather(1, best.indices).cumsum(1) <= budget_tokens
+        fits[:, 0] = True
+        return chosen.scatter_(1, best.indices, fits & best.values.isfinite())
