@@ -18,7 +18,7 @@ import torch
 from harness import Report, check, options
 from kvstore.config import Access, Durability
 from kvstore.layout import BlockLayout
-from kvstore.retrieval.session_policies import policy_named
+from kvstore.retrieval.registry import policy_named
 from kvstore.session.session import Session
 from kvstore.session.view import SessionConfig
 from kvstore.spec import ModelSpec, chain_key

@@ -13,10 +13,11 @@ from harness import Report, alternate, check, options
 from kvstore.kernels.reference import best_similarity
 from kvstore.retrieval.index.faiss_index import FaissIndex, is_faiss_installed
 from kvstore.retrieval.index.flat import FlatIndex, SummaryIndex
-from kvstore.retrieval.maxsim import HITS_PER_TOKEN, MaxSimScorer, scored_layers
+from kvstore.retrieval.maxsim import LateInteraction, MaxSimScorer
 from real_kv import add_options, corpus
 
 QUESTION_TOKENS = 12
+RULE = LateInteraction()
 NUM_QUESTIONS = 8
 TOP = 5
 JITTER = 0.3
@@ -53,7 +54,7 @@ def exact_scores(question: Tensor, blocks: list[Tensor], mean: Tensor) -> Tensor
         torch.nn.functional.normalize(part - mean, dim=-1).flatten(1) for part in (torch.cat(blocks), question)
     )
     row_starts = torch.tensor([0, *(len(block) for block in blocks)]).cumsum(0).int()
-    floor = (asked @ rows.T).topk(min(HITS_PER_TOKEN, len(rows)), dim=1).values[:, -1:]
+    floor = (asked @ rows.T).topk(min(RULE.hits_per_token, len(rows)), dim=1).values[:, -1:]
     return (best_similarity(asked, rows, row_starts) - floor).clamp_min(0).sum(dim=0)
 
 
@@ -66,7 +67,7 @@ def main() -> None:
         import faiss  # its OpenMP threads are set apart from torch's
 
         faiss.omp_set_num_threads(settings.threads)
-    layers = list(scored_layers(kv.layout.spec.num_layers))
+    layers = list(RULE.layers(kv.layout.spec.num_layers))
     keys = [
         kv.layout.keys(slot)[layers, :, :count].permute(2, 0, 1, 3).flatten(2).float()
         for slot, count in zip(kv.slots, kv.num_tokens, strict=True)
@@ -79,7 +80,9 @@ def main() -> None:
     for size in sizes:
         blocks = grown(keys, size)
         questions = questions_from(blocks)
-        scorers = {name: MaxSimScorer(make(blocks[0][0].numel()), mean) for name, make in makers.items()}
+        scorers = {
+            name: MaxSimScorer(make(blocks[0][0].numel()), mean, RULE.hits_per_token) for name, make in makers.items()
+        }
         for scorer in scorers.values():
             scorer.add(enumerate(blocks))
         case = {"blocks": size, "tokens": sum(len(block) for block in blocks), "question_tokens": QUESTION_TOKENS}

@@ -17,7 +17,7 @@ from harness import MIN_ITERATIONS, WARM_UPS, Report, Timing, check, options
 from kvstore.engines.anatomy import decoder_of
 from kvstore.engines.loading import LanguageModel
 from kvstore.engines.transformers import attach
-from kvstore.retrieval.session_policies import policy_named
+from kvstore.retrieval.registry import policy_named
 from kvstore.session.session import Session
 from kvstore.video.model import load
 from real_kv import add_options, scratch_session, text_ids

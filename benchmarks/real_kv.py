@@ -22,7 +22,8 @@ from kvstore.engines.anatomy import decoder_of, position_rows, rotation_of, spec
 from kvstore.engines.loading import LanguageModel
 from kvstore.engines.transformers import attach
 from kvstore.layout import BlockLayout
-from kvstore.retrieval.session_policies import Policy, policy_named
+from kvstore.retrieval.policy import Policy
+from kvstore.retrieval.registry import policy_named
 from kvstore.session.session import Session
 from kvstore.session.view import SessionConfig
 from kvstore.store import Access, Durability, FetchRequest, Outcome, Store, StreamHeader

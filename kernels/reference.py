@@ -14,7 +14,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, 
         query: [batch, num_heads, num_queries, key_dim].
         keys: [batch, kv_heads, num_keys, key_dim]; num_heads is a multiple of kv_heads.
         values: [batch, kv_heads, num_keys, value_dim].
-        mask: [batch or 1, 1, num_queries, num_keys] bool, True where a query may look; None lets every query see all.
+        mask: [batch or 1, 1 or num_heads, num_queries, num_keys] bool, True where a query may look, or of the query's
+            dtype, added to the logits; None lets every query see all.
         scale: multiplies the logits.
 
     Returns:
@@ -56,7 +57,8 @@ def attend_two_parts(
     near = _logits(query, keys[:, :, num_far:], groups)
     logits = torch.cat([far, near], dim=-1) * scale
     if mask is not None:
-        logits = logits.masked_fill(~mask[:, :, None], float("-inf"))
+        grouped = mask.unflatten(1, (-1, groups)) if mask.shape[1] > 1 else mask[:, :, None]
+        logits = logits.masked_fill(~grouped, float("-inf")) if mask.dtype is torch.bool else logits + grouped
     weights = logits.softmax(dim=-1)
     out = torch.einsum("bkgqm,bkmd->bkgqd", weights, values.float())
     return out.flatten(1, 2).to(values.dtype)
@@ -69,7 +71,7 @@ def received_mass(query: Tensor, keys: Tensor, *, num_received: int, mask: Tenso
         query: [1, num_heads, num_queries, key_dim].
         keys: [1, kv_heads, num_keys, key_dim].
         num_received: keys, counted from the end, to report.
-        mask: as in `attend`.
+        mask: as in `attend`, bool.
         scale: multiplies the logits.
 
     Returns:
@@ -81,7 +83,9 @@ def received_mass(query: Tensor, keys: Tensor, *, num_received: int, mask: Tenso
     )  # a group's heads follow each other: one product per KV head
     logits = torch.bmm(folded, keys[0].transpose(1, 2)).float().mul_(scale)
     if mask is not None:
-        logits = logits.view(kv_heads, -1, num_queries, keys.shape[2]).masked_fill_(~mask, float("-inf")).flatten(1, 2)
+        allowed = mask[0].unflatten(0, (kv_heads, -1)) if mask.shape[1] > 1 else mask
+        logits = logits.view(kv_heads, -1, num_queries, keys.shape[2])
+        logits = logits.masked_fill_(~allowed, float("-inf")).flatten(1, 2)
     return logits.softmax(dim=-1)[..., keys.shape[2] - num_received :].sum(dim=1)
 
 

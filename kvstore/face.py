@@ -16,7 +16,7 @@ from kvstore.codec import Profile
 from kvstore.config import Access, Durability
 from kvstore.errors import SpecMismatchError, StreamNotFoundError
 from kvstore.layout import BlockLayout
-from kvstore.retrieval.session_policies import policy_named
+from kvstore.retrieval.registry import policy_named
 from kvstore.session.stream import Stream
 from kvstore.session.view import SessionConfig
 from kvstore.spec import BlockKey, ModelSpec

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,23 +12,31 @@ from torch import Tensor
 from kvstore.retrieval.index.flat import SummaryIndex
 from kvstore.retrieval.selection import Ranking
 
-DEPTHS = (1 / 30, 9 / 30)
-"""Depths, as fractions of the layers, whose keys are compared: one near the words, one that has seen the sentence."""
 
-HITS_PER_TOKEN = 256
-"""Nearest tokens taken per question token. The last of them is the floor that weighs the others: a word that stands in
-every block has 256 perfect hits and so adds nothing, as an inverse document frequency would have it."""
+@dataclass(frozen=True, slots=True)
+class LateInteraction:
+    """One ranking of blocks for all layers, by a pass over the question of its own.
 
+    Args:
+        depths: of the layers whose keys are compared, as fractions of all: one near the words, one that has seen the
+            sentence.
+        hits_per_token: nearest tokens taken per question token. The last of them is the floor that weighs the others: a
+            word that stands in every block has as many perfect hits and so adds nothing, as an inverse document
+            frequency would have it.
+    """
 
-def scored_layers(num_layers: int) -> tuple[int, ...]:
-    """Layers whose keys are kept and compared, ascending, without repeats."""
-    return tuple(sorted({min(round(depth * num_layers), num_layers - 1) for depth in DEPTHS}))
+    depths: tuple[float, ...] = (1 / 30, 9 / 30)
+    hits_per_token: int = 256
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers whose keys are kept and compared, ascending, without repeats."""
+        return tuple(sorted({min(round(depth * num_layers), num_layers - 1) for depth in self.depths}))
 
 
 class MaxSimScorer:
     """Scores blocks by their tokens' best matches with each question token.
 
-    For each question token the `HITS_PER_TOKEN` nearest stream tokens are found; a block earns the similarity of its
+    For each question token the `hits_per_token` nearest stream tokens are found; a block earns the similarity of its
     best token above that of the farthest hit. Sums over question tokens rank the blocks.
 
     Source: ColBERT (arXiv:2004.12832), MaxSim; here between a language model's own pre-RoPE keys, centred per layer, so
@@ -36,10 +45,12 @@ class MaxSimScorer:
     Args:
         index: an index over `[num_parts * part_dim]` rows.
         mean: [num_parts, part_dim] float32: mean key per compared layer, removed before directions are compared.
+        hits_per_token: see `LateInteraction`.
     """
 
-    def __init__(self, index: SummaryIndex, mean: Tensor) -> None:
+    def __init__(self, index: SummaryIndex, mean: Tensor, hits_per_token: int) -> None:
         self._index = index
+        self._hits_per_token = hits_per_token
         self._mean = mean
         self._block_of_row: list[Tensor] = []
 
@@ -61,7 +72,7 @@ class MaxSimScorer:
         """
         scores = torch.zeros(num_blocks)
         if self._index.num_rows and question.shape[0]:
-            similarity, rows = self._index.search(self._directions(question), HITS_PER_TOKEN)
+            similarity, rows = self._index.search(self._directions(question), self._hits_per_token)
             above = similarity - similarity[:, -1:]
             blocks = torch.cat(self._block_of_row)[rows].long()
             best = torch.zeros(question.shape[0], num_blocks)

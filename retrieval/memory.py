@@ -67,23 +67,36 @@ class LayerMemory:
         """Tokens that are in no unit yet: nothing selects them, so whoever added them attends to them himself."""
         return self._pending.num_tokens if self._pending is not None else 0
 
+    @property
+    def next_token(self) -> int | None:
+        """Number of the token that follows what is pending; None where nothing is."""
+        return self._pending.first + self._pending.num_tokens if self.num_pending and self._pending else None
+
     def add(self, tokens: LayerTokens, *, is_end: bool = False) -> None:
         """Take in the next tokens of the stream.
 
         Args:
             tokens: any number of them; what the segmenter leaves is kept until more come.
-            is_end: cut all there is: no more are to come for now.
+            is_end: cut all there is, as `close` does.
 
         Raises:
-            ShapeError: they do not follow those before.
+            ShapeError: they do not follow those that are pending.
             ConfigError: keys are stored rotated, and a view compares them before RoPE.
         """
-        if self._pending is not None:
+        if self._pending is not None and self._pending.num_tokens:
             if tokens.first != self._pending.first + self._pending.num_tokens:
                 raise ShapeError(
                     f"tokens from {tokens.first} on do not follow {self._pending.first + self._pending.num_tokens - 1}"
                 )
             tokens = self._pending.followed_by(tokens)
+        self._cut(tokens, is_end=is_end)
+
+    def close(self) -> None:
+        """Cut all that is pending into units: what follows, if anything, is parted from it."""
+        if self._pending is not None and self._pending.num_tokens:
+            self._cut(self._pending, is_end=True)
+
+    def _cut(self, tokens: LayerTokens, *, is_end: bool) -> None:
         units = tuple(self._segmenter.cut(tokens, is_end=is_end))
         taken = units[0].num_tokens
         if taken:

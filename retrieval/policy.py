@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from kvstore.errors import ConfigError
 from kvstore.retrieval.fusion import Fusion, ReciprocalRank
+from kvstore.retrieval.maxsim import LateInteraction
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.retention.retention import Retention
 from kvstore.retrieval.selectors.budget import Selector, TokenBudget
@@ -25,6 +26,7 @@ class Policy:
         source: the paper, or our own measurement.
         segmenter: how tokens are cut into units; None for a policy that retrieves nothing.
         views: how units are looked at; several are fused.
+        late: ranks whole blocks for all layers instead, by a pass over the question.
         fusion: of the views.
         selector: which units a score earns a place.
         trigger: when units are selected anew.
@@ -35,6 +37,8 @@ class Policy:
         full_layers: first layers that attend to everything, because attention is not sparse there.
         recent_tokens: tokens of the stream's end that a question always attends to.
         retrieves_while_appending: whether a forward that appends also looks beyond its window.
+        beyond: what takes its place once a stream is longer than the model was trained for, where original positions
+            mean nothing to it; None keeps to this one.
 
     Raises:
         ConfigError: the parts do not fit each other.
@@ -44,6 +48,7 @@ class Policy:
     source: str
     segmenter: Segmenter | None = None
     views: tuple[View, ...] = ()
+    late: LateInteraction | None = None
     fusion: Fusion = field(default_factory=ReciprocalRank)
     selector: Selector = field(default_factory=TokenBudget)
     trigger: Trigger = field(default_factory=OncePerQuestion)
@@ -53,10 +58,18 @@ class Policy:
     full_layers: int = 0
     recent_tokens: int = 0
     retrieves_while_appending: bool = False
+    beyond: Policy | None = None
 
     def __post_init__(self) -> None:
         if (self.segmenter is None) != (not self.views):
             raise ConfigError(f"policy {self.name}: it has units without views of them, or views without units")
+        if self.late is not None and (self.views or not isinstance(self.trigger, OncePerQuestion)):
+            raise ConfigError(
+                f"policy {self.name}: one ranking for all layers needs a pass over the question: it goes with neither "
+                "views nor another trigger than once per question"
+            )
+        if self.late is not None and self.retrieves_while_appending:
+            raise ConfigError(f"policy {self.name}: what is appended asks no question to rank blocks by")
         is_moved = self.position is not PositionPolicy.ORIGINAL
         if is_moved and any(view.space is Space.ROTATED for view in self.views):
             raise ConfigError(
@@ -68,6 +81,13 @@ class Policy:
             raise ConfigError(f"policy {self.name}: attention is estimated at original positions, not {self.position}")
         if not 0 <= self.estimated_share < 1:
             raise ConfigError(f"policy {self.name}: estimated_share is {self.estimated_share}; it must be 0 to below 1")
+        if self.beyond is not None and (self.retrieves_while_appending or self.beyond.retrieves_while_appending):
+            raise ConfigError(f"policy {self.name}: what is appended must not depend on the stream's length")
         for name in ("full_layers", "recent_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"policy {self.name}: {name} is {getattr(self, name)}; it must not be negative")
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether it looks beyond sinks and window at all."""
+        return self.late is not None or bool(self.views)

@@ -13,10 +13,10 @@ from kvstore.errors import ShapeError
 from kvstore.extras import faiss_distribution
 from kvstore.retrieval.index.faiss_index import FaissIndex
 from kvstore.retrieval.index.flat import FlatIndex, SummaryIndex
-from kvstore.retrieval.maxsim import HITS_PER_TOKEN, MaxSimScorer, scored_layers
-from kvstore.retrieval.mean_query import MeanQueryScorer
+from kvstore.retrieval.maxsim import LateInteraction, MaxSimScorer
 from kvstore.retrieval.selection import Ranking
 
+HITS = LateInteraction().hits_per_token
 DIM = 48
 needs_faiss = pytest.mark.skipif(faiss_distribution() is None, reason="FAISS is not installed")
 KINDS = [FlatIndex, pytest.param(FaissIndex, marks=needs_faiss)]
@@ -95,17 +95,18 @@ def test_a_range_is_not_learnt_from_the_first_row() -> None:
 
 
 def test_scored_layers_are_ascending_and_fit() -> None:
-    assert scored_layers(1) == (0,)
-    assert scored_layers(30) == (1, 9)
+    rule = LateInteraction()
+    assert rule.layers(1) == (0,)
+    assert rule.layers(30) == (1, 9)
     for num_layers in range(1, 100):
-        layers = scored_layers(num_layers)
+        layers = rule.layers(num_layers)
         assert list(layers) == sorted(set(layers))
         assert layers[-1] < num_layers
 
 
 def scorer(make: Make = FlatIndex) -> MaxSimScorer:
     """Two parts of 24 elements, mean zero."""
-    return MaxSimScorer(make(DIM), torch.zeros(2, 24))
+    return MaxSimScorer(make(DIM), torch.zeros(2, 24), HITS)
 
 
 def tokens(count: int, seed: int) -> Tensor:
@@ -130,7 +131,7 @@ def test_a_planted_echo_wins(make: Make) -> None:
 
 def test_a_word_in_every_block_adds_nothing() -> None:
     common, rare = tokens(1, seed=1000), tokens(1, seed=2000)
-    blocks = [torch.cat([common, tokens(3, seed=block)]) for block in range(HITS_PER_TOKEN + 10)]
+    blocks = [torch.cat([common, tokens(3, seed=block)]) for block in range(HITS + 10)]
     blocks[40] = torch.cat([blocks[40], rare])
     ranked = scorer()
     ranked.add(enumerate(blocks))
@@ -154,26 +155,6 @@ def test_empty_and_missing_blocks_rank_last_with_zero() -> None:
         0.0
     }
     assert ranked.rank(tokens(6, 5)[:0], 4).scores.tolist() == [0.0] * 4
-
-
-@pytest.mark.parametrize("num_tokens", [1, 5])
-def test_mean_query_ranks_as_repeated_heads_do(num_tokens: int) -> None:
-    generator = torch.Generator().manual_seed(1)
-    heads, groups, dim, blocks = 3, 4, 16, 50
-    vectors = torch.randn(blocks, heads, dim, generator=generator).half().float()  # as the index keeps them
-    queries = torch.randn(heads, groups, num_tokens, dim, generator=generator)
-    ranked = MeanQueryScorer(FlatIndex(heads * dim))
-    assert ranked.rank(queries, 10).blocks.tolist() == []
-    ranked.add([], torch.empty(0, heads * dim))
-    ranked.add(list(range(100, 100 + blocks)), vectors.flatten(1))
-    ranking = ranked.rank(queries, 1000)
-    repeated = vectors.repeat_interleave(groups, 1)
-    each = torch.einsum("bhd,htd->bt", repeated, queries.flatten(0, 1)).mean(dim=1)
-    assert (ranking.blocks - 100).tolist() == each.argsort(descending=True).tolist()
-    assert len(ranked.rank(queries, 7).blocks) == 7
-    early = ranking.before(120)
-    assert early.blocks.tolist() == [block for block in ranking.blocks.tolist() if block < 120]
-    assert torch.all(early.scores[:-1] >= early.scores[1:])
 
 
 def test_equal_scores_keep_the_older_block_first() -> None:

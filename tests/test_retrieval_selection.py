@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kvstore.errors import ConfigError
 from kvstore.retrieval.positions import PositionPolicy, place
+from kvstore.retrieval.registry import policies, policy_named
 from kvstore.retrieval.selection import Ranking, select
-from kvstore.retrieval.session_policies import DEFAULT_POLICY, POLICIES, Scope, Searched, Trigger, policy_named
+from kvstore.retrieval.triggers.trigger import EveryStep
 from tests.tiny_models import policy
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=30)
@@ -89,21 +90,24 @@ def test_closing_up_keeps_the_grid_of_a_picture() -> None:
 
 
 def test_policies_by_name() -> None:
-    assert policy_named("auto") is POLICIES[DEFAULT_POLICY]
-    assert all(policy_named(name).name == name for name in POLICIES)
+    assert {"auto", "infllm", "maxsim", "quest", "rekv", "streaming_llm"} <= set(policies())
+    assert all(policy_named(name).name == name and policy_named(name).source for name in policies())
     with pytest.raises(ConfigError, match=r"no policy named 'best'.*maxsim"):
         policy_named("best")
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("name", "changes", "reason"),
     [
-        {"scope": Scope.STREAM, "trigger": Trigger.STEP},
-        {"searched": Searched.TOKEN_KEY, "scope": Scope.LAYER},
-        {"recent_tokens": -1},
+        ("maxsim", {"trigger": EveryStep()}, "needs a pass over the question"),
+        ("maxsim", {"retrieves_while_appending": True}, "asks no question"),
+        ("quest", {"position": PositionPolicy.CONSECUTIVE}, "attention is not what the score says"),
+        ("quest", {"views": ()}, "without views"),
+        ("quest", {"estimated_share": 1.0}, "0 to below 1"),
+        ("rekv", {"recent_tokens": -1}, "must not be negative"),
+        ("rekv", {"estimated_share": 0.2}, "at original positions"),
     ],
-    ids=str,
 )
-def test_parts_that_do_not_fit_are_refused(changes: dict[str, object]) -> None:
-    with pytest.raises(ConfigError):
-        policy("rekv", **changes)
+def test_parts_that_do_not_fit_are_refused(name: str, changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        policy(name, **changes)

@@ -7,23 +7,15 @@ import pytest
 import torch
 
 from kvstore.errors import CorruptRecordError
-from kvstore.retrieval.summary import (
-    Summary,
-    SummaryKind,
-    mean_keys,
-    received_keys,
-)
-
-KEYS = torch.randn(3, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+from kvstore.retrieval.summary import Summary, SummaryKind, received_of, summarise
 
 
 def small() -> Summary:
     """A summary with a section of every kind."""
     return Summary(
         {
-            SummaryKind.MEAN_KEY: mean_keys(KEYS)[:, :2].contiguous(),
+            SummaryKind.RECEIVED: torch.arange(96, dtype=torch.uint8).view(6, 16),
             SummaryKind.POSITION: torch.arange(6, dtype=torch.int32).view(3, 2),
-            SummaryKind.RECEIVED_KEY: torch.empty(0, 4, dtype=torch.float16),
         }
     )
 
@@ -70,21 +62,26 @@ def test_unknown_sections_are_skipped() -> None:
     assert list(Summary.from_bytes(bytes(data)).parts) == list(summary.parts)[1:]
 
 
-def test_mean_is_the_mean() -> None:
-    assert torch.allclose(mean_keys(KEYS).float(), KEYS.mean(dim=2).flatten(1), atol=1e-3)
+def test_received_attention_is_kept_within_a_fortieth() -> None:
+    received = torch.logspace(-3.3, 1.1, 3 * 2 * 50).view(3, 2, 50)
+    again = received_of(summarise(torch.arange(50)[None], received), received.shape)
+    assert ((again - received).abs() <= received / 40).all()
 
 
-def test_received_keys_take_the_most_looked_at() -> None:
-    received = torch.zeros(3, 2, 5)
-    received[0, 0, 1] = received[0, 1, 4] = 1.0
-    had = received_keys(KEYS, received, top=1)[0].float()
-    assert torch.allclose(had, torch.cat([KEYS[0, 0, 1], KEYS[0, 1, 4]]), atol=1e-3)
-    everything = received_keys(KEYS, received, top=99)
-    assert torch.equal(everything, mean_keys(KEYS))
+def test_no_attention_and_too_much_stay_what_they_are() -> None:
+    received = torch.tensor([0.0, 1e-30, 1e30]).view(1, 1, 3)
+    again = received_of(summarise(torch.arange(3)[None], received), received.shape)
+    assert again[0, 0, :2].tolist() == [0.0, 0.0]
+    assert again[0, 0, 2] > 16
 
 
-@pytest.mark.parametrize("factor", [0.0, 1e-9, 1e5, 1e9])
-def test_extreme_keys_stay_finite(factor: float) -> None:
-    keys = KEYS * factor
-    for part in (mean_keys(keys), received_keys(keys, torch.rand(3, 2, 5))):
-        assert part.isfinite().all()
+@pytest.mark.parametrize("data", [b"", b"nothing of the kind", summarise(torch.arange(4)[None], torch.ones(3, 2, 4))])
+def test_unusable_received_attention_is_none(data: bytes) -> None:
+    assert received_of(data, (3, 2, 5)).tolist() == torch.zeros(3, 2, 5).tolist()
+
+
+def test_positions_are_stored_where_they_cannot_be_told() -> None:
+    received = torch.ones(1, 1, 4)
+    assert SummaryKind.POSITION not in Summary.from_bytes(summarise(torch.arange(7, 11)[None], received)).parts
+    grid = torch.arange(12).view(3, 4)
+    assert torch.equal(Summary.from_bytes(summarise(grid, received)).parts[SummaryKind.POSITION].long(), grid)

@@ -60,7 +60,8 @@ def test_a_lost_block_is_named_and_the_rest_answers(
     def losing(self: Store, requests: list[FetchRequest], timeout_s: float | None = None) -> FetchReport:
         report = fetch(self, requests, timeout_s)
         for number, request in enumerate(requests):
-            is_search = name == "maxsim" and request.layers is not None and len(request.layers) == 1
+            # One list for all layers is read whole and found by single layers; a list for each, the other way round.
+            is_search = (name == "maxsim") == (request.layers is not None)
             if request.key == key and not is_search:
                 request.slot.fill_(255)
                 report.outcomes[number] = outcome
@@ -115,9 +116,7 @@ def test_an_answer_without_a_block_is_as_if_it_had_not_been_chosen(
 
 
 @pytest.mark.parametrize("damage", [None, b"", b"KVS0", b"x" * 40])
-def test_a_damaged_summary_hides_its_block_only(
-    damage: bytes | None, filled: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_summary_hides_nothing(damage: bytes | None, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     summaries = Store.summaries
 
@@ -129,9 +128,8 @@ def test_a_damaged_summary_hides_its_block_only(
     config = settings(policy("rekv"), window=16, sinks=4, budget=1000)
     with attached_stream(filled, model, config, Access.READ) as attached:
         cache = attached.question(PROMPT)
-        assert sorted(span.first_token for span in attached.last.spans if span.is_attended)
-        assert 5 * BLOCK_TOKENS not in {span.first_token for span in attached.last.spans}
-        assert list(attached.session.view.retriever.damaged) == [5]
+        assert not attached.session.view.damaged
+        assert attached.last.num_attended_tokens == STREAM.shape[1]
         assert model(PROMPT, past_key_values=cache).logits.isfinite().all()
 
 
@@ -154,7 +152,7 @@ def test_a_block_whose_keys_cannot_be_read_is_named_and_the_others_are_found(
     with attached_stream(filled, model, CONFIG, Access.READ) as attached:
         cache = attached.question(STREAM[:, 64:72])
         assert attached.last.spans[0].first_token == 64
-        assert attached.session.view.retriever.damaged == {5: "its first plane is torn"}
+        assert attached.session.view.damaged == {5: "its first plane is torn"}
         assert model(PROMPT, past_key_values=cache).logits.isfinite().all()
 
 
@@ -182,7 +180,7 @@ def test_a_full_pool_is_reported_and_nothing_stays_pinned(filled: Path) -> None:
     config = settings(policy("maxsim"), window=16, sinks=4, budget=1000)
     with attached_stream(filled, model, config, Access.READ) as attached:
         pool, residency = attached.session.view.residency.pool, attached.session.view.residency
-        attached.question(PROMPT)
+        wanted = model(PROMPT, past_key_values=attached.question(PROMPT)).logits
         taken = [slot for _ in range(pool.num_slots) if (slot := pool.allocate()) is not None]
         held = [entry.key for entry in attached.session.view.entries[:6]]
         for key in list(residency._places)[:9]:
@@ -191,12 +189,16 @@ def test_a_full_pool_is_reported_and_nothing_stays_pinned(filled: Path) -> None:
         for key in [key for key in residency._places if key not in held]:
             pool.free(residency._places.pop(key).slot_idx)
             taken.append(pool.allocate() or 0)
+        assert torch.equal(model(PROMPT, past_key_values=attached.question(PROMPT)).logits, wanted), "in several turns"
+        while (key := next(iter(residency._places), None)) is not None:
+            pool.free(residency._places.pop(key).slot_idx)
+            taken.append(pool.allocate() or 0)
         with pytest.raises(CapacityError, match="raise device_nbytes"):
             attached.question(PROMPT)
-        assert {place.pins for place in residency._places.values()} == {0}
+        assert not residency._places
         for slot in taken[:8]:
             pool.free(slot)
-        assert model(PROMPT, past_key_values=attached.question(PROMPT)).logits.isfinite().all()
+        assert torch.equal(model(PROMPT, past_key_values=attached.question(PROMPT)).logits, wanted)
         assert {place.pins for place in residency._places.values()} == {0}
 
 

@@ -12,20 +12,23 @@ import torch
 from torch import Tensor
 
 from kvstore.engines.transformers import Attached
+from kvstore.retrieval.positions import PositionPolicy
 from kvstore.session.branch import Branch
-from kvstore.store import Access, Entry, FetchRequest
+from kvstore.session.past import Reading
+from kvstore.store import Access, FetchRequest
 from tests.tiny_models import BLOCK_TOKENS, attached_stream, make_model, policy, settings, token_ids
 
 STREAM = token_ids(160)
 PROMPT = token_ids(11, seed=5)
 WINDOW = 24
+BUDGET = 4 * BLOCK_TOKENS
 
 
 @dataclass
 class Choices:
-    """What a branch chose, by layer; the last choice counts."""
+    """What a branch attends to: token numbers by layer, one list for each KV head; the last choice counts."""
 
-    by_layer: dict[int, list[int]] = field(default_factory=dict)
+    by_layer: dict[int, list[list[int]]] = field(default_factory=dict)
 
 
 @pytest.fixture
@@ -34,89 +37,95 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> Choices:
     seen = Choices()
     attend_to = Branch._attend_to
 
-    def recording(
-        self: Branch, attending: Any, chosen: list[Entry], near: list[Entry], layers: range
-    ) -> frozenset[int]:
+    def recording(self: Branch, attending: Any, reading: Reading, layers: range) -> frozenset[int]:
         if attending is self:
-            blocks = {entry.index for entry in (*self._sinks, *chosen, *near)}
-            assert len(blocks) == len(self._sinks) + len(chosen) + len(near)
+            lists = [[*far.tolist(), *reading.near.tolist()] for far in reading.far]
+            assert all(len(set(tokens)) == len(tokens) for tokens in lists), "a token is attended once"
             for layer in layers:
-                seen.by_layer[layer] = sorted(blocks)
-        return attend_to(self, attending, chosen, near, layers)
+                seen.by_layer[layer] = lists * (2 // len(lists))
+        return attend_to(self, attending, reading, layers)
 
     monkeypatch.setattr(Branch, "_attend_to", recording)
     return seen
 
 
-def stored(attached: Attached, index: int, layer: int) -> tuple[Tensor, Tensor]:
-    """Keys and values `[kv_heads, tokens, dim]` of a block, from the store."""
+def stored(attached: Attached, layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values `[kv_heads, tokens, dim]` of the whole stream in one layer, from the store."""
     view, layout = attached.session.view, attached.session.view.layout
-    entry = view.entries[index]
-    slot = torch.zeros(layout.slot_nbytes, dtype=torch.uint8)
-    view.store.fetch([FetchRequest(entry.key, slot, None)])
-    return layout.keys(slot)[layer, :, : entry.num_tokens], layout.values(slot)[layer, :, : entry.num_tokens]
+    slots = torch.zeros(len(view.entries), layout.slot_nbytes, dtype=torch.uint8)
+    view.store.fetch([FetchRequest(entry.key, slot, None) for entry, slot in zip(view.entries, slots, strict=True)])
+    sizes = [entry.num_tokens for entry in view.entries]
+    keys, values = (
+        torch.cat([plane[layer, :, :size] for plane, size in zip(planes, sizes, strict=True)], dim=1)
+        for planes in (layout.keys(slots), layout.values(slots))
+    )
+    return keys, values
 
 
-def oracle(attached: Attached, choices: Choices, ids: Tensor, *, num_near: int, far: int | None) -> Tensor:
-    """Logits of a prompt that sees the chosen blocks only.
+def oracle(attached: Attached, choices: Choices, ids: Tensor, *, num_near: int, far: int | None = None) -> Tensor:
+    """Logits of a prompt that sees the chosen tokens only, KV head by KV head.
 
     Args:
         attached: the stream.
-        choices: blocks by layer.
+        choices: tokens by layer and KV head.
         ids: [1, tokens].
         num_near: how many of the last chosen tokens are the recent window.
-        far: the one distance of everything else; None closes the past up and rotates it.
+        far: the one distance of everything else under CONSTANT_FAR.
     """
     model: Any = attached.model
     rotate = attached.session.view.rotate
+    rule = attached.session.view.policy.position
     assert rotate is not None
     hidden = model.model.embed_tokens(ids)
-    tokens = ids.shape[1]
-    end = attached.session.num_tokens
+    tokens, end = ids.shape[1], attached.session.num_tokens
     for number, layer in enumerate(model.model.layers):
         normed = layer.input_layernorm(hidden)
         query, key, value = (
             getattr(layer.self_attn, name)(normed).view(1, tokens, -1, 16).transpose(1, 2)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        parts = [stored(attached, index, number) for index in choices.by_layer[number]]
-        past_key = torch.cat([part for part, _ in parts], dim=1)[None]
-        past_value = torch.cat([part for _, part in parts], dim=1)[None]
-        num_past = past_key.shape[2]
-        num_far = num_past - num_near
-        start = num_past if far is None else end
-        places = torch.arange(start, start + tokens)[None, None]
-        if far is None:
-            past = rotate(past_key, torch.arange(num_past)[None, None])
-            logits_past = grouped(rotate(query, places), past)
-        else:
-            near = rotate(past_key[:, :, num_far:], torch.arange(end - num_near, end)[None, None])
-            constant = rotate(query, torch.full((1, 1, tokens), far))
-            logits_past = torch.cat(
-                [grouped(constant, past_key[:, :, :num_far]), grouped(rotate(query, places), near)], dim=-1
-            )
-        logits_new = grouped(rotate(query, places), rotate(key, places))
-        logits_new = logits_new.masked_fill(~torch.ones(tokens, tokens, dtype=torch.bool).tril(), float("-inf"))
-        weights = (torch.cat([logits_past, logits_new], dim=-1) / 4.0).softmax(dim=-1)
-        values = torch.cat([past_value, value], dim=2).repeat_interleave(2, 1)
-        out = (weights @ values).transpose(1, 2).reshape(1, tokens, -1)
+        all_keys, all_values = stored(attached, number)
+        outs = []
+        for head, chosen in enumerate(choices.by_layer[number]):
+            asking, new_key, new_value = query[:, 2 * head : 2 * head + 2], key[:, head], value[:, head]
+            past_key, past_value = all_keys[head, chosen], all_values[head, chosen]
+            is_closed_up = rule is PositionPolicy.CONSECUTIVE
+            places = torch.arange(len(chosen)) if is_closed_up else torch.tensor(chosen)
+            start = len(chosen) if is_closed_up else end
+            now = torch.arange(start, start + tokens)
+            logits = rotated(rotate, asking, now) @ rotated(rotate, past_key, places).transpose(-1, -2)
+            if rule is PositionPolicy.CONSTANT_FAR:
+                assert far is not None
+                num_far = len(chosen) - num_near
+                constant = rotated(rotate, asking, torch.full((tokens,), far))
+                logits[..., :num_far] = constant @ past_key[:num_far].transpose(-1, -2)
+            own = rotated(rotate, asking, now) @ rotated(rotate, new_key, now).transpose(-1, -2)
+            own = own.masked_fill(~torch.ones(tokens, tokens, dtype=torch.bool).tril(), float("-inf"))
+            weights = (torch.cat([logits, own], dim=-1) / 4.0).softmax(dim=-1)
+            outs.append(weights @ torch.cat([past_value, new_value[0]], dim=0))
+        out = torch.cat(outs, dim=1).transpose(1, 2).reshape(1, tokens, -1)
         hidden = hidden + layer.self_attn.o_proj(out)
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    logits: Tensor = model.lm_head(model.model.norm(hidden))
-    return logits
+    logits_out: Tensor = model.lm_head(model.model.norm(hidden))
+    return logits_out
 
 
-def grouped(query: Tensor, key: Tensor) -> Tensor:
-    """Products of 4 query heads with 2 KV heads."""
-    return query @ key.repeat_interleave(2, 1).transpose(-1, -2)
+def rotated(rotate: Any, vectors: Tensor, positions: Tensor) -> Tensor:
+    """Vectors `[..., tokens, 16]` at positions `[tokens]`."""
+    flat = vectors.reshape(1, -1, *vectors.shape[-2:])
+    moved: Tensor = rotate(flat, positions[None, None]).view_as(vectors)
+    return moved
 
 
-@pytest.mark.parametrize("name", ["maxsim", "rekv", "infllm", "streaming_llm"])
+NAMES = ["maxsim", "rekv", "infllm", "streaming_llm", "quest", "arkvale"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("access", [Access.WRITE, Access.READ])
 def test_answer_equals_the_dense_oracle(name: str, access: Access, choices: Choices, tmp_path: Path) -> None:
     model = make_model()
     recent = 0 if name in ("maxsim", "rekv") else 16
-    config = settings(policy(name, recent_tokens=recent), window=WINDOW, sinks=4, budget=4 * BLOCK_TOKENS)
+    config = settings(policy(name, recent_tokens=recent, full_layers=0), window=WINDOW, sinks=4, budget=BUDGET)
     with attached_stream(tmp_path, model, config) as attached:
         for part in STREAM.split(40, dim=1):
             model(part)
@@ -136,19 +145,35 @@ def check(attached: Attached, choices: Choices, name: str, recent: int) -> None:
     had = attached.model(PROMPT, past_key_values=cache).logits
     far = WINDOW if name == "infllm" else None
     assert torch.allclose(had, oracle(attached, choices, PROMPT, num_near=recent, far=far), atol=1e-4, rtol=1e-4)
-    expected = 1 + recent // BLOCK_TOKENS + (0 if name == "streaming_llm" else 4)
-    assert {len(blocks) for blocks in choices.by_layer.values()} == {expected}
-    assert attached.last.num_attended_tokens == expected * BLOCK_TOKENS
-    if name in ("rekv", "infllm"):
-        assert len({tuple(blocks) for blocks in choices.by_layer.values()}) > 1, "layers choose for themselves"
+    expected = BLOCK_TOKENS + recent + (0 if name == "streaming_llm" else BUDGET)
+    assert {len(tokens) for lists in choices.by_layer.values() for tokens in lists} == {expected}
+    assert attached.last.num_attended_tokens == expected
+    distinct = {tuple(tokens) for lists in choices.by_layer.values() for tokens in lists}
+    if name in ("rekv", "infllm", "quest", "arkvale"):
+        assert len(distinct) > 1, "layers choose for themselves"
+    if name in ("quest", "arkvale"):
+        assert len(distinct) > len(choices.by_layer), "KV heads choose for themselves"
     token = PROMPT[:, :1]
     whole = torch.cat([PROMPT, token], dim=1)
-    before = {layer: list(blocks) for layer, blocks in choices.by_layer.items()}
+    before = dict(choices.by_layer)
     step = attached.model(token, past_key_values=cache).logits
-    if name == "infllm" and choices.by_layer != before:
-        return  # it chose again; the prompt's own hidden states came from the first choice
+    if choices.by_layer != before:
+        assert name in ("infllm", "quest", "arkvale"), "only these choose again at every step"
+        return  # the prompt's own hidden states came from the first choice
     wanted = oracle(attached, choices, whole, num_near=recent, far=far)[:, -1:]
     assert torch.allclose(step, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["quest", "arkvale"])
+def test_the_first_layers_may_attend_to_everything(name: str, choices: Choices, tmp_path: Path) -> None:
+    model = make_model()
+    config = settings(policy(name, recent_tokens=16, full_layers=2), window=WINDOW, sinks=4, budget=BUDGET)
+    with attached_stream(tmp_path, model, config) as attached:
+        model(STREAM)
+        attached.session.commit()
+        had = attached.model(PROMPT, past_key_values=attached.question()).logits
+        assert torch.allclose(had, oracle(attached, choices, PROMPT, num_near=16), atol=1e-4, rtol=1e-4)
+        assert [len(choices.by_layer[layer][0]) for layer in range(3)] == [160, 160, BLOCK_TOKENS + 16 + BUDGET]
 
 
 def test_the_oracle_tells_selections_apart(choices: Choices, tmp_path: Path) -> None:
@@ -157,10 +182,10 @@ def test_the_oracle_tells_selections_apart(choices: Choices, tmp_path: Path) -> 
         model(STREAM)
         attached.session.commit()
         had = model(PROMPT, past_key_values=attached.question()).logits
-        chosen = choices.by_layer[0]
-        other = [block for block in range(1, 20) if block not in chosen][: len(chosen) - 1]
-        choices.by_layer = {layer: [0, *other] for layer in range(3)}
-        assert (had - oracle(attached, choices, PROMPT, num_near=0, far=None)).abs().max() > 0.05
+        chosen = choices.by_layer[0][0]
+        other = [token for token in range(160) if token not in chosen][: len(chosen) - BLOCK_TOKENS]
+        choices.by_layer = {layer: [[*range(BLOCK_TOKENS), *other]] * 2 for layer in range(3)}
+        assert (had - oracle(attached, choices, PROMPT, num_near=0)).abs().max() > 0.05
 
 
 def test_a_planted_question_finds_its_block(tmp_path: Path) -> None:
@@ -205,7 +230,7 @@ def test_a_recalled_question_serves_the_whole_answer(choices: Choices, tmp_path:
         before = dict(choices.by_layer)
         had = model(PROMPT, past_key_values=cache).logits
         assert choices.by_layer == before
-        assert torch.allclose(had, oracle(attached, choices, PROMPT, num_near=0, far=None), atol=1e-4, rtol=1e-4)
+        assert torch.allclose(had, oracle(attached, choices, PROMPT, num_near=0), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["maxsim", "infllm"])

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvstore.errors import ConfigError, ReadOnlyError
-from kvstore.retrieval.positions import Placement
-from kvstore.session.attending import Attending, Past
+from kvstore.session.attending import Attending, PlacedPast
+from kvstore.session.past import PastTokens
 from kvstore.session.session import Session
 from kvstore.session.view import SessionConfig
 from kvstore.store import Access, FetchRequest
@@ -108,10 +108,10 @@ def test_each_forward_sees_sinks_and_the_window(window: int, sinks: int, tmp_pat
 
 def test_the_past_is_placed_once_per_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
-    placed: list[Past] = []
+    placed: list[PastTokens] = []
     place_past = Attending.place_past
 
-    def counted(self: Attending, past: Past, *args: Any, **kwargs: Any) -> Placement:
+    def counted(self: Attending, past: PastTokens, *args: Any, **kwargs: Any) -> PlacedPast:
         placed.append(past)
         return place_past(self, past, *args, **kwargs)
 

@@ -28,8 +28,10 @@ from kvstore.engines.anatomy import position_rows, rotation_of, spec_of
 from kvstore.engines.loading import LanguageModel
 from kvstore.engines.transformers import Attached, attach
 from kvstore.layout import BlockLayout
+from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.positions import PositionPolicy
-from kvstore.retrieval.session_policies import POLICIES, Policy
+from kvstore.retrieval.registry import policy_named
+from kvstore.retrieval.segmenters.pages import Pages
 from kvstore.session.session import Session
 from kvstore.session.view import SessionConfig
 from kvstore.store import Access, Durability, Profile, Store, StreamHeader
@@ -83,8 +85,11 @@ def token_ids(count: int, seed: int = 1) -> Tensor:
 
 
 def policy(name: str = "maxsim", **changes: Any) -> Policy:
-    """A named policy with some parts replaced."""
-    return replace(POLICIES[name], **changes)
+    """A named policy with some parts replaced; pages as small as the blocks."""
+    named = policy_named(name)
+    if named.segmenter is not None:
+        changes = {"segmenter": Pages(BLOCK_TOKENS), **changes}
+    return replace(named, **changes)
 
 
 ORIGINAL = policy(position=PositionPolicy.ORIGINAL)

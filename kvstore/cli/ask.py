@@ -44,7 +44,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def run(options: argparse.Namespace) -> int:
     """Ask; see `kvstore.video.ask`."""
     from kvstore.cli.stored import find_stream
-    from kvstore.retrieval.session_policies import policy_named
+    from kvstore.retrieval.registry import policy_named
 
     # Before the seconds that loading a model takes.
     policy_named(options.policy)

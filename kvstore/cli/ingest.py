@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     from kvstore.video.decode import probe
 
     probe(options.video)  # before the seconds that loading a model takes
-    from kvstore.retrieval.session_policies import policy_named
+    from kvstore.retrieval.registry import policy_named
 
     policy_named(options.policy)
     from kvstore.video.ingest import IngestConfig, ingest

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kvstore.errors import ConfigError
-from kvstore.session.attending import Rotate
+from kvstore.retrieval.tokens import Rotate
 from kvstore.spec import ModelSpec
 
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}

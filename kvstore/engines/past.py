@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvstore.engines.anatomy import attention_modules, decoder_of, position_rows, rotation_of
 from kvstore.errors import CalibrationError
-from kvstore.session.attending import Rotate
+from kvstore.retrieval.tokens import Rotate
 
 
 @dataclass(frozen=True, slots=True, eq=False)

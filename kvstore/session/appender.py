@@ -16,8 +16,8 @@ from kvstore.session.residency import Residency
 from kvstore.spec import BlockKey, chain_key
 from kvstore.store import Entry, NewBlock
 
-Summarise = Callable[[Tensor, Tensor, Tensor], bytes]
-"""(keys [num_layers, kv_heads, num_tokens, key_dim], positions [rows, num_tokens], received mass) -> stored summary."""
+Summarise = Callable[[Tensor, Tensor], bytes]
+"""(positions [rows, num_tokens], received mass [num_layers, kv_heads, num_tokens]) -> stored summary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,9 +215,7 @@ class Appender:
         entry = Entry(
             self._next_index, key, segment.num_tokens, self._next_token, segment.start_s, segment.end_s, segment.group
         )
-        pool = self._residency.pool
-        keys = pool.keys(block.slot_idx)[:, :, : segment.num_tokens]
-        summary = self._summarise(keys, torch.cat(block.positions, dim=1), block.received.cpu())
+        summary = self._summarise(torch.cat(block.positions, dim=1), block.received.cpu())
         self._residency.adopt(key, block.slot_idx, spec.num_layers)
         self._parent, self._next_index, self._next_token = key, entry.index + 1, entry.first_token + entry.num_tokens
         return NewBlock(entry, self._residency.bytes_of(block.slot_idx), summary)

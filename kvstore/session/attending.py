@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,18 +13,12 @@ from torch import Tensor
 from kvstore.errors import ShapeError
 from kvstore.kernels.reference import attend, attend_two_parts, received_mass
 from kvstore.retrieval.positions import Placement, PositionPolicy, place
+from kvstore.retrieval.tokens import Rotate
 from kvstore.session.context import LayerContext
+from kvstore.session.past import PastTokens
 from kvstore.session.residency import Residency
-from kvstore.store import Entry
 
 _RECEIVED_QUERIES = 32
-
-
-class Rotate(Protocol):
-    """The model's own rotary function."""
-
-    def __call__(self, vectors: Tensor, positions: Tensor) -> Tensor:
-        """Rotate `[batch, heads, tokens, dim]` to `positions` `[rows, batch, tokens]` int64; keeps the dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +32,7 @@ class AttentionInputs:
         num_past: keys before the tail; every query may see them.
         query_far: the query as the first `num_far` keys meet it; None when `num_far` is 0.
         num_far: keys that are attended at one constant distance.
+        past_bias: [1 or kv_heads, num_past] float32, added to the logits of the past; None for zeros.
     """
 
     query: Tensor
@@ -47,6 +41,7 @@ class AttentionInputs:
     num_past: int
     query_far: Tensor | None
     num_far: int
+    past_bias: Tensor | None = None
 
     def mask(self, tail_mask: Tensor | None) -> Tensor | None:
         """Widen a mask over the tail to one over all keys.
@@ -55,8 +50,20 @@ class AttentionInputs:
             tail_mask: [batch, 1, num_new, num_tail] bool, True where a query may look; None means causal.
 
         Returns:
-            [batch or 1, 1, num_new, num_keys] bool, or None when every query sees every key.
+            [batch or 1, 1, num_new, num_keys] bool, or None when every query sees every key; or, where the past has a
+            bias, what to add to the logits: [batch or 1, num_heads, num_new, num_keys], dtype of `query`.
         """
+        allowed = self._allowed(tail_mask)
+        if self.past_bias is None:
+            return allowed
+        heads, num_new, num_keys = self.query.shape[1], self.query.shape[2], self.keys.shape[2]
+        bias = self.past_bias.repeat_interleave(heads // self.past_bias.shape[0], dim=0).to(self.query.dtype)
+        bias = torch.nn.functional.pad(bias, (0, num_keys - self.num_past))[None, :, None]
+        if allowed is None:
+            return bias.expand(-1, -1, num_new, -1)
+        return torch.where(allowed, bias, float("-inf"))
+
+    def _allowed(self, tail_mask: Tensor | None) -> Tensor | None:
         num_new, num_keys = self.query.shape[2], self.keys.shape[2]
         if tail_mask is None:
             if num_new == 1:
@@ -91,7 +98,7 @@ class AttentionInputs:
         asking = slice(0, count, max(count // _RECEIVED_QUERIES, 1))
         mask = self.mask(None)
         if mask is not None:
-            mask = mask[:, :, asking, self.num_far :]
+            mask = (mask if mask.dtype is torch.bool else mask.isfinite())[:, :, asking, self.num_far :]
         keys = self.keys[:, :, self.num_far :]  # the far ones are not rotated, and this query is
         return received_mass(self.query[:, :, asking], keys, num_received=num_received, mask=mask, scale=scale)
 
@@ -104,16 +111,20 @@ def _causal_mask(num_new: int, num_keys: int, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Past:
-    """Blocks to be attended, by role; each list in time order.
+class PlacedPast:
+    """Where the rows of a past are placed, list by list.
 
     Args:
-        far: sinks and retrieved blocks.
-        near: the recent window.
+        positions: [position rows, num_lists, num_rows] int64.
+        offset: added to the new tokens' own positions.
+        num_far: the first rows, attended un-rotated by queries at one distance; 0 for none.
+        bias: [num_lists, num_rows] float32, -inf for rows that no token is in; None for zeros.
     """
 
-    far: tuple[Entry, ...]
-    near: tuple[Entry, ...]
+    positions: Tensor
+    offset: int
+    num_far: int
+    bias: Tensor | None
 
 
 class Attending:
@@ -138,7 +149,7 @@ class Attending:
         self._next_layer = 0
         num_layers = residency.pool.layout.spec.num_layers
         self.contexts = [LayerContext() for _ in range(num_layers)]
-        self._placements: list[Placement] = [Placement(torch.empty(rows, 0, dtype=torch.int64), 0)] * num_layers
+        self._placed = [PlacedPast(torch.empty(rows, 1, 0, dtype=torch.int64), 0, 0, None)] * num_layers
 
     def check(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Refuse a layer out of turn and tensors of another model: a smaller one would be spread over its place.
@@ -171,77 +182,79 @@ class Attending:
         self._next_layer = (layer + 1) % spec.num_layers
 
     def place_past(
-        self,
-        past: Past,
-        positions: dict[int, Tensor],
-        open_positions: Sequence[Tensor],
-        *,
-        num_blocks: int,
-        end: int,
-        tail_start: int,
-    ) -> Placement:
-        """Place a past; see `place`.
+        self, past: PastTokens, open_positions: Sequence[Tensor], *, num_stored: int, end: int, tail_start: int
+    ) -> PlacedPast:
+        """Place a past and the rows of open blocks behind it; see `place`.
 
-        Blocks that follow each other in the stream stay as they lie to each other: where M-RoPE grids of neighbours
-        overlap, closing them up would move them apart.
+        Tokens that follow each other in the stream stay as they lie to each other: where M-RoPE grids of neighbours
+        overlap, closing them up would move them apart. KV heads may read different tokens; all end at one place, so
+        that the new tokens follow at once.
 
         Args:
-            past: the blocks.
-            positions: [rows, num_tokens] int64 of each block, by index.
-            open_positions: the same for rows of blocks that are still open, which follow the near part.
-            num_blocks: blocks of the stream: the tail follows the last of them, or the open rows.
+            past: the tokens.
+            open_positions: [rows, count] int64 of rows of blocks that are still open, which follow the near part.
+            num_stored: tokens of the stream in blocks: the open rows follow them, or else the tail.
             end: position that follows the stream's last token.
             tail_start: position which the engine gives to the first token of the tail.
         """
-        far = [positions[entry.index] for entry in past.far]
-        near = [*(positions[entry.index] for entry in past.near), *open_positions]
-        indices = [entry.index for entry in (*past.far, *past.near)]
-        indices += range(num_blocks, num_blocks + len(open_positions))
-        segments = _runs(indices, [*far, *near])
-        is_consecutive = self._position is PositionPolicy.CONSECUTIVE
+        opened = torch.cat([torch.empty(self._rows, 0, dtype=torch.int64), *open_positions], dim=1)
+        lists = []
+        for numbers, positions in zip(past.numbers, past.positions.unbind(1), strict=True):
+            far, near = numbers[: past.num_far] >= 0, numbers[past.num_far :]
+            tokens = torch.cat([numbers[: past.num_far][far], near, num_stored + torch.arange(opened.shape[1])])
+            where = torch.cat([positions[:, : past.num_far][:, far], positions[:, past.num_far :], opened], dim=1)
+            lists.append(self._place_list(tokens, where, int(far.sum()), num_stored + opened.shape[1], end, tail_start))
+        offset = max(placement.offset for placement in lists)
+        num_rows = past.numbers.shape[1] + opened.shape[1]
+        placed = torch.zeros(self._rows, len(lists), num_rows, dtype=torch.int64)
+        present = torch.cat([past.numbers >= 0, torch.ones(len(lists), opened.shape[1], dtype=torch.bool)], dim=1)
+        for number, placement in enumerate(lists):
+            placed[:, number, present[number]] = placement.past + (offset - placement.offset)
+        num_far = past.num_far if lists[0].num_far else 0
+        bias = None if bool(present.all()) else torch.zeros(present.shape).masked_fill_(~present, float("-inf"))
+        return PlacedPast(placed, offset, num_far, None if bias is None else bias.to(self._residency.pool.device))
+
+    def _place_list(
+        self, tokens: Tensor, positions: Tensor, num_far: int, num_tokens: int, end: int, tail_start: int
+    ) -> Placement:
+        """Place one list of tokens, of which the last ones may be the stream's end."""
+        moves = self._position not in (PositionPolicy.ORIGINAL, PositionPolicy.CONSTANT_FAR)
+        segments = _runs(tokens, positions) if moves else [positions[:, num_far:]]
         placement = place(
             self._position,
-            [] if is_consecutive else far,
-            segments if is_consecutive else near,
+            [] if moves else [positions[:, :num_far]],
+            segments,
             rows=self._rows,
             stream_end=end,
             tail_start=tail_start,
             far_position=self._far_position,
         )
-        if is_consecutive and indices and indices[-1] == max(num_blocks + len(open_positions), 1) - 1:
-            shift = int(placement.past[0, -1] - segments[-1][0, -1])  # the tail follows its neighbour, likewise
+        if self._position is PositionPolicy.CONSECUTIVE and tokens.shape[0] and int(tokens[-1]) == num_tokens - 1:
+            shift = int(placement.past[0, -1] - positions[0, -1])  # the tail follows its neighbour, likewise
             placement = replace(placement, offset=shift + end - tail_start)
         return placement
 
     def set_past(
-        self, layer: int, past: Past, open_planes: Sequence[tuple[Tensor, Tensor]], placement: Placement
+        self, layer: int, past: PastTokens, open_planes: Sequence[tuple[Tensor, Tensor]], placed: PlacedPast
     ) -> None:
-        """Assemble one layer's past and rotate it to its place.
+        """Make one layer's past of rows that were read, rotated to their places.
 
         Args:
             layer: layer index.
-            past: blocks that are resident for this layer.
+            past: rows of this layer.
             open_planes: (keys, values) `[kv_heads, count, dim]` of rows of open blocks, which follow the near part.
-            placement: from `place_past` over the same blocks.
+            placed: from `place_past` over the same rows.
         """
-        entries = [*past.far, *past.near]
-        spec = self._residency.pool.layout.spec
-        keys = [self._residency.keys(entry.key, layer, entry.num_tokens) for entry in entries]
-        values = [self._residency.values(entry.key, layer, entry.num_tokens) for entry in entries]
-        keys += [plane for plane, _ in open_planes]
-        values += [plane for _, plane in open_planes]
-        self._placements[layer] = placement
-        if not keys:
-            device, slot = self._residency.pool.device, self._residency.pool
-            dtype = slot.layout.keys(slot.slot(0)).dtype
-            empty_keys = torch.empty(1, spec.kv_heads, 0, spec.key_dim, dtype=dtype, device=device)
-            empty_values = torch.empty(1, spec.kv_heads, 0, spec.value_dim, dtype=dtype, device=device)
-            self.contexts[layer].set_past(empty_keys, empty_values)
-            return
-        joined = torch.cat(keys, dim=1)[None]
-        near = self._rotated(joined[:, :, placement.num_far :], placement.past[:, None, placement.num_far :])
-        joined = torch.cat([joined[:, :, : placement.num_far], near], dim=2) if placement.num_far else near
-        self.contexts[layer].set_past(joined, torch.cat(values, dim=1)[None])
+        keys = torch.cat([past.keys[layer], *(plane for plane, _ in open_planes)], dim=1)
+        values = torch.cat([past.values[layer], *(plane for _, plane in open_planes)], dim=1)
+        self._placed[layer] = placed
+        far, near = keys[:, : placed.num_far], placed.positions[:, :, placed.num_far :]
+        if near.shape[1] == 1:
+            moved = self._rotated(keys[None, :, placed.num_far :], near)[0]
+        else:  # each KV head reads tokens of its own
+            moved = self._rotated(keys[:, None, placed.num_far :], near)[:, 0]
+        joined = torch.cat([far, moved], dim=1) if placed.num_far else moved
+        self.contexts[layer].set_past(joined[None], values[None])
 
     def inputs(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> AttentionInputs:
         """Append new tokens to one layer's tail and return what its attention kernel needs.
@@ -253,14 +266,20 @@ class Attending:
             values: [batch, kv_heads, num_new, value_dim].
             positions: [rows, batch, num_new] int64, as the engine counts them.
         """
-        context, placement = self.contexts[layer], self._placements[layer]
-        moved = positions + placement.offset
+        context, placed = self.contexts[layer], self._placed[layer]
+        moved = positions + placed.offset
         all_keys, all_values = context.append(self._rotated(keys, moved), values)
         query_far = None
-        if placement.num_far:
-            query_far = self._rotated(query, torch.full_like(positions, placement.far_position))
+        if placed.num_far:
+            query_far = self._rotated(query, torch.full_like(positions, self._far_position))
         return AttentionInputs(
-            self._rotated(query, moved), all_keys, all_values, context.num_past, query_far, placement.num_far
+            self._rotated(query, moved),
+            all_keys,
+            all_values,
+            context.num_past,
+            query_far,
+            placed.num_far,
+            placed.bias,
         )
 
     def _rotated(self, vectors: Tensor, positions: Tensor) -> Tensor:
@@ -269,12 +288,7 @@ class Attending:
         return self._rotate(vectors, positions.to(vectors.device))
 
 
-def _runs(indices: Sequence[int], segments: Sequence[Tensor]) -> list[Tensor]:
-    """Join the positions of blocks that follow each other in the stream."""
-    runs: list[list[Tensor]] = []
-    for number, segment in enumerate(segments):
-        if number > 0 and indices[number] == indices[number - 1] + 1:
-            runs[-1].append(segment)
-        else:
-            runs.append([segment])
-    return [torch.cat(run, dim=1) for run in runs]
+def _runs(tokens: Tensor, positions: Tensor) -> list[Tensor]:
+    """Cut positions `[rows, num_tokens]` where the next token is not the next one of the stream."""
+    gaps = (tokens.diff() != 1).nonzero()[:, 0] + 1
+    return [run for run in positions.tensor_split(gaps.tolist(), dim=1) if run.shape[1]]

@@ -11,15 +11,16 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from kvstore.errors import ConfigError, CorruptRecordError
-from kvstore.retrieval.maxsim import scored_layers
+from kvstore.errors import ConfigError
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.selection import Ranking, select
-from kvstore.retrieval.session_policies import Scope, Trigger
-from kvstore.session.attending import Attending, AttentionInputs, Past
+from kvstore.session.attending import Attending, AttentionInputs
+from kvstore.session.choosing import LayerChoices
+from kvstore.session.late_ranking import LateRanking
+from kvstore.session.past import Reading
 from kvstore.session.recall import Recall, cite
+from kvstore.session.stream_memory import StreamMemory
 from kvstore.session.view import StreamView
-from kvstore.spec import BlockKey
 from kvstore.store import Entry
 
 
@@ -45,7 +46,7 @@ class Branch(Attending):
     """
 
     def __init__(self, view: StreamView, *, continues: bool) -> None:
-        policy = view.config.policy
+        policy = view.policy
         far = view.config.window_tokens
         super().__init__(view.residency, view.rotate, policy.position, far, view.rows)
         self._view = view
@@ -58,15 +59,21 @@ class Branch(Attending):
         ]
         self._open_positions = [rows.positions for rows in view.open_rows]
         self._end = view.end_position
+        self._num_stored = self._entries[-1].first_token + self._entries[-1].num_tokens if self._entries else 0
         self.first_token = view.num_tokens if continues else 0
         self._tail_start = self._end if continues else 0
         self._recent_first = view.first_block_within(policy.recent_tokens)
         self._sinks = tuple(self._entries[: min(view.num_sink_blocks, self._recent_first)])
         self._recent = self._entries[self._recent_first :]
         self._sizes = [entry.num_tokens for entry in self._entries]
+        self._firsts = torch.tensor([entry.first_token for entry in self._entries], dtype=torch.int64)
         self._excluded = frozenset((*range(len(self._sinks)), *range(self._recent_first, len(self._entries))))
         self._scout = Attending(view.residency, view.rotate, PositionPolicy.CONSECUTIVE, 0, view.rows)
         self._scout_keys: dict[int, Tensor] = {}
+        self._search = view.search(policy) if policy.retrieves else None
+        self._choices: LayerChoices | None = None
+        if isinstance(self._search, StreamMemory):
+            self._choices = LayerChoices(view, policy, self._search, self._entries, self._recent_first)
         self._votes: Counter[int] = Counter()
         self._phase = _Phase.ANSWER
         self._has_selected = False
@@ -85,13 +92,13 @@ class Branch(Attending):
     @property
     def selects_next(self) -> bool:
         """Whether the coming forward is the one that the question retrieves by, if there is anything to choose from."""
-        is_to_choose = self._policy.searched is not None and len(self._excluded) < len(self._entries)
+        is_to_choose = self._policy.retrieves and len(self._excluded) < len(self._entries)
         return is_to_choose and not self._has_selected and self._phase is _Phase.ANSWER
 
     @property
     def needs_recall(self) -> bool:
         """Whether a pass over the question must come before the coming forward: one list serves all layers."""
-        return self.selects_next and self._policy.scope is Scope.STREAM
+        return self.selects_next and self._choices is None
 
     @contextmanager
     def recalling(self) -> Iterator[None]:
@@ -106,13 +113,13 @@ class Branch(Attending):
     def begin_recall(self) -> None:
         """Start the pass over the question: the next forward selects and is then forgotten."""
         self._leave_recall()
-        self._view.retriever.refresh(self._view.num_sink_blocks, self._entries)
-        self._phase = _Phase.SCOUT if self._policy.scope is Scope.STREAM else _Phase.RECALL
+        self._refresh()
+        self._phase = _Phase.RECALL if self._choices is not None else _Phase.SCOUT
         self._has_selected = False
         self._votes.clear()
         self.recall = Recall()
         if self._phase is _Phase.SCOUT:
-            self._attend_to(self._scout, [], [], range(len(self.contexts)))
+            self._attend_to(self._scout, Reading.of(self._sinks, (), ()), range(len(self.contexts)))
 
     def end_recall(self) -> None:
         """End the pass over the question; for policies with one list, select and load now.
@@ -126,7 +133,7 @@ class Branch(Attending):
         if not self._has_selected:
             raise ConfigError("nothing to retrieve by: no question ran through all layers of the model")
         self._leave_recall()
-        if self._policy.scope is Scope.LAYER:
+        if self._choices is not None:
             self._cite_votes()
 
     def _leave_recall(self) -> None:
@@ -158,16 +165,10 @@ class Branch(Attending):
         if self._phase is _Phase.SCOUT:
             self._scout_keys[layer] = keys[0]
             return self._scout.inputs(layer, query, keys, values, positions)
-        selects = self._phase is _Phase.RECALL or not self._has_selected or self._policy.trigger is Trigger.STEP
-        if selects and self._policy.scope is Scope.LAYER:
-            if layer == 0 and self._phase is _Phase.ANSWER:
-                self._view.retriever.refresh(self._view.num_sink_blocks, self._entries)
-            self._select_for_layer(layer, query)
-            if layer == len(self.contexts) - 1:
-                self._has_selected = True
-                self._cite_votes()
-        elif selects and layer == 0:  # no pass came before: there was nothing to choose
-            self._attend_to(self, [], self._recent, range(len(self.contexts)))
+        if self._choices is not None:
+            self._extend_chosen(layer, query, positions)
+        elif not self._has_selected and layer == 0:  # no pass came before: there was nothing to choose
+            self._attend_to(self, Reading.of(self._sinks, (), self._recent), range(len(self.contexts)))
             self._has_selected = True
         return self.inputs(layer, query, keys, values, positions)
 
@@ -194,12 +195,21 @@ class Branch(Attending):
         budget_tokens = self._view.config.budget_tokens
         return [self._entries[i] for i in select(ranking, self._sizes, budget_tokens, self._excluded)]
 
+    def _refresh(self) -> None:
+        """Take in what was appended since the last question."""
+        if self._search is not None:
+            self._search.refresh(self._view.num_sink_blocks, self._entries)
+
     def _select_for_all(self) -> None:
-        layers = scored_layers(len(self.contexts))
-        question = torch.stack([self._scout_keys[layer].transpose(0, 1).flatten(1) for layer in layers], dim=1)
-        ranking = self._view.retriever.rank_stream(question.float().cpu(), len(self._entries))
+        late = self._search
+        if not isinstance(late, LateRanking):  # nothing to choose by
+            self._attend_to(self, Reading.of(self._sinks, (), self._recent), range(len(self.contexts)))
+            return
+        question = torch.stack([self._scout_keys[layer].transpose(0, 1).flatten(1) for layer in late.layers], dim=1)
+        ranking = late.rank(question.float().cpu(), len(self._entries))
         chosen = self._choose(ranking)
-        attended = self._attend_to(self, chosen, self._recent, range(len(self.contexts)))
+        reading = Reading.of((*self._sinks, *chosen), (), self._recent)
+        attended = self._attend_to(self, reading, range(len(self.contexts)))
         self._prefetch(ranking, chosen)
         scored = list(zip(ranking.blocks.tolist(), ranking.scores.tolist(), strict=True))
         self.recall.spans = cite(scored, self._entries, attended)
@@ -211,55 +221,48 @@ class Branch(Attending):
         if blocks:
             self._view.store.prefetch([self._entries[block].key for block in blocks])
 
-    def _select_for_layer(self, layer: int, query: Tensor) -> None:
-        queries = query[0].unflatten(0, (self._view.header.spec.kv_heads, -1))
-        chosen = self._choose(self._view.retriever.rank_layer(layer, queries, len(self._entries)))
-        had = self._attend_to(self, chosen, self._recent, range(layer, layer + 1))
-        self._votes.update(entry.index for entry in chosen if entry.index in had)
+    def _extend_chosen(self, layer: int, query: Tensor, positions: Tensor) -> None:
+        """Let a layer choose by its queries, if it is time to, and attend to what it chose."""
+        assert self._choices is not None, "asked by the caller"
+        if layer == 0 and self._phase is _Phase.ANSWER and not self._has_selected:
+            self._refresh()
+        is_first = self._phase is _Phase.RECALL or not self._has_selected
+        tokens = self._choices.choose(layer, query[0], positions[:, 0] + self._end - self._tail_start, is_first)
+        if tokens is not None:
+            reading = Reading.of(self._sinks, tokens, self._recent)
+            self._votes.update(self._attend_to(self, reading, range(layer, layer + 1)) - self._excluded)
+        if layer == len(self.contexts) - 1:
+            self.recall.speculation = self._choices.speculation
+            self._has_selected = True
+            self._cite_votes()
 
     def _cite_votes(self) -> None:
         num_layers = len(self.contexts)
         scored = [(block, count / num_layers) for block, count in self._votes.most_common()]
         self.recall.spans = cite(scored, self._entries, frozenset(self._votes))
 
-    def _attend_to(
-        self, attending: Attending, chosen: Sequence[Entry], near: Sequence[Entry], layers: range
-    ) -> frozenset[int]:
-        """Load sinks, `chosen` and `near` and make them the past of some layers; returns the blocks that were had."""
-        where, unplaced = self._positions((*self._sinks, *chosen, *near))
-        wanted = [entry.key for entry in (*self._sinks, *chosen, *near) if entry.index in where]
-        report = self._residency.load(wanted, layers, self._view.config.load_timeout_s)
-        report.lost.update(unplaced)
-        self.recall.load.add(report)
-        far_had = [entry for entry in (*self._sinks, *chosen) if entry.key not in report.lost]
-        near_had = [entry for entry in near if entry.key not in report.lost]
-        past = Past(tuple(far_had), tuple(near_had))
+    def _attend_to(self, attending: Attending, reading: Reading, layers: range) -> frozenset[int]:
+        """Bring tokens and make them the past of some layers; returns the blocks that they are in."""
         is_answer = attending is self
-        open_positions = self._open_positions if is_answer else []
-        try:
-            placement = attending.place_past(
-                past,
-                where,
-                open_positions,
-                num_blocks=len(self._entries),
-                end=self._end,
-                tail_start=self._tail_start,
-            )
-            for layer in layers:
-                attending.set_past(layer, past, self._open_planes[layer] if is_answer else [], placement)
-        finally:
-            self._residency.unpin([entry.key for entry in (*far_had, *near_had)])
+        past = self._view.reader.read(
+            reading,
+            self._entries,
+            self._firsts,
+            self._view.positions_of,
+            layers,
+            self.recall.load,
+            self._view.config.load_timeout_s,
+        )
+        placed = attending.place_past(
+            past,
+            self._open_positions if is_answer else [],
+            num_stored=self._num_stored,
+            end=self._end,
+            tail_start=self._tail_start,
+        )
+        for layer in layers:
+            attending.set_past(layer, past, self._open_planes[layer] if is_answer else [], placed)
         if is_answer:
-            self.recall.num_attended_tokens = max(self.recall.num_attended_tokens, placement.past.shape[1])
-        return frozenset(entry.index for entry in (*far_had, *near_had))
-
-    def _positions(self, entries: Sequence[Entry]) -> tuple[dict[int, Tensor], dict[BlockKey, str]]:
-        """Positions of blocks by index, and the blocks whose stored positions cannot be read, with the reason."""
-        where: dict[int, Tensor] = {}
-        unplaced: dict[BlockKey, str] = {}
-        for entry in entries:
-            try:
-                where[entry.index] = self._view.positions_of(entry)
-            except CorruptRecordError as error:
-                unplaced[entry.key] = str(error)
-        return where, unplaced
+            self.recall.num_attended_tokens = max(self.recall.num_attended_tokens, placed.positions.shape[2])
+        blocks = torch.searchsorted(self._firsts, past.numbers[past.numbers >= 0], right=True) - 1
+        return frozenset(blocks.unique().tolist())

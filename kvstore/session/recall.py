@@ -34,6 +34,24 @@ class Span:
 
 
 @dataclass(slots=True)
+class Speculation:
+    """How well selections made for a later forward served it.
+
+    Args:
+        num_chosen: units that forwards would have chosen by themselves.
+        num_had: those of them that had been chosen for them before.
+    """
+
+    num_chosen: int = 0
+    num_had: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share that was there in time; 1 where nothing was asked for."""
+        return self.num_had / self.num_chosen if self.num_chosen else 1.0
+
+
+@dataclass(slots=True)
 class Recall:
     """What one question found and attended to.
 
@@ -41,11 +59,13 @@ class Recall:
         spans: best first; attended ones and the next best.
         num_attended_tokens: tokens of the past that the model attends to (the largest number over the layers).
         load: what bringing the blocks took.
+        speculation: how well blocks that were chosen ahead served.
     """
 
     spans: list[Span] = field(default_factory=list)
     num_attended_tokens: int = 0
     load: LoadReport = field(default_factory=LoadReport)
+    speculation: Speculation = field(default_factory=Speculation)
 
 
 def cite(scores: Sequence[tuple[int, float]], entries: Sequence[Entry], attended: frozenset[int]) -> list[Span]:

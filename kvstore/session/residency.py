@@ -73,6 +73,15 @@ class Residency:
         """The slots."""
         return self._pool
 
+    @property
+    def num_unpinned(self) -> int:
+        """Blocks that may be loaded together, beside those that are pinned."""
+        return self._pool.num_free + sum(place.pins == 0 for place in self._places.values())
+
+    def slot_of(self, key: BlockKey) -> int:
+        """The slot of a block that is loaded."""
+        return self._places[key].slot_idx
+
     def bytes_of(self, slot_idx: int) -> Tensor:
         """Return the bytes of a slot in host memory: [slot_nbytes] uint8 CPU."""
         return self._link.take(slot_idx)

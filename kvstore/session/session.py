@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from kvstore.errors import ConfigError, CorruptRecordError, ReadOnlyError, ShapeError, StoreIOError
-from kvstore.retrieval.positions import Placement, PositionPolicy
-from kvstore.retrieval.selection import select
+from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.summary import summarise
+from kvstore.retrieval.tokens import LayerQuery, Rotate
 from kvstore.session.appender import Appender, Segment
-from kvstore.session.attending import Attending, AttentionInputs, Past, Rotate
+from kvstore.session.attending import Attending, AttentionInputs, PlacedPast
 from kvstore.session.branch import Branch
+from kvstore.session.past import Reading
+from kvstore.session.residency import LoadReport
+from kvstore.session.stream_memory import StreamMemory
 from kvstore.session.view import OpenRows, SessionConfig, StreamView
 from kvstore.store import Entry, Store, StreamHeader
 from kvstore.tiers.manifest import JSON
@@ -56,8 +59,8 @@ class Session:
         self._attending = Attending(self.view.residency, rotate, position, config.window_tokens, rows)
         self._appender: Appender | None = None
         self._window_first = 0
-        self._past: tuple[Past, Placement] | None = None
-        self._sizes: list[int] = []
+        self._firsts = torch.empty(0, dtype=torch.int64)
+        self._placed: PlacedPast | None = None
         self._is_stale = True
         self._is_broken = False
         self.num_spare = 0
@@ -263,38 +266,42 @@ class Session:
             self._is_stale = True
 
     def _assemble(self, layer: int, query: Tensor, positions: Tensor) -> None:
-        view = self.view
+        view, start = self.view, int(positions.min())
         retrieves = view.config.policy.retrieves_while_appending
-        retrieved = self._retrieve(layer, query) if retrieves else []
-        try:
-            if layer == 0 or retrieves:  # else the same in every layer
-                self._past = self._placed(retrieved, int(positions.min()))
-            assert self._past is not None, "layer 0 came first"
-            past, placement = self._past
-            context = self._attending.contexts[layer]
-            context.drop_tail(context.num_tail)
-            self._attending.set_past(layer, past, view.open_planes(layer), placement)
-        finally:
-            view.residency.unpin([entry.key for entry in retrieved])
+        if layer == 0:
+            self._firsts = torch.tensor([entry.first_token for entry in view.entries], dtype=torch.int64)
+        sinks, window = self._sinks(), view.entries[self._window_first :]
+        reading = Reading.of(sinks, self._retrieve(layer, query, positions) if retrieves else (), window)
+        report, layers = LoadReport(), range(layer, layer + 1)
+        past = view.reader.read(reading, view.entries, self._firsts, view.positions_of, layers, report)
+        for entry in (*sinks, *window):  # what comes next would be computed from a past with a hole
+            if entry.key in report.lost:
+                raise CorruptRecordError(f"stream {view.header.name!r}: {report.lost[entry.key]}")
+        if layer == 0 or retrieves:  # else the same in every layer
+            last = view.entries[-1:]
+            self._placed = self._attending.place_past(
+                past,
+                [rows.positions for rows in view.open_rows],
+                num_stored=last[0].first_token + last[0].num_tokens if last else 0,
+                end=start,
+                tail_start=start,
+            )
+        assert self._placed is not None, "layer 0 came first"
+        context = self._attending.contexts[layer]
+        context.drop_tail(context.num_tail)
+        self._attending.set_past(layer, past, view.open_planes(layer), self._placed)
 
-    def _placed(self, retrieved: list[Entry], end: int) -> tuple[Past, Placement]:
+    def _retrieve(self, layer: int, query: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Tokens between sinks and window that this layer's queries ask for."""
         view = self.view
-        past = Past((*self._sinks(), *retrieved), tuple(view.entries[self._window_first :]))
-        where = {entry.index: view.positions_of(entry) for entry in (*past.far, *past.near)}
-        opened = [rows.positions for rows in view.open_rows]
-        num_blocks = len(view.entries)
-        return past, self._attending.place_past(past, where, opened, num_blocks=num_blocks, end=end, tail_start=end)
-
-    def _retrieve(self, layer: int, query: Tensor) -> list[Entry]:
-        """Blocks between sinks and window that this layer's queries ask for, loaded and pinned."""
-        view = self.view
+        memory = view.search(view.config.policy)
+        assert isinstance(memory, StreamMemory), "late interaction does not retrieve while appending"
         if layer == 0:
             self.flush()
-            view.retriever.refresh(view.num_sink_blocks, view.entries[: self._window_first])
-            self._sizes = [entry.num_tokens for entry in view.entries]
-        asking = query[0, :, : query.shape[2] - self.num_spare].unflatten(0, (view.header.spec.kv_heads, -1))
-        ranking = view.retriever.rank_layer(layer, asking, self._window_first)
-        excluded = frozenset(range(view.num_sink_blocks))
-        chosen = [view.entries[block] for block in select(ranking, self._sizes, view.config.budget_tokens, excluded)]
-        report = view.residency.load([entry.key for entry in chosen], range(layer, layer + 1))
-        return [entry for entry in chosen if entry.key not in report.lost]
+            memory.refresh(view.num_sink_blocks, view.entries[: self._window_first])
+        asking = slice(0, query.shape[2] - self.num_spare)
+        grouped = query[0, :, asking].unflatten(0, (view.header.spec.kv_heads, -1))
+        request = LayerQuery(grouped, positions[:, 0, asking], view.rotate, view.config.window_tokens)
+        window = view.entries[self._window_first :][:1]
+        end = window[0].first_token if window else self.num_tokens
+        return memory.select(layer, request, view.config.budget_tokens, end).tokens

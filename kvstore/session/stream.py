@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvstore.errors import ConfigError
-from kvstore.session.attending import Rotate
+from kvstore.retrieval.tokens import Rotate
 from kvstore.session.branch import Branch
 from kvstore.session.recall import Recall
 from kvstore.session.session import Session

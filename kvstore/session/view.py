@@ -11,12 +11,14 @@ from torch import Tensor
 
 from kvstore.errors import ConfigError, CorruptRecordError, StreamNotFoundError
 from kvstore.layout import BlockLayout
+from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.positions import PositionPolicy
-from kvstore.retrieval.session_policies import Policy
 from kvstore.retrieval.summary import Summary, SummaryKind
-from kvstore.session.attending import Rotate
+from kvstore.retrieval.tokens import Rotate, Space
+from kvstore.session.late_ranking import LateRanking
+from kvstore.session.past import PastReader
 from kvstore.session.residency import Residency
-from kvstore.session.retriever import Retriever
+from kvstore.session.stream_memory import StreamMemory
 from kvstore.store import Entry, Store, StreamHeader
 from kvstore.tiers.device.pool import DevicePool
 from kvstore.tiers.manifest import JSON
@@ -37,6 +39,8 @@ class SessionConfig:
         device_nbytes: size of the device pool.
         load_timeout_s: seconds that a question waits for its blocks each time it loads some; it goes on without those
             that come later. None waits for all. Appending always does: what it stores must not depend on the disk.
+        trained_tokens: positions that the model was trained for: a policy whose rule ends there is replaced by the one
+            behind it; 0 when that is not known, as for a stream that is longer.
         prefetch_tokens: tokens of the next best blocks that are brought to host memory after a question has chosen for
             all layers, while nobody waits for the disk; 0 brings none.
 
@@ -51,11 +55,12 @@ class SessionConfig:
     device_nbytes: int = 256 << 20
     load_timeout_s: float | None = None
     prefetch_tokens: int = 0
+    trained_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.window_tokens < 1:
             raise ConfigError(f"window_tokens is {self.window_tokens}; it must be positive")
-        for name in ("sink_tokens", "budget_tokens", "device_nbytes", "prefetch_tokens"):
+        for name in ("sink_tokens", "budget_tokens", "device_nbytes", "prefetch_tokens", "trained_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.load_timeout_s is not None and not self.load_timeout_s >= 0:
@@ -103,9 +108,12 @@ class StreamView:
         device: torch.device,
         rows: int,
     ) -> None:
-        if rotate is None and config.policy.position is not PositionPolicy.ORIGINAL:
+        policy = config.policy
+        is_fixed = policy.position is PositionPolicy.ORIGINAL
+        if rotate is None and not (is_fixed and all(view.space is Space.ROTATED for view in policy.views)):
             raise ConfigError(
-                f"policy {config.policy.name} moves keys, and these are stored rotated; none fits them yet"
+                f"policy {policy.name} moves keys or compares them before RoPE, and these are stored rotated; "
+                "use one that leaves them where they are, such as quest"
             )
         self.store = store
         self.header = header
@@ -115,13 +123,26 @@ class StreamView:
         self.layout = BlockLayout(header.spec, header.block_tokens)
         num_slots = max(config.device_nbytes // self.layout.slot_nbytes, _MIN_SLOTS)
         self.residency = Residency(DevicePool(self.layout, num_slots, device), store, header.name)
+        self.reader = PastReader(self.residency, rows)
         self.open_rows: list[OpenRows] = []
         self.entries: list[Entry] = []
         self.cursor: dict[str, JSON] = {}
         self.num_sink_blocks = 0
         self._positions: dict[int, Tensor] = {}
         self.reload()
-        self.retriever = Retriever(store, header, config.policy)
+        self._searches: dict[Policy, LateRanking | StreamMemory] = {}
+
+    @property
+    def policy(self) -> Policy:
+        """What a question retrieves by now."""
+        policy = self.config.policy
+        is_long = self.num_tokens > self.config.trained_tokens
+        return policy.beyond if policy.beyond is not None and is_long and self.rotate is not None else policy
+
+    @property
+    def damaged(self) -> dict[int, str]:
+        """Blocks that could not be searched, by index, with the reason."""
+        return {index: why for search in self._searches.values() for index, why in search.damaged.items()}
 
     @property
     def num_layers(self) -> int:
@@ -169,6 +190,17 @@ class StreamView:
         self.entries = list(manifest.entries)
         self.cursor = dict(manifest.cursor)
         self.note_sinks()
+
+    def search(self, policy: Policy) -> LateRanking | StreamMemory:
+        """What a policy that retrieves searches the stream by; made when it is first asked for."""
+        found = self._searches.get(policy)
+        if found is None:
+            if policy.late is not None:
+                found = LateRanking(self.store, self.header, policy.late)
+            else:
+                found = StreamMemory(self.store, self.header, policy, self.rotate, self.positions_of)
+            self._searches[policy] = found
+        return found
 
     def note_sinks(self) -> None:
         """Count the leading blocks that begin within `sink_tokens`."""

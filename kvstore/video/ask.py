@@ -17,7 +17,7 @@ from kvstore.engines.anatomy import position_rows, rotation_of, spec_of
 from kvstore.engines.loading import LanguageModel
 from kvstore.engines.transformers import TierCache, attach
 from kvstore.layout import BlockLayout
-from kvstore.retrieval.session_policies import policy_named
+from kvstore.retrieval.registry import policy_named
 from kvstore.session.recall import Recall, Span
 from kvstore.session.session import Session
 from kvstore.session.view import SessionConfig
@@ -154,7 +154,8 @@ class Asker:
             )
             began = time.perf_counter()
             view = self._session.view
-            view.retriever.refresh(view.num_sink_blocks, view.entries)
+            if view.policy.retrieves:
+                view.search(view.policy).refresh(view.num_sink_blocks, view.entries)
             self.index_s = time.perf_counter() - began
         except BaseException:
             self.close()
@@ -209,9 +210,9 @@ class Asker:
             damaged=[
                 f"block {entry.index}, {stamp(entry.start_s)}-{stamp(entry.end_s)}: {reason}"
                 for entry in view.entries
-                if (reason := load.lost.get(entry.key) or view.retriever.damaged.get(entry.index)) is not None
+                if (reason := load.lost.get(entry.key) or view.damaged.get(entry.index)) is not None
             ],
-            num_unsearched=len(view.retriever.damaged),
+            num_unsearched=len(view.damaged),
         )
 
     def _tokens(self, cache: TierCache, prompt: torch.Tensor, max_new_tokens: int) -> Iterator[int]:

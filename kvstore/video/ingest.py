@@ -16,7 +16,7 @@ from kvstore.engines.pictures import PictureMaker
 from kvstore.engines.transformers import attach
 from kvstore.errors import ConfigError, StreamNotFoundError
 from kvstore.layout import BlockLayout
-from kvstore.retrieval.session_policies import policy_named
+from kvstore.retrieval.registry import policy_named
 from kvstore.session.session import Session
 from kvstore.session.view import SessionConfig
 from kvstore.store import Access, Durability, Manifest, Store, StreamHeader, check_spec

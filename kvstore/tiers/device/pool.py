@@ -45,9 +45,19 @@ class DevicePool:
         return len(self._is_used)
 
     @property
+    def num_free(self) -> int:
+        """Slots that nobody has taken."""
+        return len(self._free)
+
+    @property
     def memory(self) -> Tensor:
         """All slots: [num_slots, slot_nbytes] uint8 on `device`, contiguous."""
         return self._memory
+
+    @property
+    def planes(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots: [num_slots, num_layers, kv_heads, block_tokens, dim] each."""
+        return self._keys, self._values
 
     def allocate(self) -> int | None:
         """Take a slot, lowest index first in a fresh pool; None when all are taken."""

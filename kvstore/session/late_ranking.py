@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joins a policy to one stream: reads what the policy compares, indexes it, and ranks blocks."""
+"""Late interaction over one stream: reads the compared layers of its blocks, indexes them, and ranks blocks."""
 
 from __future__ import annotations
 
@@ -8,42 +8,36 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kvstore.errors import CorruptRecordError
 from kvstore.layout import BlockLayout
 from kvstore.retrieval.index.faiss_index import make_index
-from kvstore.retrieval.maxsim import MaxSimScorer, scored_layers
-from kvstore.retrieval.mean_query import MeanQueryScorer
+from kvstore.retrieval.maxsim import LateInteraction, MaxSimScorer
 from kvstore.retrieval.selection import Ranking
-from kvstore.retrieval.session_policies import Policy, Searched
-from kvstore.retrieval.summary import Summary, SummaryKind
 from kvstore.store import Entry, FetchRequest, Store, StreamHeader
 
 _BATCH = 16
 _SAMPLE = 64
-_SECTIONS = {Searched.MEAN_KEY: SummaryKind.MEAN_KEY, Searched.RECEIVED_KEY: SummaryKind.RECEIVED_KEY}
 
 
-class Retriever:
-    """Searches one stream under one policy; the index is built on first use and extended later.
+class LateRanking:
+    """Ranks the blocks of one stream; the index is built on first use and extended later.
 
     A block that cannot be read is not found, which is no error: `damaged` says why, by the block's index.
 
     Args:
         store: the open store.
         header: the stream's header.
-        policy: what to search by.
+        rule: which layers are compared, and how.
     """
 
-    def __init__(self, store: Store, header: StreamHeader, policy: Policy) -> None:
+    def __init__(self, store: Store, header: StreamHeader, rule: LateInteraction) -> None:
         self._store = store
         self._header = header
-        self._policy = policy
+        self._rule = rule
         self._layout = BlockLayout(header.spec, header.block_tokens)
-        self._layers = scored_layers(header.spec.num_layers)
+        self.layers = rule.layers(header.spec.num_layers)
         self._known = 0
         self._num_averaged = 0
         self._maxsim: MaxSimScorer | None = None
-        self._by_layer: list[MeanQueryScorer] = []
         self.damaged: dict[int, str] = {}
 
     def refresh(self, num_sink_blocks: int, entries: Sequence[Entry]) -> None:
@@ -53,36 +47,31 @@ class Retriever:
             num_sink_blocks: leading blocks to leave out: they are attended always.
             entries: the stream's entries from the first one on; their blocks are durable.
         """
-        if self._policy.searched is None or len(entries) <= max(self._known, num_sink_blocks):
+        if len(entries) <= max(self._known, num_sink_blocks):
             return
         # Directions are taken from the mean key of half the stream or more; which blocks count depends on the stream's
         # length alone, so that scores do not depend on when a process began to look.
         num_averaged = 1 << len(entries).bit_length() - 1
-        if self._policy.searched is Searched.TOKEN_KEY and num_averaged != self._num_averaged:
+        if num_averaged != self._num_averaged:
             self._begin(entries[num_sink_blocks:], max(num_averaged - num_sink_blocks, 1))
             self._num_averaged, self._known = num_averaged, 0
         self._known = max(self._known, num_sink_blocks)
         for batch in _batches(entries[self._known :]):
-            self._add(batch)
+            assert self._maxsim is not None, "begun above"
+            self._maxsim.add(self._token_keys(batch))
             self._known += len(batch)
 
-    def rank_stream(self, question: Tensor, num_blocks: int) -> Ranking:
+    def rank(self, question: Tensor, num_blocks: int) -> Ranking:
         """Rank the blocks for all layers at once.
 
         Args:
             question: [num_tokens, num_parts, kv_heads * key_dim] float32 pre-RoPE keys of the question in the layers
-                that `scored_layers` names.
+                that `layers` names.
             num_blocks: blocks of the stream.
         """
         if self._maxsim is None:
             return Ranking(torch.empty(0, dtype=torch.int64), torch.empty(0))
         return self._maxsim.rank(question, self._known).before(num_blocks)
-
-    def rank_layer(self, layer: int, queries: Tensor, num_blocks: int) -> Ranking:
-        """Rank the first `num_blocks` blocks for a layer: queries `[kv_heads, group, num_tokens, key_dim]` pre-RoPE."""
-        if not self._by_layer:
-            return Ranking(torch.empty(0, dtype=torch.int64), torch.empty(0))
-        return self._by_layer[layer].rank(queries, self._known).before(num_blocks)
 
     def _begin(self, entries: Sequence[Entry], num_averaged: int) -> None:
         """Start an index over token keys, centred by the mean of a sample of the first `num_averaged` blocks."""
@@ -90,21 +79,11 @@ class Retriever:
         stride = max(num_averaged // _SAMPLE, 1)
         sampled = entries[:num_averaged:stride]
         sample = [keys for batch in _batches(sampled) for _, keys in self._token_keys(batch)]
-        mean = torch.cat(sample).mean(dim=0) if sample else torch.zeros(len(self._layers), row_dim)
+        mean = torch.cat(sample).mean(dim=0) if sample else torch.zeros(len(self.layers), row_dim)
         num_rows = sum(entry.num_tokens for entry in entries)
         self._maxsim = None  # its memory goes before that of the next is taken
-        self._maxsim = MaxSimScorer(make_index(len(self._layers) * row_dim, num_rows), mean)
+        self._maxsim = MaxSimScorer(make_index(len(self.layers) * row_dim, num_rows), mean, self._rule.hits_per_token)
         self.damaged = {}  # every block is read again
-
-    def _add(self, entries: Sequence[Entry]) -> None:
-        if self._maxsim is not None:
-            self._maxsim.add(self._token_keys(entries))
-        elif found := self._vectors(entries):
-            vectors = torch.stack([vector for _, vector in found])
-            if not self._by_layer:
-                self._by_layer = [MeanQueryScorer(make_index(vectors.shape[2])) for _ in range(vectors.shape[1])]
-            for layer, scorer in enumerate(self._by_layer):
-                scorer.add([block for block, _ in found], vectors[:, layer])
 
     def _token_keys(self, entries: Sequence[Entry]) -> list[tuple[int, Tensor]]:
         """Read the compared layers of blocks: (block, `[num_tokens, num_parts, kv_heads * key_dim]` float32)."""
@@ -114,14 +93,14 @@ class Retriever:
             [
                 FetchRequest(entry.key, slot, range(layer, layer + 1))
                 for entry, slot in zip(entries, slots, strict=True)
-                for layer in self._layers
+                for layer in self.layers
             ]
         )
-        planes = self._layout.keys(slots)[:, list(self._layers)]
+        planes = self._layout.keys(slots)[:, list(self.layers)]
         found = []
         for number, entry in enumerate(entries):
-            first = number * len(self._layers)
-            lost = [at for at in range(first, first + len(self._layers)) if not report.outcomes[at].is_hit]
+            first = number * len(self.layers)
+            lost = [at for at in range(first, first + len(self.layers)) if not report.outcomes[at].is_hit]
             keys = planes[number, :, :, : entry.num_tokens].permute(2, 0, 1, 3).flatten(2).float()
             if lost:
                 self.damaged[entry.index] = report.reasons.get(lost[0], "the block is not stored")
@@ -129,23 +108,6 @@ class Retriever:
                 self.damaged[entry.index] = "its keys are not finite"
             else:
                 found.append((entry.index, keys))
-        return found
-
-    def _vectors(self, entries: Sequence[Entry]) -> list[tuple[int, Tensor]]:
-        """Read stored summaries: (block, `[num_layers, kv_heads * key_dim]` float32)."""
-        assert self._policy.searched is not None
-        spec, kind = self._header.spec, _SECTIONS[self._policy.searched]
-        shape = (spec.num_layers, spec.kv_heads * spec.key_dim)
-        found = []
-        stored = self._store.summaries(self._header.name, entries[0].index, len(entries))
-        for entry in entries:
-            try:
-                vector = Summary.from_bytes(stored.get(entry.index, b"")).parts.get(kind)
-                if vector is None or vector.shape != shape or not vector.isfinite().all():
-                    raise CorruptRecordError(f"its summary holds no usable {kind.name}")
-                found.append((entry.index, vector.float()))
-            except CorruptRecordError as error:
-                self.damaged[entry.index] = str(error)
         return found
 
 

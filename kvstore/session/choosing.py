@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lets each layer of a question choose what it reads: anew, or what it chose before, as the policy's trigger says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvstore.retrieval.memory import Selection
+from kvstore.retrieval.policy import Policy
+from kvstore.retrieval.tokens import LayerQuery
+from kvstore.retrieval.triggers.trigger import Choice
+from kvstore.session.recall import Speculation
+from kvstore.session.stream_memory import StreamMemory
+from kvstore.session.view import StreamView
+from kvstore.store import Entry
+
+
+@dataclass(slots=True)
+class _Layer:
+    """What a layer chose: forwards since the first, the query it was chosen by, and a selection that waits."""
+
+    is_full: bool = False
+    step: int = 0
+    asked_by: Tensor | None = None
+    selection: Selection | None = None
+    waiting: Selection | None = None
+
+
+@dataclass(slots=True)
+class LayerChoices:
+    """The choices of one question.
+
+    Args:
+        view: the stream.
+        policy: how they are made.
+        memory: what there is to choose from.
+        entries: its blocks when the question began.
+        recent_first: the first block of the recent window, which is read anyway.
+    """
+
+    view: StreamView
+    policy: Policy
+    memory: StreamMemory
+    entries: Sequence[Entry]
+    recent_first: int
+    speculation: Speculation = field(default_factory=Speculation)
+    _layers: list[_Layer] = field(init=False)
+    _firsts: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._firsts = torch.tensor([entry.first_token for entry in self.entries], dtype=torch.int64)
+        self._layers = [_Layer() for _ in range(self.view.num_layers)]
+
+    def choose(self, layer: int, query: Tensor, positions: Tensor, is_first: bool) -> tuple[Tensor, ...] | None:
+        """Say what a forward reads in one layer.
+
+        Args:
+            layer: layer index.
+            query: [num_heads, num_new, key_dim], before RoPE unless the stream's keys are rotated.
+            positions: [rows, num_new] int64: where the queries would stand behind the whole stream.
+            is_first: whether this forward begins the question.
+
+        Returns:
+            Token numbers, one tensor for all KV heads or one for each; None to go on with those of the last time.
+        """
+        state, policy = self._layers[layer], self.policy
+        newest = query[:, -1].float()
+        if is_first or state.asked_by is None:
+            state.step, choice = 0, Choice.SELECT
+            state.is_full = layer < policy.full_layers and self._fits()
+        elif state.is_full:
+            choice = Choice.KEEP
+        else:
+            state.step += 1
+            choice = policy.trigger.choose(state.step, newest, state.asked_by)
+        if choice is Choice.KEEP:
+            return None
+        state.asked_by = newest
+        if state.is_full:
+            return (torch.arange(self._first, max(self._first, self._end)),)
+        made = self._select(layer, query, positions)
+        if choice is Choice.SELECT:
+            state.selection, state.waiting = made, None
+            return made.tokens
+        had, state.waiting = state.waiting, made
+        self._note(had or state.selection, made)
+        self._prefetch(made)
+        if had is None:
+            return None
+        state.selection = had
+        return had.tokens
+
+    @property
+    def _first(self) -> int:
+        sinks = self.view.num_sink_blocks
+        return self.entries[sinks].first_token if sinks < len(self.entries) else self._end
+
+    @property
+    def _end(self) -> int:
+        """Number behind the last token that may be chosen."""
+        last = self.entries[: self.recent_first][-1:]
+        return last[0].first_token + last[0].num_tokens if last else 0
+
+    def _fits(self) -> bool:
+        """Whether the device has room for everything; where it has not, the first layers choose like the others."""
+        return len(self.entries) <= self.view.residency.num_unpinned
+
+    def _select(self, layer: int, query: Tensor, positions: Tensor) -> Selection:
+        view = self.view
+        grouped = query.unflatten(0, (view.header.spec.kv_heads, -1))
+        asking = LayerQuery(grouped, positions, view.rotate, view.config.window_tokens)
+        return self.memory.select(layer, asking, view.config.budget_tokens, self._end)
+
+    def _note(self, had: Selection | None, made: Selection) -> None:
+        for number, units in enumerate(made.units):
+            self.speculation.num_chosen += units.shape[0]
+            if had is not None:
+                self.speculation.num_had += int(torch.isin(units, had.units[number]).sum())
+
+    def _prefetch(self, made: Selection) -> None:
+        """Have the blocks of a selection brought to memory before it is read."""
+        blocks = (torch.searchsorted(self._firsts, torch.cat(made.tokens), right=True) - 1).unique().tolist()
+        self.view.store.prefetch([self.entries[block].key for block in blocks])

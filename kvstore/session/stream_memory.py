@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a policy can select from in each layer of one stream, made from its stored blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from kvstore.errors import CorruptRecordError
+from kvstore.layout import BlockLayout
+from kvstore.retrieval.memory import LayerMemory, Selection
+from kvstore.retrieval.policy import Policy
+from kvstore.retrieval.summary import received_of
+from kvstore.retrieval.tokens import LayerQuery, LayerTokens, Rotate
+from kvstore.store import Entry, FetchRequest, Store, StreamHeader
+
+_BATCH = 16
+
+PositionsOf = Callable[[Entry], Tensor]
+"""RoPE positions of a block: `[rows, num_tokens]` int64; raises `CorruptRecordError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    entry: Entry
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    received: Tensor
+
+
+class StreamMemory:
+    """Selects tokens of one stream, layer by layer; made on first use and extended later.
+
+    A block that cannot be read is not found, which is no error: `damaged` says why, by the block's index.
+
+    Args:
+        store: the open store.
+        header: the stream's header.
+        policy: how; it has views.
+        rotate: the model's rotary function; None where keys are stored rotated.
+        positions: of blocks.
+    """
+
+    def __init__(
+        self, store: Store, header: StreamHeader, policy: Policy, rotate: Rotate | None, positions: PositionsOf
+    ) -> None:
+        self._store = store
+        self._header = header
+        self._rotate = rotate
+        self._positions = positions
+        self._layout = BlockLayout(header.spec, header.block_tokens)
+        spec = header.spec
+        self._layers = [LayerMemory(policy, spec.kv_heads, spec.key_dim) for _ in range(spec.num_layers)]
+        self._known = 0
+        self.damaged: dict[int, str] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that can be selected."""
+        return self._layers[0].num_tokens
+
+    def refresh(self, num_sink_blocks: int, entries: Sequence[Entry]) -> None:
+        """Take in the stream's blocks that are not known yet.
+
+        Args:
+            num_sink_blocks: leading blocks to leave out: they are attended always.
+            entries: the stream's entries from the first one on; their blocks are durable.
+        """
+        self._known = max(self._known, num_sink_blocks)
+        while self._known < len(entries):
+            batch = entries[self._known : self._known + _BATCH]
+            self._add(batch)
+            self._known += len(batch)
+
+    def select(self, layer: int, query: LayerQuery, budget_tokens: int, end: int) -> Selection:
+        """Choose tokens before number `end` for one layer; see `LayerMemory.select`."""
+        return self._layers[layer].select(query, budget_tokens, end)
+
+    def _add(self, entries: Sequence[Entry]) -> None:
+        slots = torch.empty(len(entries), self._layout.slot_nbytes, dtype=torch.uint8)
+        requests = [FetchRequest(entry.key, slot, None) for entry, slot in zip(entries, slots, strict=True)]
+        report = self._store.fetch(requests)
+        summaries = self._store.summaries(self._header.name, entries[0].index, len(entries))
+        keys, values = self._layout.keys(slots), self._layout.values(slots)
+        rows = []
+        for number, entry in enumerate(entries):
+            if not report.outcomes[number].is_hit:
+                self.damaged[entry.index] = report.reasons.get(number, "the block is not stored")
+                continue
+            try:
+                positions = self._positions(entry)
+            except CorruptRecordError as error:
+                self.damaged[entry.index] = str(error)
+                continue
+            block = keys[number, :, :, : entry.num_tokens]
+            if not block.isfinite().all():
+                self.damaged[entry.index] = "its keys are not finite"
+                continue
+            received = received_of(summaries.get(entry.index, b""), block.shape[:3])
+            rows.append(_Block(entry, block, values[number, :, :, : entry.num_tokens], positions, received))
+        # What a lost block parts is never one unit.
+        for _, run in groupby(enumerate(rows), lambda item: item[1].entry.index - item[0]):
+            self._add_run([row for _, row in run])
+
+    def _add_run(self, rows: Sequence[_Block]) -> None:
+        entries = [row.entry for row in rows]
+        keys = torch.cat([row.keys for row in rows], dim=2)
+        values = torch.cat([row.values for row in rows], dim=2)
+        received = torch.cat([row.received for row in rows], dim=2)
+        positions = torch.cat([row.positions for row in rows], dim=1)
+        groups = torch.cat([torch.full((entry.num_tokens,), entry.group) for entry in entries])
+        for layer, memory in enumerate(self._layers):
+            if memory.next_token != entries[0].first_token:
+                memory.close()
+            memory.add(
+                LayerTokens(
+                    entries[0].first_token,
+                    keys[layer],
+                    values[layer],
+                    positions,
+                    received[layer],
+                    groups,
+                    self._rotate,
+                )
+            )
+
+    def close_units(self) -> None:
+        """Cut what is left into units: it is to be found although more will come."""
+        for memory in self._layers:
+            memory.close()
