@@ -11,6 +11,7 @@ from torch import Tensor
 from kvstore.errors import ShapeError
 from kvstore.retrieval.index.partitions import MatrixIndex, PartitionedIndex
 from kvstore.retrieval.policy import Policy
+from kvstore.retrieval.selectors.budget import LayeredSelector
 from kvstore.retrieval.tokens import LayerQuery, LayerTokens
 from kvstore.retrieval.unit_table import UnitTable
 from kvstore.retrieval.units import Units
@@ -45,11 +46,16 @@ class LayerMemory:
         kv_heads: of the model.
         key_dim: elements of a key.
         make_index: holds the summaries; the exact one by default.
+        layer: which one it is, for selectors that ask.
     """
 
-    def __init__(self, policy: Policy, kv_heads: int, key_dim: int, make_index: MakeIndex = MatrixIndex) -> None:
+    def __init__(
+        self, policy: Policy, kv_heads: int, key_dim: int, make_index: MakeIndex = MatrixIndex, layer: int = 0
+    ) -> None:
         assert policy.segmenter is not None, "a policy without units needs no memory"
         self._policy = policy
+        selector = policy.selector
+        self._selector = selector.in_layer(layer) if isinstance(selector, LayeredSelector) else selector
         self._segmenter = policy.segmenter
         self._scale = key_dim**-0.5
         self._kv_heads = kv_heads
@@ -115,7 +121,7 @@ class LayerMemory:
         if end is not None:
             scores = scores.masked_fill(self.table.ends > end, float("-inf"))
         sizes = self.table.sizes if scores.shape[0] == self._kv_heads else self.table.sizes[:1]
-        chosen = self._policy.selector.select(scores, sizes.expand_as(scores), budget_tokens)
+        chosen = self._selector.select(scores, sizes.expand_as(scores), budget_tokens)
         estimated: tuple[Tensor, ...] = ()
         if self._policy.estimated_share:
             estimated = self._next_best(scores.masked_fill(chosen, float("-inf")))

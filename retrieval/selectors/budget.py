@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ class Selector(Protocol):
         """
 
 
+@runtime_checkable
+class LayeredSelector(Selector, Protocol):
+    """A selector that chooses in another way in every layer."""
+
+    def in_layer(self, layer: int) -> Selector:
+        """The one for a layer, counted from 0."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenBudget:
     """The best units of each partition, in order of score, until the next one would not fit.
@@ -35,11 +43,16 @@ class TokenBudget:
 
     def select(self, scores: Tensor, sizes: Tensor, budget_tokens: int) -> Tensor:
         """See `Selector`."""
-        chosen = torch.zeros_like(scores, dtype=torch.bool)
-        if budget_tokens <= 0 or scores.shape[1] == 0:
-            return chosen
-        most = min(scores.shape[1], max(1, budget_tokens // int(sizes.min())))
-        best = scores.topk(most, dim=1)
-        fits = sizes.gather(1, best.indices).cumsum(1) <= budget_tokens
-        fits[:, 0] = True
-        return chosen.scatter_(1, best.indices, fits & best.values.isfinite())
+        return take_best(scores, sizes, budget_tokens, scores.shape[1])
+
+
+def take_best(scores: Tensor, sizes: Tensor, budget_tokens: int, most: int) -> Tensor:
+    """Take up to `most` units of each partition by the rule of `TokenBudget`; see `Selector` for the rest."""
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    if budget_tokens <= 0 or scores.shape[1] == 0 or most <= 0:
+        return chosen
+    most = min(scores.shape[1], most, max(1, budget_tokens // int(sizes.min())))
+    best = scores.topk(most, dim=1)
+    fits = sizes.gather(1, best.indices).cumsum(1) <= budget_tokens
+    fits[:, 0] = True
+    return chosen.scatter_(1, best.indices, fits & best.values.isfinite())
