@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fusion: several views of the same units, and one order."""
+"""Fusion: several views of the same units, or the scores of somebody else, and one order."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,12 +11,35 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvstore.errors import ConfigError
+
 
 class Fusion(Protocol):
     """Makes one score of several."""
 
     def fuse(self, scores: Sequence[Tensor]) -> Tensor:
         """Fuse `[num_partitions, num_units]` float32 scores, one per view; -inf stays -inf."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExtraScores:
+    """What a retriever beside the model's own keys thinks of the units of one layer.
+
+    Args:
+        scores: [num_units] or [num_partitions, num_units] float32; -inf where it knows nothing: such units rank last in
+            this list, and are not excluded.
+        weight: what the list counts; the model's own counts 1.
+
+    Raises:
+        ConfigError: the weight is negative, or not a number.
+    """
+
+    scores: Tensor
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ConfigError(f"extra scores weigh {self.weight}; the weight must be a number from 0 on")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,5 +62,6 @@ class ReciprocalRank:
         for number, each in enumerate(scores):
             order = each.argsort(dim=1, descending=True, stable=True)
             ranks = torch.empty_like(order).scatter_(1, order, torch.arange(each.shape[1]).expand_as(order))
+            ranks.masked_fill_(each.isneginf(), each.shape[1] - 1)  # of no known rank: all are last alike
             fused += (self.weights[number] if self.weights else 1.0) / (self.offset + 1 + ranks)
         return fused.masked_fill_(scores[0].isneginf(), float("-inf"))

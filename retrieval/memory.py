@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from kvstore.errors import ShapeError
+from kvstore.retrieval.fusion import ExtraScores, ReciprocalRank
 from kvstore.retrieval.index.partitions import MatrixIndex, PartitionedIndex
 from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.selectors.budget import LayeredSelector
@@ -109,15 +110,23 @@ class LayerMemory:
             self._index(tokens.part(0, taken), units)
         self._pending = tokens.part(taken, tokens.num_tokens)
 
-    def select(self, query: LayerQuery, budget_tokens: int, end: int | None = None) -> Selection:
+    def select(
+        self, query: LayerQuery, budget_tokens: int, end: int | None = None, extra: Sequence[ExtraScores] = ()
+    ) -> Selection:
         """Choose what to read for a forward.
 
         Args:
             query: its queries.
             budget_tokens: most tokens to read, per KV head.
             end: units that hold a token from here on are not chosen: they are attended to anyway. None for all.
+            extra: scores of other retrievers, fused with the policy's own by reciprocal rank.
+
+        Raises:
+            ShapeError: extra scores are not one per unit.
         """
         scores = self.score(query)
+        if extra:
+            scores = self._fused(scores, extra)
         if end is not None:
             scores = scores.masked_fill(self.table.ends > end, float("-inf"))
         sizes = self.table.sizes if scores.shape[0] == self._kv_heads else self.table.sizes[:1]
@@ -135,6 +144,13 @@ class LayerMemory:
             num_asking = query.query.shape[2] if view.pool is Pool.EACH else 1
             scores.append(view.agree(index.scores(view.lifted(query)), num_asking, self._scale))
         return self._policy.fusion.fuse(scores)
+
+    def _fused(self, scores: Tensor, extra: Sequence[ExtraScores]) -> Tensor:
+        for each in extra:
+            if each.scores.shape not in (scores.shape, scores.shape[1:]):
+                raise ShapeError(f"extra scores are {list(each.scores.shape)}; the units' are {list(scores.shape)}")
+        fusion = ReciprocalRank(weights=(1.0, *(each.weight for each in extra)))
+        return fusion.fuse([scores, *(each.scores.expand_as(scores) for each in extra)])
 
     def _index(self, tokens: LayerTokens, units: tuple[Units, ...]) -> None:
         for view, index in zip(self._policy.views, self._indices, strict=True):
