@@ -88,6 +88,29 @@ class UnitTable:
             found.append(tokens.sort().values)
         return tuple(found)
 
+    def best_of_blocks(self, scores: Tensor, block_starts: Tensor) -> Tensor:
+        """Give each unit the best score among the blocks that its tokens lie in.
+
+        Args:
+            scores: [num_blocks] float32.
+            block_starts: [num_blocks] int64, ascending: each block's first token; the last block has no end.
+
+        Returns:
+            [num_tables, num_units] float32; -inf for units before the first block.
+
+        Raises:
+            ShapeError: not one start per score, or they do not ascend.
+        """
+        if scores.dim() != 1 or scores.shape != block_starts.shape or not bool((block_starts.diff() > 0).all()):
+            raise ShapeError(f"{list(scores.shape)} scores of blocks, {list(block_starts.shape)} starts; they pair up")
+        block = torch.bucketize(self._tokens.used, block_starts, right=True)
+        of_token = torch.cat([scores.new_full((1,), float("-inf")), scores])[block]
+        best = scores.new_full(self._starts.used.shape, float("-inf"))
+        for table, sizes in enumerate(self.sizes):
+            unit = torch.repeat_interleave(torch.arange(sizes.shape[0]), sizes)
+            best[table].scatter_reduce_(0, unit, of_token[table], "amax")
+        return best
+
 
 class _Growing:
     """Rows of int64 that grow to the right; memory doubles."""
