@@ -266,7 +266,7 @@ def test_appended_forwards_retrieve_beyond_the_window(tmp_path: Path) -> None:
             residency = attached.session.view.residency
             pinned = [key for key, place in residency._places.items() if place.pins]
             kept = [entry.key for entry in attached.session.view.entries]
-            assert set(pinned) == {kept[0], *kept[attached.session._window_first :]}
+            assert set(pinned) == {kept[0], *kept[attached.session._window._first :]}
     # Nothing lies beyond the window at first, so both see the same.
     assert torch.equal(answers[0][0], answers[1][0])
     assert (answers[0][-1] - answers[1][-1]).abs().max() > 0.01

@@ -9,17 +9,14 @@ import torch
 from torch import Tensor
 
 from kvstore.errors import ConfigError, CorruptRecordError, ReadOnlyError, ShapeError, StoreIOError
-from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.summary import summarise
-from kvstore.retrieval.tokens import LayerQuery, Rotate
+from kvstore.retrieval.tokens import Rotate
+from kvstore.session.append_window import AppendWindow
 from kvstore.session.appender import Appender, Segment
-from kvstore.session.attending import Attending, AttentionInputs, PlacedPast
+from kvstore.session.attending import AttentionInputs
 from kvstore.session.branch import Branch
-from kvstore.session.past import Reading
-from kvstore.session.residency import LoadReport
-from kvstore.session.stream_memory import StreamMemory
 from kvstore.session.view import OpenRows, SessionConfig, StreamView
-from kvstore.store import Entry, Store, StreamHeader
+from kvstore.store import Store, StreamHeader
 from kvstore.tiers.manifest import JSON
 
 
@@ -54,14 +51,8 @@ class Session:
         rows: int = 1,
     ) -> None:
         self.view = StreamView(store, header, config, rotate, device, rows)
-        retrieves = config.policy.retrieves_while_appending
-        position = config.policy.position if retrieves else PositionPolicy.CONSECUTIVE
-        self._attending = Attending(self.view.residency, rotate, position, config.window_tokens, rows)
+        self._window = AppendWindow(self.view)
         self._appender: Appender | None = None
-        self._window_first = 0
-        self._firsts = torch.empty(0, dtype=torch.int64)
-        self._placed: PlacedPast | None = None
-        self._is_stale = True
         self._is_broken = False
         self.num_spare = 0
         """Last tokens of the coming forward that only fill it up: they vote for nothing, and `drop` takes them off."""
@@ -111,20 +102,22 @@ class Session:
         if ids.shape != keys.shape[2:3]:
             raise ShapeError(f"ids are {list(ids.shape)}; {keys.shape[2]} tokens have as many, in one dimension")
         appender = self._writer()
-        self._attending.check(layer, query, keys, values, positions)
+        self._window.check(layer, query, keys, values, positions)
         if layer == 0:
             self._check_positions(positions)
-            self._slide_window()
-        if self._is_stale or self.view.config.policy.retrieves_while_appending:
-            self._assemble(layer, query, positions)
+            self.commit()
+            if self._window.retrieves:
+                self.flush()
+            self._window.slide()
+        self._window.assemble(layer, query[:, :, : query.shape[2] - self.num_spare], positions)
         if layer == 0:
             appender.begin(ids, positions[:, 0])
         appender.write(layer, keys[0], values[0])
-        inputs = self._attending.inputs(layer, query, keys, values, positions)
+        inputs = self._window.inputs(layer, query, keys, values, positions)
         appender.receive(layer, inputs.received(appender.num_open_tokens, self.num_spare, scale))
         if layer == self.view.num_layers - 1:
             appender.end()
-            self._is_stale = False
+            self._window.is_stale = False
             self._note_open_rows()
         return inputs
 
@@ -172,7 +165,7 @@ class Session:
         self._forget_unfinished()
         self._writer().drop(num_tokens)
         self.num_spare = 0
-        self._is_stale = True
+        self._window.is_stale = True
         self._note_open_rows()
 
     def branch(self, *, continues: bool = False) -> Branch:
@@ -217,9 +210,7 @@ class Session:
             )
         namespace = f"{spec.fingerprint};{header.profile};{header.prefill}"
         self._appender = Appender(view.residency, namespace, summarise, next(reversed(view.entries), None))
-        self._window_first = view.first_block_within(view.config.window_tokens)
-        kept = [*self._sinks(), *view.entries[self._window_first :]]
-        report = view.residency.load([entry.key for entry in kept], range(spec.num_layers))
+        report = self._window.open()
         if report.lost:
             raise CorruptRecordError(
                 f"stream {header.name!r}: its last blocks cannot be read ({next(iter(report.lost.values()))}), so it "
@@ -229,7 +220,7 @@ class Session:
     def _forget_unfinished(self) -> None:
         """Drop the tokens of a forward that failed midway: their rows are filled in some layers only."""
         if self._writer().abandon():
-            self._is_stale = True
+            self._window.is_stale = True
             self._note_open_rows()
 
     def _check_positions(self, positions: Tensor) -> None:
@@ -246,62 +237,3 @@ class Session:
             OpenRows(block.slot_idx, block.filled, torch.cat(block.positions, dim=1))
             for block in self._writer().open_blocks
         ]
-
-    def _sinks(self) -> list[Entry]:
-        return self.view.entries[: min(self.view.num_sink_blocks, self._window_first)]
-
-    def _slide_window(self) -> None:
-        """Fix what the coming forward sees.
-
-        The window is made of whole blocks, so it depends on the stream alone: a resumed session attends exactly as one
-        that was never interrupted.
-        """
-        self.commit()
-        view = self.view
-        first = view.first_block_within(view.config.window_tokens)
-        if first != self._window_first:
-            leaving = view.entries[max(self._window_first, view.num_sink_blocks) : first]
-            view.residency.unpin([entry.key for entry in leaving])
-            self._window_first = first
-            self._is_stale = True
-
-    def _assemble(self, layer: int, query: Tensor, positions: Tensor) -> None:
-        view, start = self.view, int(positions.min())
-        retrieves = view.config.policy.retrieves_while_appending
-        if layer == 0:
-            self._firsts = torch.tensor([entry.first_token for entry in view.entries], dtype=torch.int64)
-        sinks, window = self._sinks(), view.entries[self._window_first :]
-        reading = Reading.of(sinks, self._retrieve(layer, query, positions) if retrieves else (), window)
-        report, layers = LoadReport(), range(layer, layer + 1)
-        past = view.reader.read(reading, view.entries, self._firsts, view.positions_of, layers, report)
-        for entry in (*sinks, *window):  # what comes next would be computed from a past with a hole
-            if entry.key in report.lost:
-                raise CorruptRecordError(f"stream {view.header.name!r}: {report.lost[entry.key]}")
-        if layer == 0 or retrieves:  # else the same in every layer
-            last = view.entries[-1:]
-            self._placed = self._attending.place_past(
-                past,
-                [rows.positions for rows in view.open_rows],
-                num_stored=last[0].first_token + last[0].num_tokens if last else 0,
-                end=start,
-                tail_start=start,
-            )
-        assert self._placed is not None, "layer 0 came first"
-        context = self._attending.contexts[layer]
-        context.drop_tail(context.num_tail)
-        self._attending.set_past(layer, past, view.open_planes(layer), self._placed)
-
-    def _retrieve(self, layer: int, query: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """Tokens between sinks and window that this layer's queries ask for."""
-        view = self.view
-        memory = view.search(view.config.policy)
-        assert isinstance(memory, StreamMemory), "late interaction does not retrieve while appending"
-        if layer == 0:
-            self.flush()
-            memory.refresh(view.num_sink_blocks, view.entries[: self._window_first])
-        asking = slice(0, query.shape[2] - self.num_spare)
-        grouped = query[0, :, asking].unflatten(0, (view.header.spec.kv_heads, -1))
-        request = LayerQuery(grouped, positions[:, 0, asking], view.rotate, view.config.window_tokens)
-        window = view.entries[self._window_first :][:1]
-        end = window[0].first_token if window else self.num_tokens
-        return memory.select(layer, request, view.config.budget_tokens, end).tokens

@@ -55,7 +55,9 @@ class StreamMemory:
         self._positions = positions
         self._layout = BlockLayout(header.spec, header.block_tokens)
         spec = header.spec
-        self._layers = [LayerMemory(policy, spec.kv_heads, spec.key_dim) for _ in range(spec.num_layers)]
+        self._layers = [
+            LayerMemory(policy, spec.kv_heads, spec.key_dim, layer=layer) for layer in range(spec.num_layers)
+        ]
         self._known = 0
         self.damaged: dict[int, str] = {}
 

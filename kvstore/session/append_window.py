@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a forward that appends attends to: sinks, the window, and what its layers retrieve if the policy says so."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvstore.errors import CorruptRecordError
+from kvstore.retrieval.positions import PositionPolicy
+from kvstore.retrieval.tokens import LayerQuery
+from kvstore.session.attending import Attending, PlacedPast
+from kvstore.session.past import Reading
+from kvstore.session.residency import LoadReport
+from kvstore.session.stream_memory import StreamMemory
+from kvstore.session.view import StreamView
+from kvstore.store import Entry
+
+
+class AppendWindow(Attending):
+    """Contexts of the forwards that append to one stream.
+
+    The window is made of whole blocks, so it depends on the stream alone: a resumed session attends exactly as one
+    that was never interrupted. Its blocks, and the sinks, stay pinned.
+
+    Args:
+        view: the stream.
+    """
+
+    def __init__(self, view: StreamView) -> None:
+        config = view.config
+        self.retrieves = config.policy.retrieves_while_appending
+        position = config.policy.position if self.retrieves else PositionPolicy.CONSECUTIVE
+        super().__init__(view.residency, view.rotate, position, config.window_tokens, view.rows)
+        self._view = view
+        self._first = 0
+        self._firsts = torch.empty(0, dtype=torch.int64)
+        self._placed_past: PlacedPast | None = None
+        self.is_stale = True
+        """Whether the contexts are not those of the coming forward."""
+
+    @property
+    def blocks(self) -> list[Entry]:
+        """The window, in order."""
+        return self._view.entries[self._first :]
+
+    def open(self) -> LoadReport:
+        """Load sinks and window, and pin them; reports those that cannot be had."""
+        view = self._view
+        self._first = view.first_block_within(view.config.window_tokens)
+        kept = [*self._sinks(), *self.blocks]
+        return view.residency.load([entry.key for entry in kept], range(view.num_layers))
+
+    def slide(self) -> None:
+        """Let go of blocks that the coming forward does not see any more."""
+        view = self._view
+        first = view.first_block_within(view.config.window_tokens)
+        if first != self._first:
+            leaving = view.entries[max(self._first, view.num_sink_blocks) : first]
+            view.residency.unpin([entry.key for entry in leaving])
+            self._first = first
+            self.is_stale = True
+
+    def assemble(self, layer: int, query: Tensor, positions: Tensor) -> None:
+        """Make one layer's past, unless it is that of the last forward.
+
+        Args:
+            layer: layer index; layer 0 comes first.
+            query: [1, num_heads, num_asking, key_dim]: the forward's first queries, which retrieve.
+            positions: [rows, 1, num_new] int64.
+
+        Raises:
+            CorruptRecordError: a block of the window cannot be read: what comes next would be computed from a past
+                with a hole.
+        """
+        if not self.is_stale and not self.retrieves:
+            return
+        view, start = self._view, int(positions.min())
+        if layer == 0:
+            self._firsts = torch.tensor([entry.first_token for entry in view.entries], dtype=torch.int64)
+        seen = [*self._sinks(), *self.blocks]
+        chosen = self._retrieve(layer, query, positions[:, 0, : query.shape[2]]) if self.retrieves else ()
+        report, layers = LoadReport(), range(layer, layer + 1)
+        reading = Reading.of(self._sinks(), chosen, self.blocks)
+        past = view.reader.read(reading, view.entries, self._firsts, view.positions_of, layers, report)
+        for entry in seen:
+            if entry.key in report.lost:
+                raise CorruptRecordError(f"stream {view.header.name!r}: {report.lost[entry.key]}")
+        if layer == 0 or self.retrieves:  # else the same in every layer
+            last = view.entries[-1:]
+            self._placed_past = self.place_past(
+                past,
+                [rows.positions for rows in view.open_rows],
+                num_stored=last[0].first_token + last[0].num_tokens if last else 0,
+                end=start,
+                tail_start=start,
+            )
+        assert self._placed_past is not None, "layer 0 came first"
+        context = self.contexts[layer]
+        context.drop_tail(context.num_tail)
+        self.set_past(layer, past, view.open_planes(layer), self._placed_past)
+
+    def _sinks(self) -> list[Entry]:
+        return self._view.entries[: min(self._view.num_sink_blocks, self._first)]
+
+    def _retrieve(self, layer: int, query: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Tokens between sinks and window that a layer's queries ask for."""
+        view = self._view
+        memory = view.search(view.config.policy)
+        assert isinstance(memory, StreamMemory), "late interaction does not retrieve while appending"
+        if layer == 0:
+            memory.refresh(view.num_sink_blocks, view.entries[: self._first])
+        request = LayerQuery(
+            query[0].unflatten(0, (view.header.spec.kv_heads, -1)), positions, view.rotate, view.config.window_tokens
+        )
+        end = self.blocks[0].first_token if self.blocks else view.num_tokens
+        return memory.select(layer, request, view.config.budget_tokens, end).tokens
