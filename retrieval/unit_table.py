@@ -116,7 +116,7 @@ class _Growing:
     """Rows of int64 that grow to the right; memory doubles."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0, 0, dtype=torch.int64)
+        self._buffer = torch.empty(1, 0, dtype=torch.int64)
         self.num_columns = 0
 
     @property
