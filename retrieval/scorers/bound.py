@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The largest inner product that a key inside a box can have with a query, as one inner product."""
+"""The largest inner product that a key inside a box or a sphere can have with a query, as one inner product."""
 
 from __future__ import annotations
 
@@ -22,3 +22,15 @@ class Bound:
     def lift(self, queries: Tensor) -> Tensor:
         """See `Scorer`."""
         return torch.cat([queries.clamp_min(0), queries.clamp_max(0)], dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class SphereBound:
+    """Lifts `q` to `[q | |q|]`, to be met with `[centre | radius]` of a sphere.
+
+    Source: Cauchy and Schwarz: no key within `radius` of `centre` has a larger inner product with `q`.
+    """
+
+    def lift(self, queries: Tensor) -> Tensor:
+        """See `Scorer`."""
+        return torch.cat([queries, queries.norm(dim=-1, keepdim=True)], dim=-1)
