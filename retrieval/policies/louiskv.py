@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LouisKV (arXiv:2510.11292, ICLR 2026): clusters of like keys, selected anew where the query turns."""
+
+from kvstore.retrieval.policy import Policy
+from kvstore.retrieval.scorers.dot import Dot
+from kvstore.retrieval.segmenters.clusters import Clusters
+from kvstore.retrieval.summarisers.mean import Mean
+from kvstore.retrieval.tokens import Space
+from kvstore.retrieval.triggers.trigger import EveryStep
+from kvstore.retrieval.view import Group, View
+
+POLICY = Policy(
+    name="louiskv",
+    source="LouisKV, arXiv:2510.11292; generated tokens are clustered, too, where the source cuts them to runs",
+    segmenter=Clusters(16),
+    views=(View(Mean(), Dot(), Space.ROTATED, group=Group.SOFTMAX_MEAN),),
+    trigger=EveryStep(),
+    full_layers=2,
+)
