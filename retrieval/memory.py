@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvstore.errors import ShapeError
 from kvstore.retrieval.fusion import ExtraScores, ReciprocalRank
+from kvstore.retrieval.estimates import Estimate, EstimateTable
 from kvstore.retrieval.index.partitions import MatrixIndex, PartitionedIndex
 from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.selectors.budget import LayeredSelector
@@ -31,12 +32,14 @@ class Selection:
         units: the units that hold them, likewise: numbers in the order in which they were cut.
         scores: [partitions, num_units] float32: the fused scores; -inf for what could not be chosen.
         estimated: units whose attention is to be estimated, one tensor per KV head; none when empty.
+        estimate: what it is to be estimated from; None where nothing is.
     """
 
     tokens: tuple[Tensor, ...]
     units: tuple[Tensor, ...]
     scores: Tensor
     estimated: tuple[Tensor, ...] = ()
+    estimate: Estimate | None = None
 
 
 class LayerMemory:
@@ -61,6 +64,7 @@ class LayerMemory:
         self._scale = key_dim**-0.5
         self._kv_heads = kv_heads
         self._indices = [make_index(kv_heads, view.summariser.width(key_dim)) for view in policy.views]
+        self._estimates = EstimateTable(kv_heads, key_dim) if policy.estimated_share else None
         self._pending: LayerTokens | None = None
         self.table = UnitTable(kv_heads)
 
@@ -135,7 +139,8 @@ class LayerMemory:
         if self._policy.estimated_share:
             estimated = self._next_best(scores.masked_fill(chosen, float("-inf")))
         units = tuple(row.nonzero()[:, 0] for row in chosen)
-        return Selection(self.table.tokens_of(units), units, scores, estimated)
+        estimate = self._estimates.of(estimated) if self._estimates is not None else None
+        return Selection(self.table.tokens_of(units), units, scores, estimated, estimate)
 
     def score(self, query: LayerQuery) -> Tensor:
         """Fused scores of all units: `[kv_heads, num_units]`, or `[1, num_units]` where heads select together."""
@@ -155,6 +160,8 @@ class LayerMemory:
     def _index(self, tokens: LayerTokens, units: tuple[Units, ...]) -> None:
         for view, index in zip(self._policy.views, self._indices, strict=True):
             index.add(view.summaries(tokens, units))
+        if self._estimates is not None:
+            self._estimates.add(tokens, units)
         self.table.add(units)
 
     def _next_best(self, scores: Tensor) -> tuple[Tensor, ...]:
