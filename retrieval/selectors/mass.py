@@ -42,15 +42,16 @@ class CumulativeMass:
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         if budget_tokens <= 0 or scores.shape[1] == 0:
             return chosen
-        best = scores.sort(dim=1, descending=True, stable=True)
-        is_eligible = ~best.values.isneginf()
+        most = min(scores.shape[1], max(1, budget_tokens // int(sizes.min())))
         if self.scale is None:
-            shares = best.values.masked_fill(~is_eligible, 0)
-            shares /= shares.sum(dim=1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
+            shares = scores.masked_fill(scores.isneginf(), 0)
+            shares = shares / shares.sum(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
         else:
-            shares = (best.values * self.scale).softmax(dim=1)
+            shares = (scores * self.scale).softmax(dim=1)
+        best = scores.topk(most, dim=1)
         is_taken = sizes.gather(1, best.indices).cumsum(1) <= budget_tokens
         if self.mass < 1:
-            is_taken &= shares.cumsum(1) - shares < self.mass
+            held = shares.gather(1, best.indices)
+            is_taken &= held.cumsum(1) - held < self.mass
         is_taken[:, 0] = True
-        return chosen.scatter_(1, best.indices, is_taken & is_eligible)
+        return chosen.scatter_(1, best.indices, is_taken & ~best.values.isneginf())
