@@ -19,11 +19,28 @@ class PositionPolicy(StrEnum):
         StreamingLLM, arXiv:2309.17453).
     CONSTANT_FAR: sinks and retrieved blocks all at one distance, the recent window at true distances
         (InfLLM, arXiv:2402.04617).
+    SLOT_INDEX: past token `j` of those attended is at `j`, in all rows alike, and the new tokens follow (StreamingLLM,
+        arXiv:2309.17453). So a distance is one in the cache, whatever a block has lost; an M-RoPE grid is flattened.
+    SHRINK: stretches of positions that no past token has are closed, inside of blocks, too, and the new tokens follow.
+        A grid stays as it is, and time inside of it; so do neighbours whose grids overlap. It is what the model would
+        have counted, had what is missing never come (StreamingVLM, arXiv:2510.09608, for M-RoPE).
+    GROUP: as SHRINK, but a stretch is shortened to `GROUP_GAP` positions instead of closed: what belongs together stays
+        so, and what does not is seen to be apart, at distances that the model was trained for. The rule is ours.
+    PARALLEL: the first group, if it begins the stream, is a prefix; all other groups of `far` begin right behind it,
+        over each other; `near` is closed up behind the longest, and the new tokens follow (APE, arXiv:2502.05431). A
+        group is a run of segments without a stretch between them.
     """
 
     ORIGINAL = "original"
     CONSECUTIVE = "consecutive"
     CONSTANT_FAR = "constant_far"
+    SLOT_INDEX = "slot_index"
+    SHRINK = "shrink"
+    GROUP = "group"
+    PARALLEL = "parallel"
+
+
+GROUP_GAP = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +90,18 @@ def place(
     if policy is PositionPolicy.CONSECUTIVE:
         shifted, cursor = _close_up(segments)
         return Placement(_concat(shifted, rows), cursor - tail_start)
+    joined = _concat(segments, rows)
+    if policy is PositionPolicy.SLOT_INDEX:
+        return Placement(torch.arange(joined.shape[1]).expand(rows, -1), joined.shape[1] - tail_start)
+    if policy in (PositionPolicy.SHRINK, PositionPolicy.GROUP):
+        longest = GROUP_GAP if policy is PositionPolicy.GROUP else 0
+        past, end = _shortened(joined, stream_end, longest)
+        return Placement(past, end - tail_start)
+    if policy is PositionPolicy.PARALLEL:
+        past, end = _overlaid(far, near, rows, stream_end)
+        return Placement(past, end - tail_start)
     num_far = sum(segment.shape[1] for segment in far) if policy is PositionPolicy.CONSTANT_FAR else 0
-    return Placement(_concat(segments, rows), stream_end - tail_start, num_far, far_position)
+    return Placement(joined, stream_end - tail_start, num_far, far_position)
 
 
 def _close_up(segments: Sequence[Tensor]) -> tuple[list[Tensor], int]:
@@ -86,6 +113,50 @@ def _close_up(segments: Sequence[Tensor]) -> tuple[list[Tensor], int]:
         shifted.append(segment - first + cursor)
         cursor += last - first + 1
     return shifted, cursor
+
+
+def _shortened(positions: Tensor, end: int, longest: int) -> tuple[Tensor, int]:
+    """Cut stretches of unused positions to at most `longest`; the one before the first token is closed.
+
+    Args:
+        positions: [rows, num_tokens] int64, in time order.
+        end: what follows the stream; the stretch before it counts, too.
+        longest: what is left of a longer stretch.
+
+    Returns:
+        The same tokens' new positions, and the new end.
+    """
+    if positions.shape[1] == 0:
+        return positions, 0
+    highest = positions.amax(dim=0).cummax(dim=0).values
+    stretch = positions.amin(dim=0) - 1 - highest.roll(1)
+    stretch[0] = positions[:, 0].amin() + longest
+    surplus = (stretch - longest).clamp_min(0).cumsum(0)
+    before_end = max(0, end - 1 - int(highest[-1]) - longest)
+    return positions - surplus, end - int(surplus[-1]) - before_end
+
+
+def _overlaid(far: Sequence[Tensor], near: Sequence[Tensor], rows: int, end: int) -> tuple[Tensor, int]:
+    """Lay groups of `far` over each other behind the prefix, and `near` behind them; also the new end."""
+    groups: list[list[Tensor]] = []
+    highest = -1
+    for segment in far:
+        if segment.shape[1] == 0:
+            continue
+        if groups and int(segment.min()) <= highest + 1:
+            groups[-1].append(segment)
+        else:
+            groups.append([segment])
+        highest = max(highest, int(segment.max()))
+    shifted, start, behind = [], 0, 0
+    for number, group in enumerate(groups):
+        joined = _concat(group, rows)
+        shifted.append(joined - joined.min() + start)
+        behind = max(behind, int(shifted[-1].max()) + 1)
+        if number == 0 and int(joined.min()) == 0:
+            start = behind
+    window, window_end = _shortened(_concat(near, rows), end, 0)
+    return _concat([*shifted, window + behind], rows), behind + window_end
 
 
 def _concat(segments: Sequence[Tensor], rows: int) -> Tensor:
