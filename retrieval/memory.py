@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvstore.errors import ShapeError
-from kvstore.retrieval.fusion import ExtraScores, ReciprocalRank
 from kvstore.retrieval.estimates import Estimate, EstimateTable
+from kvstore.retrieval.fusion import ExtraScores, ReciprocalRank
 from kvstore.retrieval.index.partitions import MatrixIndex, PartitionedIndex
 from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.selectors.budget import LayeredSelector

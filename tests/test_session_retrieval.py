@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from kvstore.engines.transformers import Attached
+from kvstore.retrieval.estimates import Estimate
 from kvstore.retrieval.positions import PositionPolicy
+from kvstore.retrieval.registry import policies
 from kvstore.session.branch import Branch
 from kvstore.session.past import Reading
 from kvstore.store import Access, FetchRequest
@@ -29,6 +31,7 @@ class Choices:
     """What a branch attends to: token numbers by layer, one list for each KV head; the last choice counts."""
 
     by_layer: dict[int, list[list[int]]] = field(default_factory=dict)
+    estimates: dict[int, Estimate | None] = field(default_factory=dict)
 
 
 @pytest.fixture
@@ -37,13 +40,16 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> Choices:
     seen = Choices()
     attend_to = Branch._attend_to
 
-    def recording(self: Branch, attending: Any, reading: Reading, layers: range) -> frozenset[int]:
+    def recording(
+        self: Branch, attending: Any, reading: Reading, layers: range, estimate: Estimate | None = None
+    ) -> frozenset[int]:
         if attending is self:
             lists = [[*far.tolist(), *reading.near.tolist()] for far in reading.far]
             assert all(len(set(tokens)) == len(tokens) for tokens in lists), "a token is attended once"
             for layer in layers:
                 seen.by_layer[layer] = lists * (2 // len(lists))
-        return attend_to(self, attending, reading, layers)
+                seen.estimates[layer] = estimate
+        return attend_to(self, attending, reading, layers, estimate)
 
     monkeypatch.setattr(Branch, "_attend_to", recording)
     return seen
@@ -99,6 +105,11 @@ def oracle(attached: Attached, choices: Choices, ids: Tensor, *, num_near: int, 
                 num_far = len(chosen) - num_near
                 constant = rotated(rotate, asking, torch.full((tokens,), far))
                 logits[..., :num_far] = constant @ past_key[:num_far].transpose(-1, -2)
+            if (estimate := choices.estimates[number]) is not None:
+                counts = estimate.counts[head]
+                guessed = rotated(rotate, asking, now) @ estimate.centroids[head].T + 4.0 * counts.log()
+                logits = torch.cat([logits, guessed], dim=-1)
+                past_value = torch.cat([past_value, estimate.value_sums[head] / counts[:, None]])
             own = rotated(rotate, asking, now) @ rotated(rotate, new_key, now).transpose(-1, -2)
             own = own.masked_fill(~torch.ones(tokens, tokens, dtype=torch.bool).tril(), float("-inf"))
             weights = (torch.cat([logits, own], dim=-1) / 4.0).softmax(dim=-1)
@@ -117,14 +128,16 @@ def rotated(rotate: Any, vectors: Tensor, positions: Tensor) -> Tensor:
     return moved
 
 
-NAMES = ["maxsim", "rekv", "infllm", "streaming_llm", "quest", "arkvale"]
+WHOLE = ("auto", "maxsim", "streaming_llm")  # one list for all layers
+SHARED = (*WHOLE, "rekv", "infllm")  # one list for all KV heads
+ONCE = (*WHOLE, "rekv")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(policies()))
 @pytest.mark.parametrize("access", [Access.WRITE, Access.READ])
 def test_answer_equals_the_dense_oracle(name: str, access: Access, choices: Choices, tmp_path: Path) -> None:
     model = make_model()
-    recent = 0 if name in ("maxsim", "rekv") else 16
+    recent = 0 if name in ("auto", "maxsim", "rekv") else 16
     config = settings(policy(name, recent_tokens=recent, full_layers=0), window=WINDOW, sinks=4, budget=BUDGET)
     with attached_stream(tmp_path, model, config) as attached:
         for part in STREAM.split(40, dim=1):
@@ -149,16 +162,16 @@ def check(attached: Attached, choices: Choices, name: str, recent: int) -> None:
     assert {len(tokens) for lists in choices.by_layer.values() for tokens in lists} == {expected}
     assert attached.last.num_attended_tokens == expected
     distinct = {tuple(tokens) for lists in choices.by_layer.values() for tokens in lists}
-    if name in ("rekv", "infllm", "quest", "arkvale"):
+    if name not in WHOLE:
         assert len(distinct) > 1, "layers choose for themselves"
-    if name in ("quest", "arkvale"):
+    if name not in SHARED:
         assert len(distinct) > len(choices.by_layer), "KV heads choose for themselves"
     token = PROMPT[:, :1]
     whole = torch.cat([PROMPT, token], dim=1)
     before = dict(choices.by_layer)
     step = attached.model(token, past_key_values=cache).logits
     if choices.by_layer != before:
-        assert name in ("infllm", "quest", "arkvale"), "only these choose again at every step"
+        assert name not in ONCE, "they choose once"
         return  # the prompt's own hidden states came from the first choice
     wanted = oracle(attached, choices, whole, num_near=recent, far=far)[:, -1:]
     assert torch.allclose(step, wanted, atol=1e-4, rtol=1e-4)

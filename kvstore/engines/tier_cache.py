@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvstore.errors import ConfigError, ShapeError
-from kvstore.session.attending import AttentionInputs
+from kvstore.session.attention_inputs import AttentionInputs
 from kvstore.session.branch import Branch
 from kvstore.session.session import Session
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from kvstore.errors import ConfigError
+from kvstore.retrieval.estimates import Estimate
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.selection import Ranking, select
-from kvstore.session.attending import Attending, AttentionInputs
+from kvstore.session.attending import Attending
+from kvstore.session.attention_inputs import AttentionInputs
 from kvstore.session.choosing import LayerChoices
 from kvstore.session.late_ranking import LateRanking
 from kvstore.session.past import Reading
@@ -227,10 +229,11 @@ class Branch(Attending):
         if layer == 0 and self._phase is _Phase.ANSWER and not self._has_selected:
             self._refresh()
         is_first = self._phase is _Phase.RECALL or not self._has_selected
-        tokens = self._choices.choose(layer, query[0], positions[:, 0] + self._end - self._tail_start, is_first)
-        if tokens is not None:
-            reading = Reading.of(self._sinks, tokens, self._recent)
-            self._votes.update(self._attend_to(self, reading, range(layer, layer + 1)) - self._excluded)
+        chosen = self._choices.choose(layer, query[0], positions[:, 0] + self._end - self._tail_start, is_first)
+        if chosen is not None:
+            reading = Reading.of(self._sinks, chosen.tokens, self._recent)
+            had = self._attend_to(self, reading, range(layer, layer + 1), chosen.estimate)
+            self._votes.update(had - self._excluded)
         if layer == len(self.contexts) - 1:
             self.recall.speculation = self._choices.speculation
             self._has_selected = True
@@ -241,7 +244,9 @@ class Branch(Attending):
         scored = [(block, count / num_layers) for block, count in self._votes.most_common()]
         self.recall.spans = cite(scored, self._entries, frozenset(self._votes))
 
-    def _attend_to(self, attending: Attending, reading: Reading, layers: range) -> frozenset[int]:
+    def _attend_to(
+        self, attending: Attending, reading: Reading, layers: range, estimate: Estimate | None = None
+    ) -> frozenset[int]:
         """Bring tokens and make them the past of some layers; returns the blocks that they are in."""
         is_answer = attending is self
         past = self._view.reader.read(
@@ -261,7 +266,7 @@ class Branch(Attending):
             tail_start=self._tail_start,
         )
         for layer in layers:
-            attending.set_past(layer, past, self._open_planes[layer] if is_answer else [], placed)
+            attending.set_past(layer, past, self._open_planes[layer] if is_answer else [], placed, estimate)
         if is_answer:
             self.recall.num_attended_tokens = max(self.recall.num_attended_tokens, placed.positions.shape[2])
         blocks = torch.searchsorted(self._firsts, past.numbers[past.numbers >= 0], right=True) - 1

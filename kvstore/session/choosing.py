@@ -55,7 +55,7 @@ class LayerChoices:
         self._firsts = torch.tensor([entry.first_token for entry in self.entries], dtype=torch.int64)
         self._layers = [_Layer() for _ in range(self.view.num_layers)]
 
-    def choose(self, layer: int, query: Tensor, positions: Tensor, is_first: bool) -> tuple[Tensor, ...] | None:
+    def choose(self, layer: int, query: Tensor, positions: Tensor, is_first: bool) -> Selection | None:
         """Say what a forward reads in one layer.
 
         Args:
@@ -65,7 +65,7 @@ class LayerChoices:
             is_first: whether this forward begins the question.
 
         Returns:
-            Token numbers, one tensor for all KV heads or one for each; None to go on with those of the last time.
+            The tokens; None to go on with those of the last time.
         """
         state, policy = self._layers[layer], self.policy
         newest = query[:, -1].float()
@@ -81,18 +81,18 @@ class LayerChoices:
             return None
         state.asked_by = newest
         if state.is_full:
-            return (torch.arange(self._first, max(self._first, self._end)),)
+            return Selection((torch.arange(self._first, max(self._first, self._end)),), (), torch.empty(1, 0))
         made = self._select(layer, query, positions)
         if choice is Choice.SELECT:
             state.selection, state.waiting = made, None
-            return made.tokens
+            return made
         had, state.waiting = state.waiting, made
         self._note(had or state.selection, made)
         self._prefetch(made)
         if had is None:
             return None
         state.selection = had
-        return had.tokens
+        return had
 
     @property
     def _first(self) -> int:

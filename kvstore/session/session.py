@@ -13,7 +13,7 @@ from kvstore.retrieval.summary import summarise
 from kvstore.retrieval.tokens import Rotate
 from kvstore.session.append_window import AppendWindow
 from kvstore.session.appender import Appender, Segment
-from kvstore.session.attending import AttentionInputs
+from kvstore.session.attention_inputs import AttentionInputs
 from kvstore.session.branch import Branch
 from kvstore.session.view import OpenRows, SessionConfig, StreamView
 from kvstore.store import Store, StreamHeader

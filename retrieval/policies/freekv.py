@@ -6,7 +6,8 @@ from kvstore.retrieval.scorers.bound import Bound
 from kvstore.retrieval.segmenters.pages import Pages
 from kvstore.retrieval.summarisers.bounds import MinMax
 from kvstore.retrieval.tokens import Space
-from kvstore.retrieval.triggers.trigger import EveryStep
+from kvstore.retrieval.triggers.query_cosine import QueryCosine
+from kvstore.retrieval.triggers.speculative import Speculative
 from kvstore.retrieval.view import Group, View
 
 POLICY = Policy(
@@ -14,6 +15,6 @@ POLICY = Policy(
     source="FreeKV, arXiv:2505.13109; the first two layers in full, as in Quest",
     segmenter=Pages(32),
     views=(View(MinMax(), Bound(), Space.ROTATED, group=Group.SOFTMAX_MEAN),),
-    trigger=EveryStep(),
+    trigger=Speculative(QueryCosine(0.8)),
     full_layers=2,
 )

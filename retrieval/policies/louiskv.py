@@ -6,7 +6,7 @@ from kvstore.retrieval.scorers.dot import Dot
 from kvstore.retrieval.segmenters.clusters import Clusters
 from kvstore.retrieval.summarisers.mean import Mean
 from kvstore.retrieval.tokens import Space
-from kvstore.retrieval.triggers.trigger import EveryStep
+from kvstore.retrieval.triggers.query_cosine import QueryCosine
 from kvstore.retrieval.view import Group, View
 
 POLICY = Policy(
@@ -14,6 +14,6 @@ POLICY = Policy(
     source="LouisKV, arXiv:2510.11292; generated tokens are clustered, too, where the source cuts them to runs",
     segmenter=Clusters(16),
     views=(View(Mean(), Dot(), Space.ROTATED, group=Group.SOFTMAX_MEAN),),
-    trigger=EveryStep(),
+    trigger=QueryCosine(0.85),
     full_layers=2,
 )
