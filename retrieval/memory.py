@@ -139,7 +139,8 @@ class LayerMemory:
         if self._policy.estimated_share:
             estimated = self._next_best(scores.masked_fill(chosen, float("-inf")))
         units = tuple(row.nonzero()[:, 0] for row in chosen)
-        estimate = self._estimates.of(estimated) if self._estimates is not None else None
+        is_guessed = self._estimates is not None and any(each.shape[0] for each in estimated)
+        estimate = self._estimates.of(estimated) if self._estimates is not None and is_guessed else None
         return Selection(self.table.tokens_of(units), units, scores, estimated, estimate)
 
     def score(self, query: LayerQuery) -> Tensor:

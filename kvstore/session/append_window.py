@@ -114,4 +114,5 @@ class AppendWindow(Attending):
             query[0].unflatten(0, (view.header.spec.kv_heads, -1)), positions, view.rotate, view.config.window_tokens
         )
         end = self.blocks[0].first_token if self.blocks else view.num_tokens
-        return memory.select(layer, request, view.config.budget_tokens, end).tokens
+        chosen = memory.select(layer, request, view.config.budget_tokens, end).tokens
+        return tuple(torch.cat([tokens, memory.pending]) for tokens in chosen)

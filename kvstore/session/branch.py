@@ -201,6 +201,8 @@ class Branch(Attending):
         """Take in what was appended since the last question."""
         if self._search is not None:
             self._search.refresh(self._view.num_sink_blocks, self._entries)
+        if isinstance(self._search, StreamMemory):
+            self._search.close_units()
 
     def _select_for_all(self) -> None:
         late = self._search

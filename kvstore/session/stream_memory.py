@@ -61,11 +61,6 @@ class StreamMemory:
         self._known = 0
         self.damaged: dict[int, str] = {}
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that can be selected."""
-        return self._layers[0].num_tokens
-
     def refresh(self, num_sink_blocks: int, entries: Sequence[Entry]) -> None:
         """Take in the stream's blocks that are not known yet.
 
@@ -131,7 +126,13 @@ class StreamMemory:
                 )
             )
 
+    @property
+    def pending(self) -> Tensor:
+        """Numbers of the last tokens, which are in no unit yet: `[num_pending]` int64."""
+        end = self._layers[0].next_token
+        return torch.arange(0) if end is None else torch.arange(end - self._layers[0].num_pending, end)
+
     def close_units(self) -> None:
-        """Cut what is left into units: it is to be found although more will come."""
+        """Cut what is pending into units: it is to be found although more will come."""
         for memory in self._layers:
             memory.close()
