@@ -68,7 +68,7 @@ class KVStore:
 
         Args:
             name: unique in the store.
-            policy: what a question retrieves by: `auto`, `maxsim`, `rekv`, `infllm`, `streaming_llm`.
+            policy: what a question retrieves by: `auto`, or another by name (docs/policies.md).
             window_tokens: most recent tokens that an appending forward attends to.
             sink_tokens: first tokens, attended always.
             budget_tokens: most tokens of retrieved blocks per question.
@@ -200,10 +200,10 @@ def attach(model: Model, stream: Stream) -> Iterator[Attached]:
         MissingDependencyError: transformers is not installed.
         ConfigError: the model's attention cannot be attached.
     """
-    from kvstore.engines.anatomy import position_rows, rotation_of
+    from kvstore.engines.anatomy import position_rows, rotation_of, trained_tokens_of
     from kvstore.engines.transformers import attach as attach_session
 
-    session = stream.bind(rotation_of(model), model.device, position_rows(model))
+    session = stream.bind(rotation_of(model), model.device, position_rows(model), trained_tokens_of(model))
     with attach_session(model, session) as attached:
         stream.is_attached = True
         try:

@@ -146,6 +146,11 @@ def spec_of(model: nn.Module) -> ModelSpec:
     )
 
 
+def trained_tokens_of(model: nn.Module) -> int:
+    """Positions that the model was trained for; 0 when its config does not say."""
+    return int(getattr(_text_config(model), "max_position_embeddings", 0) or 0)
+
+
 def _text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 

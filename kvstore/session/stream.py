@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,7 +39,9 @@ class Stream:
         self.is_attached = False
         self.last = Recall()
 
-    def bind(self, rotate: Rotate | None, device: torch.device, rows: int = 1) -> Session:
+    def bind(
+        self, rotate: Rotate | None, device: torch.device, rows: int = 1, trained_tokens: int = 0
+    ) -> Session:
         """Give the stream its rotary function and device; once per process.
 
         Args:
@@ -46,9 +49,11 @@ class Stream:
                 and queries arrive rotated.
             device: where attention runs.
             rows: rows of a position: 1, or 3 for M-RoPE.
+            trained_tokens: positions that the model was trained for; 0 when that is not known.
         """
         if self._session is None:
-            self._session = Session(self._store, self._header, self._config, rotate, device, rows)
+            config = replace(self._config, trained_tokens=trained_tokens)
+            self._session = Session(self._store, self._header, config, rotate, device, rows)
         return self._session
 
     @torch.inference_mode(False)
