@@ -23,17 +23,15 @@ def clusters_of(tokens: LayerTokens, segmenter: Clusters) -> list[list[list[int]
 
 
 def literal_kmeans(keys: Tensor, num_clusters: int, num_iterations: int) -> list[int]:
-    """Spherical k-means of one head that starts from equal runs; keeps the centre of a cluster without tokens."""
+    """Spherical k-means of one head that starts from evenly spaced tokens."""
     rows = [row / row.norm() for row in keys - keys.mean(0)]
-    cluster = [place * num_clusters // len(rows) for place in range(len(rows))]
-    centres: dict[int, Tensor] = {}
+    centres = [rows[number * len(rows) // num_clusters] for number in range(num_clusters)]
     for _ in range(num_iterations):
+        cluster = [max(range(num_clusters), key=lambda number: float(row @ centres[number])) for row in rows]
         for number in range(num_clusters):
             mine = [row for row, each in zip(rows, cluster, strict=True) if each == number]
-            if mine:
-                total = torch.stack(mine).sum(0)
-                centres[number] = total / total.norm()
-        cluster = [max(range(num_clusters), key=lambda number: float(row @ centres[number])) for row in rows]
+            total = torch.stack(mine).sum(0)
+            centres[number] = total / total.norm()
     return cluster
 
 

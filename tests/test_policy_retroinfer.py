@@ -76,7 +76,7 @@ def test_nothing_is_estimated_where_everything_is_read() -> None:
 
 def test_a_memory_without_units_estimates_nothing() -> None:
     memory = LayerMemory(policy_named("retroinfer"), 2, 16)
-    memory.add(layer_tokens(1023))
+    memory.add(layer_tokens(2047))
     selection = memory.select(layer_query(1), 100)
     assert [each.tolist() for each in selection.tokens] == [[], []]
     assert selection.estimate is not None

@@ -11,8 +11,8 @@ from kvstore.retrieval.view import Group, View
 
 POLICY = Policy(
     name="retroinfer",
-    source="RetroInfer, arXiv:2505.02922; the budget says how many clusters are read, where the source reads 1.8 %",
-    segmenter=Clusters(16, segment_tokens=1024),
+    source="RetroInfer, arXiv:2505.02922; the budget, and not 1.8 % of the clusters, says how many are read",
+    segmenter=Clusters(16),
     # A mean over the heads of a group puts clusters in the same order as the source's sum.
     views=(View(Mean(), Dot(), Space.ROTATED, group=Group.SOFTMAX_MEAN),),
     trigger=EveryStep(),

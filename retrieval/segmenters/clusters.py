@@ -21,9 +21,10 @@ _TOKENS_AT_ONCE = 512
 class Clusters:
     """Spherical k-means, segment by segment.
 
-    The keys of a segment are centred first, because what they have in common moves all logits alike. It starts
-    from equal runs of tokens, so the same keys always give the same clusters. Every head of a segment has one for each
-    `average_tokens` tokens, rounded up, and none is empty. The last segment may be shorter at the end.
+    The keys of a segment are centred first, because what they have in common moves all logits alike. It starts from
+    evenly spaced tokens, so the same keys always give the same clusters; from the means of equal runs it finds worse
+    ones. Every head of a segment has a cluster for each `average_tokens` tokens, rounded up, and none is empty. The
+    last segment may be shorter at the end.
 
     Source: RetroInfer (arXiv:2505.02922), whose segments hold 8192 tokens of a prompt and 1024 generated ones; LouisKV
     (arXiv:2510.11292) clusters a whole prompt.
@@ -40,8 +41,8 @@ class Clusters:
     """
 
     average_tokens: int = 16
-    segment_tokens: int = 4096
-    num_iterations: int = 6
+    segment_tokens: int = 2048
+    num_iterations: int = 4
     space: Space = Space.ROTATED
 
     def __post_init__(self) -> None:
@@ -76,23 +77,22 @@ def spherical_kmeans(keys: Tensor, num_clusters: int, num_iterations: int) -> Te
     Args:
         keys: [kv_heads, num_tokens, dim] float32; they are centred here.
         num_clusters: 1 to `num_tokens`; each gets at least one token.
-        num_iterations: rounds; in each, tokens go to the nearest centre, and centres to the middle of their tokens.
+        num_iterations: rounds, at least one; in each, tokens go to the nearest centre, then centres to the middle of
+            their tokens.
 
     Returns:
         [kv_heads, num_tokens] int64: the cluster of each token.
     """
     kv_heads, num_tokens, dim = keys.shape
     rows = torch.nn.functional.normalize(keys - keys.mean(dim=1, keepdim=True), dim=2)
-    cluster = (torch.arange(num_tokens) * num_clusters // num_tokens).expand(kv_heads, -1)
+    centres = rows[:, torch.arange(num_clusters) * num_tokens // num_clusters]
     base = torch.arange(kv_heads)[:, None] * num_clusters
-    centres = rows.new_zeros(kv_heads, num_clusters, dim)
     for _ in range(num_iterations):
-        sums = rows.new_zeros(kv_heads * num_clusters, dim)
-        sums.index_add_(0, (cluster + base).flatten(), rows.flatten(0, 1))
-        # A cluster that lost all tokens, or whose tokens cancel out, keeps its centre.
-        sums = sums.view_as(centres)
-        centres = torch.where(sums.any(dim=2, keepdim=True), torch.nn.functional.normalize(sums, dim=2), centres)
         cluster = _nearest(rows, centres)
+        sums = rows.new_zeros(kv_heads * num_clusters, dim)
+        sums = sums.index_add_(0, (cluster + base).flatten(), rows.flatten(0, 1)).view_as(centres)
+        # A cluster that lost all tokens, or whose tokens cancel out, keeps its centre.
+        centres = torch.where(sums.any(dim=2, keepdim=True), torch.nn.functional.normalize(sums, dim=2), centres)
     return _without_empty(cluster, rows, centres)
 
 
