@@ -7,6 +7,7 @@ import torch
 
 from kvstore.retrieval.memory import LayerMemory
 from kvstore.retrieval.registry import policy_named
+from kvstore.retrieval.triggers.trigger import Choice
 from tests.layer_tokens import layer_query, layer_tokens, rotate
 
 PAGE = 32
@@ -28,3 +29,11 @@ def test_freekv_reads_the_pages_with_the_largest_mean_share_of_the_heads_bounds(
             shares += (torch.tensor(bounds) / 4).softmax(0) / 3
         torch.testing.assert_close(selection.scores[head], shares)
         assert selection.units[head].tolist() == sorted(shares.topk(5).indices.tolist())
+
+
+def test_freekv_reads_what_the_step_before_selected_unless_the_queries_turn() -> None:
+    trigger = policy_named("freekv").trigger
+    previous = torch.eye(6, 16)
+    for cosine, choice in ((0.81, Choice.SELECT_NEXT), (0.79, Choice.SELECT)):
+        query = cosine * previous + (1 - cosine**2) ** 0.5 * previous.roll(6, dims=1)
+        assert trigger.choose(1, query, previous) is choice

@@ -7,6 +7,7 @@ import torch
 
 from kvstore.retrieval.memory import LayerMemory
 from kvstore.retrieval.registry import policy_named
+from kvstore.retrieval.triggers.trigger import Choice
 from tests.layer_tokens import layer_query, layer_tokens, rotate
 
 
@@ -32,3 +33,11 @@ def test_louiskv_reads_the_clusters_with_the_largest_mean_share_of_the_heads() -
             chosen.append(unit)
         assert selection.units[head].tolist() == sorted(chosen)
         assert selection.tokens[head].tolist() == sorted(torch.cat([clusters[unit] for unit in chosen]).tolist())
+
+
+def test_louiskv_selects_anew_where_the_queries_turn() -> None:
+    trigger = policy_named("louiskv").trigger
+    previous = torch.eye(6, 16)
+    for cosine, choice in ((0.86, Choice.KEEP), (0.84, Choice.SELECT)):
+        query = cosine * previous + (1 - cosine**2) ** 0.5 * previous.roll(6, dims=1)
+        assert trigger.choose(1, query, previous) is choice

@@ -14,6 +14,7 @@ POLICY = Policy(
     source="LouisKV, arXiv:2510.11292; generated tokens are clustered, too, where the source cuts them to runs",
     segmenter=Clusters(16),
     views=(View(Mean(), Dot(), Space.ROTATED, group=Group.SOFTMAX_MEAN),),
+    # The source has .85 for long inputs with short answers, .7 for long answers.
     trigger=QueryCosine(0.85),
     full_layers=2,
 )
