@@ -111,6 +111,10 @@ class Attending:
             tail_start: position which the engine gives to the first token of the tail.
         """
         opened = torch.cat([torch.empty(self._rows, 0, dtype=torch.int64), *open_positions], dim=1)
+        if self._position is PositionPolicy.ORIGINAL:
+            bias = self._bias(past.numbers >= 0, opened.shape[1])
+            behind = opened[:, None].expand(-1, past.numbers.shape[0], -1)
+            return PlacedPast(torch.cat([past.positions, behind], dim=2), end - tail_start, 0, bias)
         lists = []
         for numbers, positions in zip(past.numbers, past.positions.unbind(1), strict=True):
             far, near = numbers[: past.num_far] >= 0, numbers[past.num_far :]
@@ -120,12 +124,18 @@ class Attending:
         offset = max(placement.offset for placement in lists)
         num_rows = past.numbers.shape[1] + opened.shape[1]
         placed = torch.zeros(self._rows, len(lists), num_rows, dtype=torch.int64)
-        present = torch.cat([past.numbers >= 0, torch.ones(len(lists), opened.shape[1], dtype=torch.bool)], dim=1)
+        present = torch.nn.functional.pad(past.numbers >= 0, (0, opened.shape[1]), value=True)
         for number, placement in enumerate(lists):
             placed[:, number, present[number]] = placement.past + (offset - placement.offset)
         num_far = past.num_far if lists[0].num_far else 0
-        bias = None if bool(present.all()) else torch.zeros(present.shape).masked_fill_(~present, float("-inf"))
-        return PlacedPast(placed, offset, num_far, None if bias is None else bias.to(self._residency.pool.device))
+        return PlacedPast(placed, offset, num_far, self._bias(past.numbers >= 0, opened.shape[1]))
+
+    def _bias(self, present: Tensor, num_open: int) -> Tensor | None:
+        """What hides rows that no token is in, `[num_lists, num_rows + num_open]`; None where there are none."""
+        if bool(present.all()):
+            return None
+        hidden = torch.zeros(present.shape).masked_fill_(~present, float("-inf"))
+        return torch.nn.functional.pad(hidden, (0, num_open)).to(self._residency.pool.device)
 
     def _place_list(
         self, tokens: Tensor, positions: Tensor, num_far: int, num_tokens: int, end: int, tail_start: int

@@ -271,5 +271,4 @@ class Branch(Attending):
             attending.set_past(layer, past, self._open_planes[layer] if is_answer else [], placed, estimate)
         if is_answer:
             self.recall.num_attended_tokens = max(self.recall.num_attended_tokens, placed.positions.shape[2])
-        blocks = torch.searchsorted(self._firsts, past.numbers[past.numbers >= 0], right=True) - 1
-        return frozenset(blocks.unique().tolist())
+        return past.blocks

@@ -78,18 +78,24 @@ class LayerChoices:
             state.step += 1
             choice = policy.trigger.choose(state.step, newest, state.asked_by)
         if choice is Choice.KEEP:
-            return None
+            return self._take_waiting(state)
         state.asked_by = newest
         if state.is_full:
             return Selection((torch.arange(self._first, max(self._first, self._end)),), (), torch.empty(1, 0))
         made = self._select(layer, query, positions)
         if choice is Choice.SELECT:
-            state.selection, state.waiting = made, None
-            return made
-        had, state.waiting = state.waiting, made
-        self._note(had or state.selection, made)
+            had, state.selection, state.waiting = state.selection, made, None
+            return None if _are_equal(made, had) and not is_first else made
+        had = self._take_waiting(state)
+        self._note(state.selection, made)
         self._prefetch(made)
-        if had is None:
+        state.waiting = made
+        return had
+
+    def _take_waiting(self, state: _Layer) -> Selection | None:
+        """What was selected ahead for this forward; None where that is nothing new."""
+        had, state.waiting = state.waiting, None
+        if had is None or _are_equal(had, state.selection):
             return None
         state.selection = had
         return had
@@ -125,3 +131,12 @@ class LayerChoices:
         """Have the blocks of a selection brought to memory before it is read."""
         blocks = (torch.searchsorted(self._firsts, torch.cat(made.tokens), right=True) - 1).unique().tolist()
         self.view.store.prefetch([self.entries[block].key for block in blocks])
+
+
+def _are_equal(made: Selection, had: Selection | None) -> bool:
+    return (
+        had is not None
+        and made.estimate is None
+        and len(made.tokens) == len(had.tokens)
+        and all(torch.equal(new, old) for new, old in zip(made.tokens, had.tokens, strict=True))
+    )

@@ -43,6 +43,7 @@ class PastTokens:
         num_far: rows of the far part.
         keys: by layer: [kv_heads, num_rows, key_dim].
         values: by layer: [kv_heads, num_rows, value_dim].
+        blocks: indices of the blocks that the tokens are in.
     """
 
     numbers: Tensor
@@ -50,6 +51,7 @@ class PastTokens:
     num_far: int
     keys: dict[int, Tensor]
     values: dict[int, Tensor]
+    blocks: frozenset[int]
 
 
 class PastReader:
@@ -95,7 +97,7 @@ class PastReader:
         where[present] = place
         row = (numbers - firsts[block.clamp_min(0)]).clamp_min(0) if len(entries) else numbers
         named = [entries[index] for index in used.tolist()]
-        table, had = self._positions(named, positions, report)
+        table, had = self._positions(named, positions, report) if self._rows > 1 else (None, torch.ones(len(named)) > 0)
         pieces = self._pieces(numbers, layers)
         step = max(1, self._residency.num_unpinned)
         wanted = [number for number, is_had in enumerate(had.tolist()) if is_had]
@@ -111,10 +113,11 @@ class PastReader:
             finally:
                 self._residency.unpin([named[number].key for number in found])
             had[[number for number in part if number not in set(found)]] = False
-        at = table[:, where, row] if named else numbers.expand(self._rows, -1, -1)
+        at = table[:, where, row] if table is not None and named else numbers.expand(self._rows, -1, -1)
+        blocks = frozenset(index for index, is_had in zip(used.tolist(), had.tolist(), strict=True) if is_had)
         if named and not bool(had.all()):
-            return self._without(numbers, present & had[where], at, num_far, pieces)
-        return PastTokens(numbers, at * present, num_far, *pieces)
+            return self._without(numbers, present & had[where], at, num_far, pieces, blocks)
+        return PastTokens(numbers, at * present, num_far, *pieces, blocks)
 
     def _positions(
         self, named: Sequence[Entry], positions: Callable[[Entry], Tensor], report: LoadReport
@@ -160,6 +163,7 @@ class PastReader:
         at: Tensor,
         num_far: int,
         pieces: tuple[dict[int, Tensor], dict[int, Tensor]],
+        blocks: frozenset[int],
     ) -> PastTokens:
         """Close up the gaps that lost blocks left: what follows takes their places."""
         far, near = _closed_up(stays[:, :num_far]), _closed_up(stays[:, num_far:]) + num_far
@@ -173,7 +177,7 @@ class PastReader:
         )
         moved = numbers.gather(1, order).masked_fill(~there, -1)
         where = at.gather(2, order.expand(at.shape[0], -1, -1)) * there
-        return PastTokens(moved, where, far.shape[1], keys, values)
+        return PastTokens(moved, where, far.shape[1], keys, values, blocks)
 
 
 def _tokens_of(entries: Sequence[Entry]) -> Tensor:

@@ -39,9 +39,7 @@ class Stream:
         self.is_attached = False
         self.last = Recall()
 
-    def bind(
-        self, rotate: Rotate | None, device: torch.device, rows: int = 1, trained_tokens: int = 0
-    ) -> Session:
+    def bind(self, rotate: Rotate | None, device: torch.device, rows: int = 1, trained_tokens: int = 0) -> Session:
         """Give the stream its rotary function and device; once per process.
 
         Args:
