@@ -33,6 +33,39 @@ def attend_part(query: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | N
     return _part(logits, values.float())
 
 
+def context_part(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    temperature: float,
+    context_scale: float,
+    mask: Tensor | None,
+    scale: float,
+) -> Part:
+    """Attend to contexts that were read side by side, as if they had been read one behind the other.
+
+    Weights inside of the part are those of `logits / temperature`, and against other parts it weighs as if its
+    log-sum-exp were `context_scale * temperature * logsumexp(logits / temperature)`. With 1 and 1 it is `attend_part`.
+
+    Args:
+        query: as in `attend_part`, like all that is not named here.
+        keys: of all contexts.
+        values: likewise.
+        temperature: below 1 it sharpens what many contexts beside each other have blurred.
+        context_scale: below 1 it takes back weight that the contexts have together.
+        mask: likewise.
+        scale: multiplies the logits.
+
+    Returns:
+        See `Part`.
+
+    Source: APE (arXiv:2502.05431), by the log-sum-exps of its code.
+    """
+    out, part_sum = attend_part(query, keys, values, mask=mask, scale=scale / temperature)
+    return out, part_sum * (context_scale * temperature)
+
+
 def estimated_part(query: Tensor, centroids: Tensor, counts: Tensor, value_sums: Tensor, *, scale: float) -> Part:
     """Attend to units of keys as if all keys of a unit were its mean; exact where they are.
 

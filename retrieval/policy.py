@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from kvstore.errors import ConfigError
@@ -31,6 +32,10 @@ class Policy:
         selector: which units a score earns a place.
         trigger: when units are selected anew.
         position: where they are placed.
+        context_temperature: divides the logits of retrieved tokens; sinks, window and new tokens keep theirs. 1 is
+            plain attention (APE, arXiv:2502.05431).
+        context_scale: multiplies their joint log-sum-exp, as the temperature does; the rule for both is in
+            `kvstore.kernels.parts_reference.context_part`. 1 is plain attention.
         retention: what is left out of a block before it is stored; None keeps everything.
         estimated_share: of the units, those next in order whose attention is estimated from their mean key and the sum
             of their values instead of read (RetroInfer, arXiv:2505.02922).
@@ -53,6 +58,8 @@ class Policy:
     selector: Selector = field(default_factory=TokenBudget)
     trigger: Trigger = field(default_factory=OncePerQuestion)
     position: PositionPolicy = PositionPolicy.ORIGINAL
+    context_temperature: float = 1.0
+    context_scale: float = 1.0
     retention: Retention | None = None
     estimated_share: float = 0.0
     full_layers: int = 0
@@ -79,6 +86,9 @@ class Policy:
             )
         if self.estimated_share and is_moved:
             raise ConfigError(f"policy {self.name}: attention is estimated at original positions, not {self.position}")
+        for name in ("context_temperature", "context_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"policy {self.name}: {name} is {getattr(self, name)}; it must be positive")
         if not 0 <= self.estimated_share < 1:
             raise ConfigError(f"policy {self.name}: estimated_share is {self.estimated_share}; it must be 0 to below 1")
         if self.beyond is not None and (self.retrieves_while_appending or self.beyond.retrieves_while_appending):
