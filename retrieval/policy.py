@@ -89,6 +89,13 @@ class Policy:
         for name in ("context_temperature", "context_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"policy {self.name}: {name} is {getattr(self, name)}; it must be positive")
+        if self.context_temperature != 1 or self.context_scale != 1:
+            is_far = self.position is PositionPolicy.CONSTANT_FAR
+            if is_far or self.estimated_share or self.retrieves_while_appending:
+                raise ConfigError(
+                    f"policy {self.name}: a temperature of the context goes neither with one far distance, nor with "
+                    "estimates, nor with appending"
+                )
         if not 0 <= self.estimated_share < 1:
             raise ConfigError(f"policy {self.name}: estimated_share is {self.estimated_share}; it must be 0 to below 1")
         if self.beyond is not None and (self.retrieves_while_appending or self.beyond.retrieves_while_appending):

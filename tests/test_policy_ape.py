@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from kvstore.errors import ConfigError
 from kvstore.kernels.parts_reference import attend_part, context_part, merge_parts
 from kvstore.retrieval.memory import LayerMemory
-from kvstore.retrieval.positions import place
+from kvstore.retrieval.positions import PositionPolicy, place
 from kvstore.retrieval.registry import policy_named
 from tests.layer_tokens import layer_query, layer_tokens, rotate
 
@@ -91,3 +92,14 @@ def test_a_temperature_or_scale_that_is_not_positive_is_refused(value: float) ->
         replace(policy_named("ape"), context_temperature=value)
     with pytest.raises(ConfigError, match="context_scale is"):
         replace(policy_named("ape"), context_scale=value)
+
+
+def test_a_context_rule_goes_with_plain_attention_to_the_rest_only() -> None:
+    changes: list[dict[str, Any]] = [
+        {"position": PositionPolicy.CONSTANT_FAR},
+        {"position": PositionPolicy.ORIGINAL, "estimated_share": 0.2},
+        {"retrieves_while_appending": True},
+    ]
+    for change in changes:
+        with pytest.raises(ConfigError, match="temperature of the context"):
+            replace(policy_named("ape"), **change)
