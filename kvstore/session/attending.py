@@ -13,7 +13,7 @@ from kvstore.errors import ShapeError
 from kvstore.retrieval.estimates import Estimate
 from kvstore.retrieval.positions import Placement, PositionPolicy, place
 from kvstore.retrieval.tokens import Rotate
-from kvstore.session.attention_inputs import AttentionInputs
+from kvstore.session.attention_inputs import AttentionInputs, ContextRule
 from kvstore.session.context import LayerContext
 from kvstore.session.past import PastTokens
 from kvstore.session.residency import Residency
@@ -32,12 +32,14 @@ class PlacedPast:
         offset: added to the new tokens' own positions.
         num_far: the first rows, attended un-rotated by queries at one distance; 0 for none.
         bias: [num_lists, num_rows] float32, -inf for rows that no token is in; None for zeros.
+        context: rows with a rule of their own.
     """
 
     positions: Tensor
     offset: int
     num_far: int
     bias: Tensor | None
+    context: ContextRule | None = None
 
 
 class Attending:
@@ -219,6 +221,7 @@ class Attending:
             query_far,
             placed.num_far,
             placed.bias,
+            placed.context,
         )
 
     def _rotated(self, vectors: Tensor, positions: Tensor) -> Tensor:

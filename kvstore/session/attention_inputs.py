@@ -10,9 +10,25 @@ import torch
 from torch import Tensor
 
 from kvstore.errors import ShapeError
+from kvstore.kernels.parts_reference import attend_part, context_part, merge_parts
 from kvstore.kernels.reference import attend, attend_two_parts, received_mass
 
 _RECEIVED_QUERIES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ContextRule:
+    """Keys that are attended with a temperature and a scale of their own; see `context_part`.
+
+    Args:
+        rows: which keys.
+        temperature: divides their logits.
+        scale: multiplies their joint log-sum-exp, as the temperature does.
+    """
+
+    rows: slice
+    temperature: float
+    scale: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +43,7 @@ class AttentionInputs:
         query_far: the query as the first `num_far` keys meet it; None when `num_far` is 0.
         num_far: keys that are attended at one constant distance.
         past_bias: [1 or kv_heads, num_past] float32, added to the logits of the past; None for zeros.
+        context: keys of the past with a rule of their own; it goes with no far part and no bias but -inf.
     """
 
     query: Tensor
@@ -36,6 +53,7 @@ class AttentionInputs:
     query_far: Tensor | None
     num_far: int
     past_bias: Tensor | None = None
+    context: ContextRule | None = None
 
     def mask(self, tail_mask: Tensor | None) -> Tensor | None:
         """Widen a mask over the tail to one over all keys.
@@ -75,7 +93,31 @@ class AttentionInputs:
             return attend_two_parts(
                 self.query_far, self.query, self.keys, self.values, num_far=self.num_far, mask=mask, scale=scale
             )
+        if self.context is not None:
+            return self._attend_in_parts(self.context, mask, scale)
         return attend(self.query, self.keys, self.values, mask=mask, scale=scale)
+
+    def _attend_in_parts(self, rule: ContextRule, mask: Tensor | None, scale: float) -> Tensor:
+        within = torch.zeros(self.keys.shape[2], dtype=torch.bool, device=self.keys.device)
+        within[rule.rows] = True
+        if mask is None:
+            mask = torch.ones(1, 1, self.query.shape[2], self.keys.shape[2], dtype=torch.bool, device=self.keys.device)
+        if mask.shape[1] > 1:
+            mask = mask[:, :: mask.shape[1] // self.keys.shape[1]]  # the heads of a group see the same
+        allowed = mask if mask.dtype is torch.bool else mask.isfinite()
+        inside = context_part(
+            self.query,
+            self.keys[:, :, within],
+            self.values[:, :, within],
+            temperature=rule.temperature,
+            context_scale=rule.scale,
+            mask=allowed[..., within],
+            scale=scale,
+        )
+        outside = attend_part(
+            self.query, self.keys[:, :, ~within], self.values[:, :, ~within], mask=allowed[..., ~within], scale=scale
+        )
+        return merge_parts([inside, outside])[0].to(self.values.dtype)
 
     def received(self, num_received: int, num_spare: int, scale: float) -> Tensor:
         """Estimate the attention that the last keys get, among the near ones, from evenly spaced queries.

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 
 import torch
@@ -16,10 +17,10 @@ from kvstore.retrieval.estimates import Estimate
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.selection import Ranking, select
 from kvstore.session.attending import Attending
-from kvstore.session.attention_inputs import AttentionInputs
+from kvstore.session.attention_inputs import AttentionInputs, ContextRule
 from kvstore.session.choosing import LayerChoices
 from kvstore.session.late_ranking import LateRanking
-from kvstore.session.past import Reading
+from kvstore.session.past import PastTokens, Reading
 from kvstore.session.recall import Recall, cite
 from kvstore.session.stream_memory import StreamMemory
 from kvstore.session.view import StreamView
@@ -267,8 +268,19 @@ class Branch(Attending):
             end=self._end,
             tail_start=self._tail_start,
         )
+        if is_answer:
+            placed = replace(placed, context=self._context_rule(past))
         for layer in layers:
             attending.set_past(layer, past, self._open_planes[layer] if is_answer else [], placed, estimate)
         if is_answer:
             self.recall.num_attended_tokens = max(self.recall.num_attended_tokens, placed.positions.shape[2])
         return past.blocks
+
+    def _context_rule(self, past: PastTokens) -> ContextRule | None:
+        """The rule for what was retrieved, if the policy has one: the rows between sinks and window."""
+        temperature, scale = self._policy.context_temperature, self._policy.context_scale
+        if temperature == 1 and scale == 1:
+            return None
+        num_sinks = sum(entry.num_tokens for entry in self._sinks)
+        first = int((past.numbers[0] >= 0).logical_and(past.numbers[0] < num_sinks).sum())
+        return ContextRule(slice(first, past.num_far), temperature, scale)
