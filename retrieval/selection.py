@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvstore.retrieval.fusion import ExtraScores, ReciprocalRank
+
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
@@ -27,6 +29,17 @@ class Ranking:
         """Rank `scores` `[num_blocks]`; equal scores keep the older block first."""
         ordered = torch.sort(scores, descending=True, stable=True)
         return Ranking(ordered.indices, ordered.values)
+
+    def fused(self, external: Sequence[ExtraScores], num_blocks: int) -> Ranking:
+        """Fuse with other retrievers' scores of all blocks, `[num_blocks]` each, by reciprocal rank."""
+        if not external:
+            return self
+        own = torch.full((num_blocks,), float("-inf"))
+        own[self.blocks] = self.scores
+        # The first list counts nothing and knows everything, so that no block is excluded.
+        fusion = ReciprocalRank(weights=(0.0, 1.0, *(each.weight for each in external)))
+        lists = [torch.zeros_like(own), own, *(each.scores.float() for each in external)]
+        return Ranking.of(fusion.fuse([each[None] for each in lists])[0])
 
     def before(self, num_blocks: int) -> Ranking:
         """Keep the blocks below `num_blocks`: what a question that started earlier may see."""

@@ -7,7 +7,7 @@ the model how long the sequence is; a registered attention function attends to w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from kvstore.engines.content import content_ids
 from kvstore.engines.rope_deltas import RopeDeltas
 from kvstore.engines.tier_cache import TierCache
 from kvstore.errors import ConfigError, ShapeError
+from kvstore.retrieval.fusion import ExtraScores
 from kvstore.session.recall import Recall
 from kvstore.session.session import Session
 from kvstore.store import check_spec
@@ -121,19 +122,21 @@ class Attached:
         """A cache that appends to the stream: its length is the stream's."""
         return TierCache(self.session, None)
 
-    def question(self, input_ids: Tensor | None = None) -> TierCache:
+    def question(self, input_ids: Tensor | None = None, external: Sequence[ExtraScores] = ()) -> TierCache:
         """A cache for one question and its answer; neither is stored.
 
         Args:
             input_ids: [1, num_tokens] int64: the bare question, to retrieve by. Without it, the prompt's first forward
                 retrieves by the whole prompt.
+            external: what retrievers of your own think of the stream's blocks, one score for each: see
+                `ExternalVectors`. They are fused by rank with the policy's own scores.
 
         Raises:
-            ShapeError: the question is empty, or more than one.
+            ShapeError: the question is empty, or more than one; not one external score for each block.
         """
         if input_ids is not None and (input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0):
             raise ShapeError(f"a question is [1, num_tokens] with at least one token; got {list(input_ids.shape)}")
-        branch = self.session.branch()
+        branch = self.session.branch(external=external)
         self.last = branch.recall
         cache = TierCache(self.session, branch)
         if input_ids is not None and branch.selects_next:

@@ -12,8 +12,9 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, ShapeError
 from kvstore.retrieval.estimates import Estimate
+from kvstore.retrieval.fusion import ExtraScores
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.selection import Ranking, select
 from kvstore.session.attending import Attending
@@ -46,9 +47,14 @@ class Branch(Attending):
     Args:
         view: the stream, as it is now.
         continues: number the question's tokens on from the stream's end, as an engine that counts them all does.
+        external: what other retrievers think of the stream's blocks: [num_blocks] float32 each, fused by rank with the
+            policy's own scores.
+
+    Raises:
+        ShapeError: not one external score for each block.
     """
 
-    def __init__(self, view: StreamView, *, continues: bool) -> None:
+    def __init__(self, view: StreamView, *, continues: bool, external: Sequence[ExtraScores] = ()) -> None:
         policy = view.policy
         far = view.config.window_tokens
         super().__init__(view.residency, view.rotate, policy.position, far, view.rows)
@@ -76,7 +82,13 @@ class Branch(Attending):
         self._search = view.search(policy) if policy.retrieves else None
         self._choices: LayerChoices | None = None
         if isinstance(self._search, StreamMemory):
-            self._choices = LayerChoices(view, policy, self._search, self._entries, self._recent_first)
+            self._choices = LayerChoices(view, policy, self._search, self._entries, self._recent_first, external)
+        self._external = external
+        for each in external:
+            if each.scores.shape != (len(self._entries),):
+                raise ShapeError(
+                    f"external scores are {list(each.scores.shape)}; the stream has {len(self._entries)} blocks"
+                )
         self._votes: Counter[int] = Counter()
         self._phase = _Phase.ANSWER
         self._has_selected = False
@@ -212,6 +224,7 @@ class Branch(Attending):
             return
         question = torch.stack([self._scout_keys[layer].transpose(0, 1).flatten(1) for layer in late.layers], dim=1)
         ranking = late.rank(question.float().cpu(), len(self._entries))
+        ranking = ranking.fused(self._external, len(self._entries))
         chosen = self._choose(ranking)
         reading = Reading.of((*self._sinks, *chosen), (), self._recent)
         attended = self._attend_to(self, reading, range(len(self.contexts)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kvstore.retrieval.fusion import ExtraScores
 from kvstore.retrieval.memory import Selection
 from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.tokens import LayerQuery
@@ -28,6 +29,7 @@ class _Layer:
     asked_by: Tensor | None = None
     selection: Selection | None = None
     waiting: Selection | None = None
+    extra: list[ExtraScores] | None = None
 
 
 @dataclass(slots=True)
@@ -40,6 +42,7 @@ class LayerChoices:
         memory: what there is to choose from.
         entries: its blocks when the question began.
         recent_first: the first block of the recent window, which is read anyway.
+        external: scores of all blocks by other retrievers.
     """
 
     view: StreamView
@@ -47,6 +50,7 @@ class LayerChoices:
     memory: StreamMemory
     entries: Sequence[Entry]
     recent_first: int
+    external: Sequence[ExtraScores] = ()
     speculation: Speculation = field(default_factory=Speculation)
     _layers: list[_Layer] = field(init=False)
     _firsts: Tensor = field(init=False)
@@ -119,7 +123,13 @@ class LayerChoices:
         view = self.view
         grouped = query.unflatten(0, (view.header.spec.kv_heads, -1))
         asking = LayerQuery(grouped, positions, view.rotate, view.config.window_tokens)
-        return self.memory.select(layer, asking, view.config.budget_tokens, self._end)
+        extra = self._layers[layer].extra
+        if extra is None:
+            scores = [
+                (self.memory.unit_scores(layer, each.scores, self._firsts), each.weight) for each in self.external
+            ]
+            extra = self._layers[layer].extra = [ExtraScores(*each) for each in scores]
+        return self.memory.select(layer, asking, view.config.budget_tokens, self._end, extra)
 
     def _note(self, had: Selection | None, made: Selection) -> None:
         for number, units in enumerate(made.units):

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from kvstore.errors import ConfigError, CorruptRecordError, ReadOnlyError, ShapeError, StoreIOError
+from kvstore.retrieval.fusion import ExtraScores
 from kvstore.retrieval.summary import summarise
 from kvstore.retrieval.tokens import Rotate
 from kvstore.session.append_window import AppendWindow
@@ -168,16 +169,17 @@ class Session:
         self._window.is_stale = True
         self._note_open_rows()
 
-    def branch(self, *, continues: bool = False) -> Branch:
+    def branch(self, *, continues: bool = False, external: Sequence[ExtraScores] = ()) -> Branch:
         """Start a question: it sees the stream as it is now and leaves nothing in it.
 
         Args:
             continues: number its tokens on from the stream's end instead of from 0.
+            external: scores of the stream's blocks; see `Branch`.
         """
         if self._appender is not None:
             self.commit()
             self.flush()
-        return Branch(self.view, continues=continues)
+        return Branch(self.view, continues=continues, external=external)
 
     def _writer(self) -> Appender:
         if self._appender is None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvstore.errors import ConfigError
+from kvstore.retrieval.fusion import ExtraScores
 from kvstore.retrieval.tokens import Rotate
 from kvstore.session.branch import Branch
 from kvstore.session.recall import Recall
@@ -89,10 +90,18 @@ class Stream:
         return inputs.attend(inputs.mask(None), scale)
 
     @contextmanager
-    def recalling(self) -> Iterator[None]:
-        """Start a question: the forward inside selects the blocks that `asking` will attend to."""
+    def recalling(self, external: Sequence[ExtraScores] = ()) -> Iterator[None]:
+        """Start a question: the forward inside selects the blocks that `asking` will attend to.
+
+        Args:
+            external: what retrievers of your own think of the stream's blocks, one score for each: see
+                `ExternalVectors`. They are fused by rank with the policy's own scores.
+
+        Raises:
+            ShapeError: not one external score for each block.
+        """
         self._recalled = None
-        branch = self._bound().branch()
+        branch = self._bound().branch(external=external)
         try:
             with branch.recalling():
                 self._branch = branch

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvstore.errors import CorruptRecordError
 from kvstore.layout import BlockLayout
+from kvstore.retrieval.fusion import ExtraScores
 from kvstore.retrieval.memory import LayerMemory, Selection
 from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.summary import received_of
@@ -74,9 +75,15 @@ class StreamMemory:
             self._add(batch)
             self._known += len(batch)
 
-    def select(self, layer: int, query: LayerQuery, budget_tokens: int, end: int) -> Selection:
+    def select(
+        self, layer: int, query: LayerQuery, budget_tokens: int, end: int, extra: Sequence[ExtraScores] = ()
+    ) -> Selection:
         """Choose tokens before number `end` for one layer; see `LayerMemory.select`."""
-        return self._layers[layer].select(query, budget_tokens, end)
+        return self._layers[layer].select(query, budget_tokens, end, extra)
+
+    def unit_scores(self, layer: int, scores: Tensor, firsts: Tensor) -> Tensor:
+        """Turn scores of blocks, whose first tokens are `firsts`, to those of a layer's units: `[num_units]`."""
+        return self._layers[layer].table.best_of_blocks(scores.float(), firsts).amax(dim=0)
 
     def _add(self, entries: Sequence[Entry]) -> None:
         slots = torch.empty(len(entries), self._layout.slot_nbytes, dtype=torch.uint8)
