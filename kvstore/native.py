@@ -9,6 +9,10 @@ Records (kvstore.codec is their face):
     Calibration(data, id_bytes): a parsed calibration object, shared by all threads.
     PlaneDirectory: of a record that was probed. `span` and `part` of layers [first, end) include what earlier layers
         hold for them; `entries` are the fields of every plane, as kvstore.record.PlaneInfo names them.
+    decode_extents(..., has_lossy, calibrations, memory, extents): whole blocks from extents in `memory` to slots; an
+        extent is (offset, nbytes, key, generation, record_nbytes, num_tokens, address of the slot). Returns the numbers
+        of those that it left alone: another block, damage, a coding that takes Python, another calibration.
+    copy_memory(copies): a copy is (address from, address to, nbytes).
     decode_rows(..., wanted, keys, values): wanted is (first_head, num_heads, first_token, num_tokens); keys and values
         are [layers, heads, tokens, dim] of any strides, rows contiguous.
     DecodePlan(requests): records that warps decode, on a device or in lock step on the host; a request is (geometry,
@@ -32,7 +36,8 @@ Memory and files:
     IoPool.read | write(file, buffer, ops): submits and waits; one short op is moved on the calling thread.
     Ticket.wait(timeout_s) -> bool: blocks, then raises the error of the first op that failed; False when time ran out.
         The buffer is held until the batch is done; a dropped ticket waits. An op that fails takes no other along.
-    Ticket.wait_some(): blocks until ops have ended that were not returned before, well or badly; [] when all were.
+    Ticket.wait_some(may_wait): blocks until ops have ended that were not returned before, well or badly; [] when all
+        were, or when it may not wait.
     Ticket.errors(): the failed ops so far, by number. Ticket.cancel(): ends ops that have not begun, with ECANCELED.
 
 Planes (K of layer l is plane 2l, V is 2l + 1):
@@ -63,10 +68,12 @@ try:
         RecordPart,
         Ticket,
         build_info,
+        copy_memory,
         copy_to_device,
         copy_to_host,
         crc32c,
         crc32c_table,
+        decode_extents,
         decode_planes,
         decode_rows,
         device_gather_rows,
@@ -97,10 +104,12 @@ __all__ = [
     "RecordPart",
     "Ticket",
     "build_info",
+    "copy_memory",
     "copy_to_device",
     "copy_to_host",
     "crc32c",
     "crc32c_table",
+    "decode_extents",
     "decode_planes",
     "decode_rows",
     "device_gather_rows",

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from operator import add, attrgetter
 
 from kvstore.telemetry.histogram import Histogram
 
@@ -39,7 +41,10 @@ class TierStats:
     decode_s: float = 0.0
 
     def __add__(self, other: TierStats) -> TierStats:
-        return TierStats(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+        return TierStats(*map(add, _COUNTS(self), _COUNTS(other)))
+
+
+_COUNTS: Callable[[TierStats], tuple[float, ...]] = attrgetter(*(each.name for each in fields(TierStats)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from kvstore.tiers.moving.forking import fork, rollback
 from kvstore.tiers.reading.request import FetchReport, FetchRequest
 from kvstore.tiers.reading.verify import BlockFault, Verifier, VerifyReport
 from kvstore.tiers.removal import remove_stream
-from kvstore.tiers.slots import check_keys, check_layers, check_slot
+from kvstore.tiers.slots import check_keys, check_layers, check_slots
 from kvstore.tiers.tables.records import Entry
 from kvstore.tiers.tables.streams import ensure_stream, find_stream, read_manifest, read_summaries, stream_rows
 from kvstore.tiers.upkeep.sharing import Sharing
@@ -244,8 +244,8 @@ class Store(BlockCalls):
         """
         data = self._moving()
         check_keys(request.key for request in requests)
+        check_slots((request.slot for request in requests), data.layout)
         for request in requests:
-            check_slot(request.slot, data.layout)
             check_layers(request.layers, data.layout)
         return data.fetcher.fetch(requests) if timeout_s is None else data.mover.fetch(requests, timeout_s)
 

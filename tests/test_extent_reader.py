@@ -7,7 +7,7 @@ import errno
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from kvstore.errors import KVStoreError, StoreIOError
 from kvstore.native import IoPool
 from kvstore.tiers.extents import ExtentFiles
 from kvstore.tiers.reading.extent_reader import ExtentReader
+from kvstore.tiers.reading.landing import Placed
 from kvstore.tiers.reading.plan import Piece
 
 PAGE = 4096
@@ -29,16 +30,20 @@ class Reading:
 
     def __init__(self, folder: Path, data: list[bytes], pool: IoPool, consumers: ThreadPoolExecutor) -> None:
         self.data = data
-        self.reader = ExtentReader(ExtentFiles(folder, writable=False), pool, consumers, 1 << 20)
+        self.reader = ExtentReader(ExtentFiles(folder, writable=False), pool, consumers, 2, 1 << 20)
 
     def read(self, pieces: list[Piece]) -> tuple[int, dict[int, bool], dict[int, KVStoreError]]:
         """Bytes read; by item, whether its bytes were right; by item, why it failed."""
         right: dict[int, bool] = {}
         failed: dict[int, KVStoreError] = {}
 
-        def consume(piece: Piece, data: memoryview) -> None:
-            assert piece.item not in right
-            right[piece.item] = data == self.data[piece.file_id][piece.start : piece.end]
+        memory = memoryview(self.reader.memory)
+
+        def consume(placed: Sequence[Placed]) -> None:
+            for piece, start in placed:
+                assert piece.item not in right
+                data = memory[start : start + piece.end - piece.start]
+                right[piece.item] = data == self.data[piece.file_id][piece.start : piece.end]
 
         nbytes = self.reader.read(pieces, consume, lambda piece, error: failed.update({piece.item: error}))
         return nbytes, right, failed
@@ -127,7 +132,7 @@ def test_a_missing_file_fails_its_pieces_only(reading: Reading) -> None:
 def test_a_file_that_cannot_even_be_looked_for_fails_its_pieces(reading: Reading, tmp_path: Path, count: int) -> None:
     (tmp_path / "00000002.extents").symlink_to("x" * 300)  # no such name can be
     files = ExtentFiles(tmp_path, writable=True)
-    reader = ExtentReader(files, IoPool(2), ThreadPoolExecutor(1), 1 << 20)
+    reader = ExtentReader(files, IoPool(2), ThreadPoolExecutor(1), 1, 1 << 20)
     failed: list[KVStoreError] = []
 
     for _ in range(6):  # more than there are regions to read to
@@ -138,25 +143,22 @@ def test_a_file_that_cannot_even_be_looked_for_fails_its_pieces(reading: Reading
     assert all(isinstance(error, StoreIOError) and error.errno == errno.ENAMETOOLONG for error in failed)
 
 
-def test_memory_comes_back_when_no_consumer_can_be_had(noise: tuple[Path, list[bytes]], engine: str) -> None:
+def test_a_batch_comes_where_no_helper_can_be_had(noise: tuple[Path, list[bytes]], engine: str) -> None:
     pool = IoPool(2, engine)
     with ThreadPoolExecutor(2) as consumers:
         reading = Reading(*noise, pool, consumers)
 
-    def read_in_vain() -> None:
-        with pytest.raises(RuntimeError, match="shutdown"):
-            reading.read(scattered(60, 64, 5))
-
-    for _ in range(6):
-        run_guarded(read_in_vain)
-    run_guarded(lambda: reading.read(scattered(1, 1, 5)))
+    right: list[dict[int, bool]] = []
+    for _ in range(6):  # more than there are regions to read to
+        run_guarded(lambda: right.append(reading.read(scattered(60, 64, 5))[1]))
+    assert right == [dict.fromkeys(range(60), True)] * 6
 
 
 @pytest.mark.parametrize("count", [1, 60])
 def test_an_error_of_the_consumer_is_raised_and_leaves_the_reader_usable(reading: Reading, count: int) -> None:
     pieces = scattered(count, 64, 5)
 
-    def consume(piece: Piece, data: memoryview) -> None:
+    def consume(placed: Sequence[Placed]) -> None:
         raise ZeroDivisionError
 
     for _ in range(6):

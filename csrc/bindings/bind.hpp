@@ -15,6 +15,7 @@ void bind_errors();
 [[nodiscard]] pybind11::object exception_from(const std::exception_ptr& error);
 void bind_core(pybind11::module_& module);
 void bind_codec(pybind11::module_& module);
+void bind_extents(pybind11::module_& module);
 void bind_io(pybind11::module_& module);
 void bind_device(pybind11::module_& module);
 void bind_decode(pybind11::module_& module);

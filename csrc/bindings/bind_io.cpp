@@ -96,9 +96,9 @@ class PyTicket {
     return true;
   }
 
-  std::vector<std::size_t> wait_some() {
+  std::vector<std::size_t> wait_some(bool may_wait) {
     const py::gil_scoped_release released;
-    return ticket_->wait_some();
+    return ticket_->wait_some(may_wait);
   }
 
   [[nodiscard]] py::dict errors() const {
@@ -202,7 +202,7 @@ void bind_pool(py::module_& module) {
   py::class_<PyTicket>(module, "Ticket")
       .def("done", &PyTicket::done)
       .def("wait", &PyTicket::wait, "timeout_s"_a = py::none())
-      .def("wait_some", &PyTicket::wait_some)
+      .def("wait_some", &PyTicket::wait_some, "may_wait"_a = true)
       .def("errors", &PyTicket::errors)
       .def("cancel", &PyTicket::cancel);
   py::class_<IoPool, Owner<IoPool>>(module, "IoPool")

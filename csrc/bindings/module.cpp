@@ -6,6 +6,7 @@ PYBIND11_MODULE(_native, module) {
   kv::bindings::bind_errors();
   kv::bindings::bind_core(module);
   kv::bindings::bind_codec(module);
+  kv::bindings::bind_extents(module);
   kv::bindings::bind_io(module);
   kv::bindings::bind_device(module);
   kv::bindings::bind_decode(module);

@@ -67,10 +67,11 @@ bool Ticket::wait_until(std::optional<Clock::time_point> deadline) const {
   return true;
 }
 
-std::vector<std::size_t> Ticket::wait_some() {
+std::vector<std::size_t> Ticket::wait_some(bool may_wait) {
   check_process(owner_process_);
   std::unique_lock<std::mutex> lock(mutex_);
-  some_ended_.wait(lock, [this] { return num_reported_ < ended_.size() || num_pending_ops_ == 0; });
+  some_ended_.wait(
+      lock, [&] { return !may_wait || num_reported_ < ended_.size() || num_pending_ops_ == 0; });
   const auto first = ended_.begin() + static_cast<std::ptrdiff_t>(num_reported_);
   num_reported_ = ended_.size();
   return {first, ended_.end()};

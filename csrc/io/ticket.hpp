@@ -57,8 +57,8 @@ class Ticket {
   void wait() const { static_cast<void>(wait_until(std::nullopt)); }
 
   /// Blocks until transfers have ended that this has not reported yet; returns their numbers, in
-  /// order of their ends. Empty when all were reported.
-  [[nodiscard]] std::vector<std::size_t> wait_some();
+  /// order of their ends. Empty when all were reported, or when none has and it may not wait.
+  [[nodiscard]] std::vector<std::size_t> wait_some(bool may_wait = true);
 
   /// Errors of the transfers that failed so far, by their numbers.
   [[nodiscard]] std::map<std::size_t, std::exception_ptr> errors() const;

@@ -3,14 +3,23 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from kvstore.calibration import Calibration
 from kvstore.codec import Codec, Profile, RecordInfo, Steps
 from kvstore.decision import Decision
 from kvstore.layout import BlockLayout
+from kvstore.native import Calibration as NativeCalibration
+from kvstore.native import decode_extents
 from kvstore.record import effective
 from kvstore.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+ExtentInMemory: TypeAlias = tuple[int, int, bytes, int, int, int, int]
+"""Offset, nbytes, key, generation, record_nbytes, num_tokens, address of the slot."""
 
 
 class CalibrationSource(Protocol):
@@ -40,6 +49,8 @@ class CodecShelf:
         self._profile = profile
         self._plain = Codec(layout, profile)
         self._decoders: dict[bytes, Codec] = {}
+        self._loaded: tuple[NativeCalibration, ...] = ()  # those of the decoders
+        self._coding = self._plain.writer(layout.block_tokens)[:2]
         self._decided: tuple[Decision | None, Codec] = (None, self._plain)
 
     def bound(self, num_tokens: int) -> int:
@@ -75,6 +86,21 @@ class CodecShelf:
         """
         codec = self._decoders.get(info.calibration_id)
         if codec is None:
-            codec = Codec(self._layout, self._profile, self._calibrations.find(info.calibration_id))
+            calibration = self._calibrations.find(info.calibration_id)
+            codec = Codec(self._layout, self._profile, calibration)
             self._decoders[info.calibration_id] = codec
+            if calibration is not None:
+                self._loaded = (*self._loaded, calibration.native)
         return codec
+
+    def decode_extents(self, memory: Buffer, extents: Sequence[ExtentInMemory]) -> list[int]:
+        """Decode whole blocks to slots, each if nothing stands against it.
+
+        Args:
+            memory: where the extents are.
+            extents: as `kvstore.native.decode_extents` takes them.
+
+        Returns:
+            Numbers of those that were left alone: `decoder` and the codec say why, or can decode them.
+        """
+        return decode_extents(*self._coding, self._profile.is_lossy, self._loaded, memory, extents)

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from kvstore.config import HostConfig
 from kvstore.errors import ConfigError
@@ -17,46 +16,12 @@ from kvstore.native import Arena
 from kvstore.spec import BlockKey
 from kvstore.tiers.eviction.partitions import NOBODY, Partitions
 from kvstore.tiers.forgotten import Forgotten
+from kvstore.tiers.lease import Lease
+
+__all__ = ["HostTier", "Lease"]
 
 _KEPT_SHARE = 0.5
 """Blocks that are kept may take this much of the tier, so that others always find room."""
-
-
-class Lease:
-    """The right to use one host slot: while it is held the slot is not evicted. Release it exactly once.
-
-    A slot that waits to be written to disk is simply one on which the writer holds a lease.
-    """
-
-    __slots__ = ("_tier", "key", "owner", "slot", "slot_idx")
-
-    def __init__(self, tier: HostTier, key: BlockKey, slot_idx: int, slot: Tensor, owner: str) -> None:
-        self._tier = tier
-        self.key = key
-        self.owner = owner
-        self.slot_idx = slot_idx
-        self.slot = slot
-        """[slot_nbytes] uint8 CPU."""
-
-    def publish(self, *, is_prefetched: bool = False, asked_at: int | None = None) -> None:
-        """Let others find the block: its bytes are complete.
-
-        Args:
-            is_prefetched: whether nobody has asked for it yet.
-            asked_at: what `HostTier.num_forgotten` was before the block was looked up elsewhere: if it was forgotten
-                since then, it stays so. None for a block that is new.
-        """
-        self._tier._publish(self, is_prefetched, asked_at)
-
-    def release(self) -> None:
-        """Give the slot up; a published block stays until its slot is needed."""
-        self._tier._release(self)
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.release()
 
 
 class HostTier:
@@ -116,22 +81,24 @@ class HostTier:
     def pin(self, key: BlockKey, *, is_use: bool = True) -> Lease | None:
         """Lease the slot that holds `key`, and mark it as used unless told not to; None when no slot does."""
         with self._lock:
-            slot_idx = self._index.get(key)
-            if slot_idx is None or self._is_closed:
-                return None
-            self._num_idle -= self._pins[slot_idx] == 0
-            self._pins[slot_idx] += 1
-            if is_use:
-                self._order.use(key)
-                if slot_idx in self._speculative:
-                    self._speculative.remove(slot_idx)
-                    self.num_prefetch_hits += 1
-            return self._lease(key, slot_idx)
+            return self._pin(key, is_use)
+
+    def pin_some(self, keys: Iterable[BlockKey]) -> list[Lease | None]:
+        """`pin` of many."""
+        with self._lock:
+            return [self._pin(key, is_use=True) for key in keys]
 
     def try_reserve(self, key: BlockKey, owner: str = NOBODY) -> Lease | None:
         """Lease an empty slot for `key`, evicting whose turn it is; None when all slots that may be had are leased."""
         with self._lock:
             return self._take(key, owner)
+
+    def reserve_some(self, wanted: Sequence[tuple[BlockKey, str]]) -> list[Lease]:
+        """`try_reserve` of many, keys with their owners, without those that are here; the last ones if not all fit."""
+        with self._lock:
+            missed = [(key, owner) for key, owner in reversed(wanted) if key not in self._index]
+            leases = [self._take(key, owner) for key, owner in missed]
+            return [lease for lease in reversed(leases) if lease is not None]
 
     def reserve(self, key: BlockKey, check: Callable[[], object], owner: str = NOBODY) -> Lease:
         """Like `try_reserve`, but wait: this is where producers feel that the disk is slower than they are.
@@ -158,6 +125,20 @@ class HostTier:
                 if lease is not None or (span_s is not None and span_s <= 0):
                     return lease
                 self._changed.wait(span_s)
+
+    def publish_some(
+        self, leases: Iterable[Lease], *, is_prefetched: bool = False, asked_at: int | None = None
+    ) -> None:
+        """`Lease.publish` of many."""
+        with self._lock:
+            for lease in leases:
+                self._publish(lease, is_prefetched, asked_at)
+
+    def release_some(self, leases: Iterable[Lease]) -> None:
+        """`Lease.release` of many."""
+        with self._lock:
+            for lease in leases:
+                self._release(lease)
 
     def contains(self, key: BlockKey) -> bool:
         """True when a slot holds `key`; does not count as a use."""
@@ -267,30 +248,40 @@ class HostTier:
         self._order.give_back(self._owner_of[slot_idx])
         self._changed.notify_all()
 
+    def _pin(self, key: BlockKey, is_use: bool) -> Lease | None:
+        slot_idx = self._index.get(key)
+        if slot_idx is None or self._is_closed:
+            return None
+        self._num_idle -= self._pins[slot_idx] == 0
+        self._pins[slot_idx] += 1
+        if is_use:
+            self._order.use(key)
+            if slot_idx in self._speculative:
+                self._speculative.remove(slot_idx)
+                self.num_prefetch_hits += 1
+        return self._lease(key, slot_idx)
+
     def _lease(self, key: BlockKey, slot_idx: int) -> Lease:
-        start = slot_idx * self._slot_nbytes
-        return Lease(self, key, slot_idx, self._memory[start : start + self._slot_nbytes], self._owner_of[slot_idx])
+        return Lease(self, key, slot_idx, self._memory, self._slot_nbytes, self._owner_of[slot_idx])
 
     def _publish(self, lease: Lease, is_prefetched: bool, asked_at: int | None) -> None:
-        with self._lock:
-            # Two threads may have brought the same block; the first one is found, the other slot is freed on release.
-            is_gone = asked_at is not None and self._forgotten.may_have_since(lease.key, asked_at)
-            if lease.key not in self._index and not is_gone:
-                self._index[lease.key] = lease.slot_idx
-                self._key_of[lease.slot_idx] = lease.key
-                self._order.add(lease.key, lease.owner)
-                self._count_kept(lease.key, 1)
-                if is_prefetched:
-                    self._speculative.add(lease.slot_idx)
+        # Two threads may have brought the same block; the first one is found, the other slot is freed on release.
+        is_gone = asked_at is not None and self._forgotten.may_have_since(lease.key, asked_at)
+        if lease.key not in self._index and not is_gone:
+            self._index[lease.key] = lease.slot_idx
+            self._key_of[lease.slot_idx] = lease.key
+            self._order.add(lease.key, lease.owner)
+            self._count_kept(lease.key, 1)
+            if is_prefetched:
+                self._speculative.add(lease.slot_idx)
 
     def _release(self, lease: Lease) -> None:
-        with self._lock:
-            slot_idx = lease.slot_idx
-            assert self._pins[slot_idx] > 0, f"slot {slot_idx} released twice"
-            self._pins[slot_idx] -= 1
-            if self._pins[slot_idx] == 0:
-                if slot_idx in self._key_of:
-                    self._num_idle += 1
-                    self._changed.notify_all()
-                else:
-                    self._give_back(slot_idx)
+        slot_idx = lease.slot_idx
+        assert self._pins[slot_idx] > 0, f"slot {slot_idx} released twice"
+        self._pins[slot_idx] -= 1
+        if self._pins[slot_idx] == 0:
+            if slot_idx in self._key_of:
+                self._num_idle += 1
+                self._changed.notify_all()
+            else:
+                self._give_back(slot_idx)

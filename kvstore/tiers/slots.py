@@ -19,18 +19,15 @@ def copy_slot(source: Tensor, target: Tensor) -> None:
         target.copy_(source)
 
 
-def check_slot(slot: Tensor, layout: BlockLayout) -> None:
-    """Raise `ShapeError` unless `slot` is [slot_nbytes] uint8, contiguous, in host memory."""
-    if (
-        slot.dtype != torch.uint8
-        or slot.shape != (layout.slot_nbytes,)
-        or not slot.is_contiguous()
-        or slot.device.type != "cpu"
-    ):
-        raise ShapeError(
-            f"a slot is [{layout.slot_nbytes}] uint8, contiguous, on the CPU; "
-            f"got {list(slot.shape)} {slot.dtype} on {slot.device}"
-        )
+def check_slots(slots: Iterable[Tensor], layout: BlockLayout) -> None:
+    """Raise `ShapeError` unless every slot is [slot_nbytes] uint8, contiguous, in host memory."""
+    nbytes = layout.slot_nbytes
+    for slot in slots:
+        if slot.dtype != torch.uint8 or slot.shape != (nbytes,) or not slot.is_contiguous() or not slot.is_cpu:
+            raise ShapeError(
+                f"a slot is [{nbytes}] uint8, contiguous, on the CPU; "
+                f"got {list(slot.shape)} {slot.dtype} on {slot.device}"
+            )
 
 
 def check_layers(layers: range | None, layout: BlockLayout) -> None:
@@ -53,8 +50,7 @@ def check_gets(keys: Sequence[BlockKey], slots: Sequence[Tensor], layout: BlockL
     if len(keys) != len(slots):
         raise ShapeError(f"{len(keys)} keys, {len(slots)} slots")
     check_keys(keys)
-    for slot in slots:
-        check_slot(slot, layout)
+    check_slots(slots, layout)
 
 
 def check_blocks(
@@ -64,7 +60,7 @@ def check_blocks(
     if not len(keys) == len(slots) == len(num_tokens):
         raise ShapeError(f"{len(keys)} keys, {len(slots)} slots, {len(num_tokens)} token counts")
     check_keys(keys)
-    for slot, tokens in zip(slots, num_tokens, strict=True):
-        check_slot(slot, layout)
+    check_slots(slots, layout)
+    for tokens in num_tokens:
         if not 1 <= tokens <= layout.block_tokens:
             raise ShapeError(f"a block of {tokens} tokens; a slot takes 1 to {layout.block_tokens}")

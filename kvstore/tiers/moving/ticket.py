@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from kvstore.errors import ConfigError
 from kvstore.tiers.base import Outcome
@@ -37,6 +37,30 @@ class Claim:
         if self.is_held:
             self.is_held = False
             self._ticket.unclaim(self._item, self.outcome)
+
+
+class Claims:
+    """Like `Claim`, of several items: those that it got are `held`; they end as `outcomes` says, else stay open."""
+
+    __slots__ = ("_items", "_ticket", "held", "outcomes")
+
+    def __init__(self, ticket: BatchTicket, items: Sequence[int]) -> None:
+        self._ticket = ticket
+        self._items = items
+        self.held: list[int] = []
+        self.outcomes: dict[int, Outcome] = {}
+
+    def __enter__(self) -> Claims:
+        try:
+            self._ticket._claim_some(self._items, self)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.held:
+            self._ticket._unclaim_some(self.held, self.outcomes)
 
 
 class BatchTicket:
@@ -82,6 +106,12 @@ class BatchTicket:
             self._expire()
             return self._outcomes[item] is None
 
+    def open_items(self, items: Sequence[int]) -> list[int]:
+        """Return those of some items that have no outcome yet."""
+        with self._lock:
+            self._expire()
+            return [item for item in items if self._outcomes[item] is None]
+
     def peek(self, items: Sequence[int]) -> list[Outcome]:
         """Return the outcomes of some items that have ended."""
         with self._lock:
@@ -90,6 +120,10 @@ class BatchTicket:
     def claiming(self, item: int) -> Claim:
         """Claim an item for the length of a `with` block."""
         return Claim(self, item)
+
+    def claiming_some(self, items: Sequence[int]) -> Claims:
+        """Claim those of some items that can be had for the length of a `with` block."""
+        return Claims(self, items)
 
     def claim(self, item: int) -> bool:
         """Take the right to touch an item's slot until `unclaim`; False when it has ended, or somebody else has it."""
@@ -163,6 +197,21 @@ class BatchTicket:
                 claim.is_held = True
             self._claimed.add(item)
             return True
+
+    def _claim_some(self, items: Sequence[int], claims: Claims) -> None:
+        with self._lock:
+            self._expire()
+            for item in items:
+                if self._outcomes[item] is None and item not in self._claimed:
+                    claims.held.append(item)
+                    self._claimed.add(item)
+
+    def _unclaim_some(self, items: Sequence[int], outcomes: Mapping[int, Outcome]) -> None:
+        with self._lock:
+            self._claimed.difference_update(items)
+            for item in items:
+                self._end(item, outcomes.get(item, self._early))
+            self._changed.notify_all()
 
     def _expire(self) -> None:
         if self._deadline_s is not None and self._num_open and time.monotonic() >= self._deadline_s:

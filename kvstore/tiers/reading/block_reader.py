@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -18,10 +18,11 @@ from kvstore.native import IoPool
 from kvstore.spec import BlockKey
 from kvstore.telemetry.fault_log import log_fault
 from kvstore.tiers.base import Outcome
-from kvstore.tiers.codec_shelf import CodecShelf
+from kvstore.tiers.codec_shelf import CodecShelf, ExtentInMemory
 from kvstore.tiers.disk import DiskTier, Found
 from kvstore.tiers.reading.decoding import decode_part, decode_whole, plan_piece
 from kvstore.tiers.reading.extent_reader import ExtentReader
+from kvstore.tiers.reading.landing import Placed
 from kvstore.tiers.reading.plan import Piece
 from kvstore.tiers.tables.records import extent_nbytes
 
@@ -32,8 +33,11 @@ _PASSING_ERRNOS = frozenset(
     | {errno.ENFILE, errno.ENOBUFS, errno.EAGAIN, errno.ECANCELED, errno.EDQUOT, errno.EPERM, errno.EACCES}
 )
 
-Deliver: TypeAlias = Callable[[int, Callable[[Tensor], None]], None]
-"""Called with an item's number and what decodes it into a slot; decides which slot that is, or calls it not at all."""
+Decode: TypeAlias = Callable[[Mapping[int, Tensor]], list[int]]
+"""Decodes items, by their numbers, into slots; returns those that came whole."""
+
+Deliver: TypeAlias = Callable[[Sequence[int], Decode], None]
+"""Called with numbers of items whose bytes are here, and what decodes them; decides into which slots, if any."""
 
 
 @dataclass(slots=True)
@@ -43,21 +47,24 @@ class Sought:
     Args:
         key: the block.
         layers: layers to bring; None for all.
-        asked_at: `HostTier.num_forgotten` before the look-up; see `Lease.publish`.
         outcome: how it ended, unless well.
         fault: why the last attempt failed.
         is_delivered: whether it was decoded, for whomever.
-        decode_s: seconds of checking and decoding.
     """
 
     key: BlockKey
     layers: range | None
-    asked_at: int
     outcome: Outcome | None = None
     fault: KVStoreError | None = None
     is_delivered: bool = False
-    decode_s: float = 0.0
     found: Found | None = None
+
+
+class ReadCost(NamedTuple):
+    """What a batch took: bytes read from the device; seconds of checking and decoding, summed over threads."""
+
+    nbytes: int
+    decode_s: float
 
 
 class BlockReader:
@@ -68,7 +75,7 @@ class BlockReader:
         codecs: decode.
         layout: layout of the destination slots.
         pool: moves the bytes.
-        decoders: threads that decode.
+        decoders: threads that decode, beside those that read.
     """
 
     def __init__(
@@ -76,20 +83,19 @@ class BlockReader:
     ) -> None:
         self._disk = disk
         self._codecs = codecs
-        self._extents = ExtentReader(disk.files, pool, decoders, extent_nbytes(codecs.bound(layout.block_tokens)))
+        most_helpers = disk.config.decode_threads - 1  # who reads decodes too
+        largest_nbytes = extent_nbytes(codecs.bound(layout.block_tokens))
+        self._extents = ExtentReader(disk.files, pool, decoders, most_helpers, largest_nbytes)
         self.damaged: set[BlockKey] = set()
         """Blocks seen damaged: the writer replaces them when they are appended again."""
 
-    def read(self, items: dict[int, Sought], deliver: Deliver) -> int:
-        """Read blocks; afterwards each is delivered, has an outcome, or was wanted by nobody any more.
-
-        Returns:
-            Bytes read from the device.
-        """
+    def read(self, items: dict[int, Sought], deliver: Deliver) -> ReadCost:
+        """Read blocks; afterwards each is delivered, has an outcome, or was wanted by nobody any more."""
         nbytes = 0
+        spans_s: list[float] = []
         pending = self._look_up(items)
         for attempt in range(_MAX_ROUNDS):
-            nbytes += self._read_once(pending, deliver)
+            nbytes += self._read_once(pending, deliver, spans_s)
             faulty = {number: item for number, item in pending.items() if item.fault is not None}
             if not faulty:
                 break
@@ -101,7 +107,7 @@ class BlockReader:
                     self._give_up(pending.pop(number))
                 elif attempt == _MAX_ROUNDS - 1:
                     pending.pop(number).outcome = Outcome.MISS  # moved under every attempt
-        return nbytes
+        return ReadCost(nbytes, sum(spans_s))
 
     def close(self) -> None:
         """Give the staging memory back."""
@@ -131,7 +137,7 @@ class BlockReader:
                 readable[number] = item
         return readable
 
-    def _read_once(self, items: dict[int, Sought], deliver: Deliver) -> int:
+    def _read_once(self, items: dict[int, Sought], deliver: Deliver, spans_s: list[float]) -> int:
         pieces: list[Piece] = []
         for number, item in items.items():
             item.fault = None
@@ -143,12 +149,17 @@ class BlockReader:
         def fail(piece: Piece, error: KVStoreError) -> None:
             items[piece.item].fault = error
 
-        def consume(piece: Piece, data: memoryview) -> None:
-            item = items[piece.item]
-            try:
-                deliver(piece.item, lambda slot: self._decode(item, piece, data, slot))
-            except KVStoreError as error:
-                item.fault = error
+        def consume(ready: Sequence[Placed]) -> None:
+            placed = {each.piece.item: each for each in ready}
+
+            def decode(slots: Mapping[int, Tensor]) -> list[int]:
+                began_s = time.perf_counter()
+                try:
+                    return self._decode([(items[number], placed[number], slot) for number, slot in slots.items()])
+                finally:
+                    spans_s.append(time.perf_counter() - began_s)
+
+            deliver(list(placed), decode)
 
         return self._extents.read(pieces, consume, fail)
 
@@ -159,14 +170,31 @@ class BlockReader:
             raise CorruptRecordError(f"extent of {extent.nbytes} bytes: larger than any block of this layout")
         return plan_piece(number, item.found, item.layers)
 
-    def _decode(self, item: Sought, piece: Piece, data: memoryview, slot: Tensor) -> None:
-        began_s = time.perf_counter()
-        assert item.found is not None, "decoded after the look-up"
-        try:
-            if item.layers is None:
-                decode_whole(self._codecs, item.key, item.found, data, slot)
-            else:
-                decode_part(self._codecs, item.found, item.layers, piece, data, slot)
-            item.is_delivered = True
-        finally:
-            item.decode_s += time.perf_counter() - began_s
+    def _decode(self, wanted: list[tuple[Sought, Placed, Tensor]]) -> list[int]:
+        """Whole blocks in one call; one by one what that leaves, as it needs Python or has a fault, and layers."""
+        whole = [each for each in wanted if each[0].layers is None]
+        left = self._codecs.decode_extents(self._extents.memory, [_in_memory(*each) for each in whole]) if whole else []
+        single = [whole[number] for number in left] + [each for each in wanted if each[0].layers is not None]
+        for item, (piece, start), slot in single:
+            assert item.found is not None, "decoded after the look-up"
+            data = memoryview(self._extents.memory)[start : start + piece.end - piece.start]
+            try:
+                if item.layers is None:
+                    decode_whole(self._codecs, item.key, item.found, data, slot)
+                else:
+                    decode_part(self._codecs, item.found, item.layers, piece, data, slot)
+            except KVStoreError as error:
+                item.fault = error
+        came: list[int] = []
+        for item, (piece, _), _ in wanted:
+            if item.fault is None:
+                item.is_delivered = True
+                came.append(piece.item)
+        return came
+
+
+def _in_memory(item: Sought, placed: Placed, slot: Tensor) -> ExtentInMemory:
+    assert item.found is not None, "decoded after the look-up"
+    record, (piece, start) = item.found.record, placed
+    extent_nbytes = piece.end - piece.start
+    return start, extent_nbytes, item.key, record.generation, record.record_nbytes, record.num_tokens, slot.data_ptr()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Executes read plans: many transfers in flight, pieces handed to threads as soon as their bytes are there."""
+"""Executes read plans: many transfers in flight, pieces consumed in jobs as their bytes come."""
 
 from __future__ import annotations
 
@@ -7,32 +7,24 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, wait
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 
 from kvstore.errors import KVStoreError, StoreIOError
-from kvstore.native import DirectFile, IoPool, Ticket
+from kvstore.native import Arena, DirectFile, IoPool
 from kvstore.tiers.extents import ExtentFiles
+from kvstore.tiers.reading.landing import Job, Landing, Placed, Wave
 from kvstore.tiers.reading.plan import MERGE_GAP_NBYTES, Piece, Run, merge
-from kvstore.tiers.reading.staging import Region, Staging
+from kvstore.tiers.reading.staging import Staging
 
 _NUM_REGIONS = 4
 _MIN_REGION_NBYTES = 4 << 20
 # A job costs some 20 us of Python: so much is decoded by one, unless the batch is too small to keep threads busy.
 _JOB_NBYTES = 512 << 10
 _JOBS_PER_BATCH = 8
+# Then a helper lets the next task of its thread pass.
+_MOST_JOBS = 32
 
-Consume = Callable[[Piece, memoryview], None]
+Consume = Callable[[Sequence[Placed]], None]
 Fail = Callable[[Piece, KVStoreError], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Wave:
-    """Runs of one file that are read by one submission, one behind the other in a region."""
-
-    runs: list[Run]
-    starts: list[int]
-    region: Region
-    ticket: Ticket
 
 
 class ExtentReader:
@@ -41,14 +33,18 @@ class ExtentReader:
     Args:
         files: the extent files.
         pool: moves the bytes.
-        consumers: threads that run `consume`.
+        helpers: threads that consume beside the one that reads; none of them ever waits for a device.
+        most_helpers: how many of them one batch may take.
         largest_nbytes: longest piece that will be asked for.
     """
 
-    def __init__(self, files: ExtentFiles, pool: IoPool, consumers: Executor, largest_nbytes: int) -> None:
+    def __init__(
+        self, files: ExtentFiles, pool: IoPool, helpers: Executor, most_helpers: int, largest_nbytes: int
+    ) -> None:
         self._files = files
         self._pool = pool
-        self._consumers = consumers
+        self._helpers = helpers
+        self._most_helpers = most_helpers
         self._staging = Staging(_NUM_REGIONS, max(2 * largest_nbytes, _MIN_REGION_NBYTES))
 
     @property
@@ -56,13 +52,18 @@ class ExtentReader:
         """Longest piece that can be read."""
         return self._staging.region_nbytes
 
+    @property
+    def memory(self) -> Arena:
+        """Where bytes come to."""
+        return self._staging.arena
+
     def read(self, pieces: Sequence[Piece], consume: Consume, fail: Fail) -> int:
         """Read all pieces; returns when each was consumed or failed.
 
         Args:
             pieces: none longer than `capacity_nbytes`.
-            consume: called with a piece and its bytes, which are gone when it returns; on other threads, unless there
-                is one piece only.
+            consume: called with pieces and where their bytes are in `memory`, until it returns; on this thread, and on
+                helpers when bytes come faster than it consumes them.
             fail: called on this thread with a piece that cannot be read; its neighbours are tried without it.
 
         Returns:
@@ -72,55 +73,73 @@ class ExtentReader:
             return self._read_one(pieces[0], consume, fail)
         runs = deque(merge(pieces, gap_nbytes=MERGE_GAP_NBYTES, max_nbytes=self.capacity_nbytes))
         job_nbytes = min(sum(run.end - run.start for run in runs) // _JOBS_PER_BATCH, _JOB_NBYTES)
-        waves: deque[_Wave] = deque()
-        jobs: list[Future[None]] = []
-        nbytes = 0
+        landing = Landing(max(job_nbytes, 1), self._most_helpers, self._staging.release)
+        helping: list[Future[None]] = []
         try:
-            while runs or waves:
-                self._launch(runs, waves, fail)
-                if waves:
-                    nbytes += self._land(waves[0], runs, jobs, job_nbytes, consume, fail)
-                    waves.popleft().region.release()
+            self._read_runs(runs, landing, helping, consume, fail)
         finally:
             with ExitStack() as cleanup:  # each step whatever becomes of the others: a region kept is gone for ever
-                cleanup.callback(wait, jobs)
-                for wave in waves:
-                    cleanup.callback(_abandon, wave)
-        for job in jobs:
-            job.result()
-        return nbytes
+                cleanup.callback(lambda: landing.clear(is_alone=all(each.done() for each in helping)))
+                cleanup.callback(wait, helping)
+                cleanup.callback(lambda: [each.cancel() for each in helping])
+                cleanup.callback(landing.stop)
+        for each in helping:
+            if not each.cancelled():
+                each.result()
+        return landing.nbytes
 
     def close(self) -> None:
         """Give the staging memory back."""
         self._staging.close()
 
     def _read_one(self, piece: Piece, consume: Consume, fail: Fail) -> int:
-        """Read and consume on this thread: handing one piece over would take longer than it saves."""
+        """Read with no other thread than this one."""
         region = self._staging.acquire()
         try:
             nbytes = piece.end - piece.start
             try:
-                self._pool.read(self._file(piece.file_id), self._staging.arena, [(piece.start, region.offset, nbytes)])
+                self._pool.read(self._file(piece.file_id), self._staging.arena, [(piece.start, region, nbytes)])
             except KVStoreError as error:
                 fail(piece, error)
                 return 0
-            consume(piece, self._staging.memory[region.offset : region.offset + nbytes])
+            consume([Placed(piece, region)])
             return nbytes
         finally:
-            region.release()
+            self._staging.release(region)
 
-    def _launch(self, runs: deque[Run], waves: deque[_Wave], fail: Fail) -> None:
+    def _read_runs(
+        self, runs: deque[Run], landing: Landing, helping: list[Future[None]], consume: Consume, fail: Fail
+    ) -> None:
+        while True:
+            self._launch(runs, landing, fail)
+            job = landing.take()
+            if job is not None:
+                if landing.wants_help():
+                    with suppress(RuntimeError):  # no thread can be had: this one does it all
+                        helping.append(self._helpers.submit(self._help, landing, consume))
+                self._consume(job, landing, consume)
+                continue
+            is_over = not landing.is_busy  # asked first: what was in flight then may have failed since
+            for run, error in landing.take_failed():
+                self._split(run, runs, fail, error)
+            if is_over and not runs:
+                return
+            landing.wait()
+
+    def _launch(self, runs: deque[Run], landing: Landing, fail: Fail) -> None:
         """Submit runs as long as there is memory; wait for memory only with nothing in flight."""
         while runs:
-            region = self._staging.try_acquire() if waves else self._staging.acquire()
+            region = self._staging.try_acquire()
             if region is None:
-                return
+                if landing.is_busy:
+                    return
+                region = self._staging.acquire()
             taken: list[Run] = []
             starts: list[int] = []
-            at, end = region.offset, region.offset + self._staging.region_nbytes
+            at, end = region, region + self._staging.region_nbytes
             file_id = runs[0].file_id
             with ExitStack() as unless_launched:
-                unless_launched.callback(region.release)
+                unless_launched.callback(self._staging.release, region)
                 while runs and runs[0].file_id == file_id and at + runs[0].nbytes <= end:
                     taken.append(runs.popleft())
                     starts.append(at)
@@ -133,7 +152,7 @@ class ExtentReader:
                         for piece in run.pieces:
                             fail(piece, error)
                     continue
-                waves.append(_Wave(taken, starts, region, ticket))
+                landing.add(Wave(taken, starts, region, ticket))
                 unless_launched.pop_all()
 
     def _file(self, file_id: int) -> DirectFile:
@@ -144,43 +163,22 @@ class ExtentReader:
         except OSError as error:
             raise StoreIOError(error.errno, f"{self._files.path(file_id)}: {error.strerror}") from error
 
-    def _land(
-        self, wave: _Wave, runs: deque[Run], jobs: list[Future[None]], job_nbytes: int, consume: Consume, fail: Fail
-    ) -> int:
-        """Hand over the pieces of a wave as its runs end; what failed joins `runs` again, piece by piece."""
-        nbytes = gathered = 0
-        ready: list[tuple[Piece, int]] = []
-        num_left = len(wave.runs)
-        while num_left:
-            ended = wave.ticket.wait_some()
-            errors = wave.ticket.errors()
-            num_left -= len(ended)
-            for number in ended:
-                run = wave.runs[number]
-                if number in errors:
-                    self._split(run, runs, fail, errors[number])
-                    continue
-                nbytes += run.nbytes
-                gathered += run.nbytes
-                base = wave.starts[number] - run.start
-                ready += [(piece, base + piece.start) for piece in run.pieces]
-            if ready and (gathered >= job_nbytes or not num_left):
-                wave.region.retain()
-                try:
-                    jobs.append(self._consumers.submit(self._consume, wave.region, ready, consume))
-                except BaseException:
-                    wave.region.release()
-                    raise
-                ready, gathered = [], 0
-        return nbytes
-
-    def _consume(self, region: Region, ready: list[tuple[Piece, int]], consume: Consume) -> None:
-        memory = self._staging.memory
+    def _help(self, landing: Landing, consume: Consume) -> None:
+        """Consume what comes, until nothing is there."""
         try:
-            for piece, start in ready:
-                consume(piece, memory[start : start + piece.end - piece.start])
+            for _ in range(_MOST_JOBS):
+                job = landing.take()
+                if job is None:
+                    return
+                self._consume(job, landing, consume)
         finally:
-            region.release()
+            landing.end_help()
+
+    def _consume(self, job: Job, landing: Landing, consume: Consume) -> None:
+        try:
+            consume(job.pieces)
+        finally:
+            landing.done(job)
 
     def _split(self, run: Run, runs: deque[Run], fail: Fail, error: KVStoreError) -> None:
         """After a failed transfer, try each of its pieces alone: one bad sector must not take its neighbours along."""
@@ -188,13 +186,3 @@ class ExtentReader:
             fail(run.pieces[0], error)
             return
         runs.extend(Run(piece.file_id, piece.start, piece.end, (piece,)) for piece in run.pieces)
-
-
-def _abandon(wave: _Wave) -> None:
-    """Let go of a wave whose bytes nobody wants any more, once nothing is read into its region."""
-    try:
-        wave.ticket.cancel()
-        with suppress(KVStoreError):  # another error is on its way up already
-            wave.ticket.wait()
-    finally:
-        wave.region.release()

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 
@@ -31,17 +30,20 @@ from kvstore.tiers.moving.backing import Backing
 from kvstore.tiers.moving.ticket import BatchTicket
 from kvstore.tiers.reading.behind import read_behind
 from kvstore.tiers.reading.block_reader import BlockReader, Sought
+from kvstore.tiers.reading.delivery import Delivery
 from kvstore.tiers.reading.flights import Flight, Flights, Seat, Wanted
 from kvstore.tiers.reading.host_copies import HostCopies
 from kvstore.tiers.reading.request import FetchReport, FetchRequest
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Batch:
     requests: Sequence[FetchRequest]
     ticket: BatchTicket
     report: FetchReport
     is_kept: bool
+    num_read: int = 0
+    num_shared: int = 0
 
 
 class Fetcher:
@@ -121,7 +123,8 @@ class Fetcher:
         """Bring those blocks into their slots that the host tier holds, which waits for nothing."""
         report = FetchReport([])
         batch = _Batch(requests, ticket, report, is_kept=True)
-        served = [position for position in range(len(requests)) if self._copy_from_host(batch, position)]
+        left = set(self._copy_from_host(batch, range(len(requests))))
+        served = [position for position in range(len(requests)) if position not in left]
         report.outcomes = ticket.peek(served)
         self._account(requests, served, report)
         return report
@@ -166,6 +169,8 @@ class Fetcher:
             TierStats(
                 damaged=outcomes.count(Outcome.DAMAGED),
                 unavailable=outcomes.count(Outcome.UNAVAILABLE),
+                shared_reads=batch.num_shared,
+                read_blocks=batch.num_read,
                 read_nbytes=report.bytes_read[Tier.DISK],
                 read_s=report.load_s if report.bytes_read[Tier.DISK] else 0.0,
                 decode_s=report.decode_s,
@@ -194,16 +199,16 @@ class Fetcher:
 
     def _bring(self, batch: _Batch, positions: Sequence[int]) -> None:
         # Nobody waits any more for what has ended: reading it would only hold up those who do.
-        wanted = [item for item in positions if batch.ticket.is_open(item) and not self._copy_from_host(batch, item)]
+        wanted = self._copy_from_host(batch, batch.ticket.open_items(positions))
         while wanted:  # again for those that waited for another batch in vain
-            wanted = [position for position in self._fetch_from_disk(batch, wanted) if batch.ticket.is_open(position)]
-            wanted = [position for position in wanted if not self._copy_from_host(batch, position)]
+            wanted = batch.ticket.open_items(self._fetch_from_disk(batch, wanted))
+            wanted = self._copy_from_host(batch, wanted)
 
-    def _copy_from_host(self, batch: _Batch, position: int) -> bool:
-        """True when the item has ended: copied, or too late."""
-        has_ended, nbytes = self._copies.serve(batch.requests[position], batch.ticket, position)
+    def _copy_from_host(self, batch: _Batch, positions: Sequence[int]) -> list[int]:
+        """Serve what is in memory; returns the others."""
+        left, nbytes = self._copies.serve(batch.requests, batch.ticket, positions)
         batch.report.bytes_read[Tier.HOST] += nbytes
-        return has_ended
+        return left
 
     def _fetch_from_disk(self, batch: _Batch, positions: Sequence[int]) -> list[int]:
         """Read what nobody else is reading, then wait for what others read; returns those that others failed at."""
@@ -214,15 +219,16 @@ class Fetcher:
         asked_at = self._host.num_forgotten
         for position, (flight, is_first) in zip(positions, self._flights.board(wanted), strict=True):
             if is_first:
-                own[position], flights[position] = Sought(*flight.wanted, asked_at), flight
+                own[position], flights[position] = Sought(*flight.wanted), flight
             else:
                 others[position] = flight
         try:
             landed = self._host.present([item.key for item in own.values()])  # since the look into the host tier
-            for position in [position for position, is_there in zip(own, landed, strict=True) if is_there]:
-                if self._copy_from_host(batch, position):
+            if any(landed):
+                found = [position for position, is_there in zip(own, landed, strict=True) if is_there]
+                for position in set(found).difference(self._copy_from_host(batch, found)):
                     del own[position]
-            self._read(batch, own, flights)
+            self._read(batch, own, flights, asked_at)
         finally:
             self._flights.end(flights.values())
         for flight in others.values():
@@ -235,53 +241,29 @@ class Fetcher:
         seat = Seat(batch.ticket, position, request.slot)
         return (request.key, None if whole else request.layers), seat
 
-    def _read(self, batch: _Batch, items: dict[int, Sought], flights: dict[int, Flight]) -> None:
-        def deliver(position: int, decode: Callable[[Tensor], object]) -> None:
-            keeper = batch.requests[position].owner if batch.is_kept else None
-            self._deliver(items[position], flights[position], decode, keeper, Outcome.DISK)
-
-        batch.report.bytes_read[Tier.DISK] += self._reader.read(items, deliver) if items else 0
+    def _read(self, batch: _Batch, items: dict[int, Sought], flights: dict[int, Flight], asked_at: int) -> None:
+        owner_of = (lambda position: batch.requests[position].owner) if batch.is_kept else None
+        delivery = Delivery(self._copies, self._flights, items, flights, owner_of, asked_at)
+        if items:
+            cost = self._reader.read(items, lambda numbers, decode: delivery.deliver(numbers, decode, Outcome.DISK))
+            batch.report.bytes_read[Tier.DISK] += cost.nbytes
+            batch.report.decode_s += cost.decode_s
         if self._backing is not None:
 
             def deliver_copy(position: int, block: Tensor) -> None:
-                item, keeper = items[position], batch.requests[position].owner if batch.is_kept else None
-                copy = partial(self._copies.copy, block, layers=item.layers)
-                self._deliver(item, flights[position], copy, keeper, Outcome.REMOTE)
+                def copy(slots: Mapping[int, Tensor]) -> list[int]:
+                    for number, slot in slots.items():
+                        self._copies.copy(block, slot, items[number].layers)
+                    return list(slots)
+
+                delivery.deliver([position], copy, Outcome.REMOTE)
 
             came = read_behind(self._backing, self._layout, items, lambda: batch.ticket.left_s, deliver_copy)
             batch.report.bytes_read[Tier.REMOTE] += came
         for position, item in items.items():
-            batch.report.decode_s += item.decode_s
             if item.outcome is not None:
                 if item.outcome is not Outcome.MISS:
                     batch.report.reasons[position] = str(item.fault)
                 batch.ticket.settle(position, item.outcome)
-        self._disk.meter.add(TierStats(read_blocks=sum(item.is_delivered for item in items.values())))
-
-    def _deliver(
-        self, item: Sought, flight: Flight, decode: Callable[[Tensor], object], keeper: str | None, source: Outcome
-    ) -> None:
-        """Decode into the first slot that is still wanted, keep a copy, hand copies to all who waited."""
-        for seat in flight.seats:  # newcomers are added behind
-            with seat.ticket.claiming(seat.item) as claim:
-                if not claim.is_held:
-                    continue
-                decode(seat.slot)
-                claim.outcome = source
-                if keeper is not None and item.layers is None:
-                    self._copies.admit(item.key, seat.slot, keeper, item.asked_at)
-                others = [other for other in self._flights.land(flight) if other is not seat]
-                self._hand_on(item, seat.slot, others, source)
-                if others:  # who waited need not wait for the rest of this batch
-                    self._flights.end([flight])
-                return
-
-    def _hand_on(self, item: Sought, block: Tensor, seats: Sequence[Seat], source: Outcome) -> None:
-        num_served = 0
-        for seat in seats:
-            with seat.ticket.claiming(seat.item) as claim:
-                if claim.is_held:
-                    self._copies.copy(block, seat.slot, item.layers)
-                    claim.outcome = source
-                    num_served += 1
-        self._disk.meter.add(TierStats(shared_reads=num_served))
+        batch.num_read += sum(item.is_delivered for item in items.values())
+        batch.num_shared += len(delivery.shared)

@@ -66,12 +66,12 @@ class Flights:
                     boarded.append((flight, False))
         return boarded
 
-    def land(self, flight: Flight) -> list[Seat]:
-        """Close a flight to newcomers, after which its bytes can be found elsewhere; returns all its askers."""
+    def land(self, flights: Iterable[Flight]) -> None:
+        """Close flights to newcomers, after which their bytes can be found elsewhere."""
         with self._lock:
-            if self._flights.get(flight.wanted) is flight:
-                del self._flights[flight.wanted]
-        return flight.seats
+            for flight in flights:
+                if self._flights.get(flight.wanted) is flight:
+                    del self._flights[flight.wanted]
 
     def end(self, flights: Iterable[Flight]) -> None:
         """Land flights and let those who wait for them go on, served or not."""

@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from kvstore.layout import BlockLayout
+from kvstore.native import copy_memory
 from kvstore.spec import BlockKey
 from kvstore.tiers.base import Outcome
 from kvstore.tiers.eviction.admission import Doorkeeper
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.moving.ticket import BatchTicket
 from kvstore.tiers.reading.request import FetchRequest
-from kvstore.tiers.slots import copy_slot
+
+_UNIT_NBYTES = 4 << 20
+"""Slots are pinned and claimed for as long as it takes to copy so much."""
 
 
 class HostCopies:
@@ -26,41 +31,68 @@ class HostCopies:
 
     def __init__(self, host: HostTier, layout: BlockLayout, doorkeeper: Doorkeeper) -> None:
         self._host = host
-        self._layout = layout
+        self._slot_nbytes = layout.slot_nbytes
+        self._layer_nbytes = layout.block_tokens * layout.spec.token_nbytes // layout.spec.num_layers
+        self._copied_at_once = max(1, _UNIT_NBYTES // layout.slot_nbytes)
         self._doorkeeper = doorkeeper
 
-    def serve(self, request: FetchRequest, ticket: BatchTicket, item: int) -> tuple[bool, int]:
-        """Bring a block into its slot if the tier has it.
+    def serve(
+        self, requests: Sequence[FetchRequest], ticket: BatchTicket, items: Sequence[int]
+    ) -> tuple[list[int], int]:
+        """Bring those blocks into their slots that the tier has.
 
         Returns:
-            Whether the item has ended, copied or too late; and the bytes copied.
+            Items that it has not: the others have ended, copied or too late; and the bytes copied.
         """
-        lease = self._host.pin(request.key)
-        if lease is None:
-            return False, 0
+        left: list[int] = []
         nbytes = 0
-        with lease, ticket.claiming(item) as claim:
-            if claim.is_held:
-                nbytes = self.copy(lease.slot, request.slot, request.layers)
-                claim.outcome = Outcome.HOST
-        return True, nbytes
+        for first in range(0, len(items), self._copied_at_once):
+            some = items[first : first + self._copied_at_once]
+            leases = self._host.pin_some([requests[item].key for item in some])
+            pinned = {item: lease for item, lease in zip(some, leases, strict=True) if lease is not None}
+            left += [item for item in some if item not in pinned] if pinned else some
+            if not pinned:
+                continue
+            try:
+                with ticket.claiming_some(list(pinned)) as claims:
+                    asked = [(pinned[item].address, requests[item]) for item in claims.held]
+                    nbytes += self._copy([(at, each.slot, each.layers) for at, each in asked])
+                    claims.outcomes = dict.fromkeys(claims.held, Outcome.HOST)
+            finally:
+                self._host.release_some(pinned.values())
+        return left, nbytes
 
-    def copy(self, source: Tensor, target: Tensor, layers: range | None) -> int:
-        """Copy a block, or some layers of it, from slot to slot; returns the bytes."""
-        start, nbytes = 0, self._layout.slot_nbytes
-        if layers is not None:
-            per_layer = self._layout.block_tokens * self._layout.spec.token_nbytes // self._layout.spec.num_layers
-            start, nbytes = layers.start * per_layer, len(layers) * per_layer
-        copy_slot(source[start : start + nbytes], target[start : start + nbytes])
-        return nbytes
+    def copy(self, source: Tensor, target: Tensor, layers: range | None) -> None:
+        """Copy a block, or some layers of it, from slot to slot."""
+        self._copy([(source.data_ptr(), target, layers)])
 
-    def admit(self, key: BlockKey, slot: Tensor, owner: str, asked_at: int) -> None:
-        """Keep a copy of a block if it may enter and a slot can be had without waiting; see `Lease.publish`."""
-        if self._host.contains(key) or not self._doorkeeper.admits(key):
-            return
-        lease = self._host.try_reserve(key, owner)
-        if lease is None:
-            return
-        with lease:
-            copy_slot(slot, lease.slot)
-            lease.publish(asked_at=asked_at)
+    def admit(self, blocks: Sequence[tuple[BlockKey, str, Tensor]], asked_at: int) -> None:
+        """Keep copies of blocks, each if it may enter and a slot can be had without waiting; see `Lease.publish`.
+
+        Args:
+            blocks: key, owner and slot of each.
+            asked_at: see `Lease.publish`.
+        """
+        present = self._host.present([key for key, _, _ in blocks])
+        entering = {
+            key: (owner, slot)
+            for (key, owner, slot), is_there in zip(blocks, present, strict=True)
+            if not is_there and self._doorkeeper.admits(key)
+        }
+        leases = self._host.reserve_some([(key, owner) for key, (owner, _) in entering.items()])
+        try:
+            copy_memory([(entering[each.key][1].data_ptr(), each.address, self._slot_nbytes) for each in leases])
+            self._host.publish_some(leases, asked_at=asked_at)
+        finally:
+            self._host.release_some(leases)
+
+    def _copy(self, copies: Sequence[tuple[int, Tensor, range | None]]) -> int:
+        """Copy between slots, from addresses; returns the bytes."""
+        spans = []
+        for source, target, layers in copies:
+            start, nbytes = 0, self._slot_nbytes
+            if layers is not None:
+                start, nbytes = layers.start * self._layer_nbytes, len(layers) * self._layer_nbytes
+            spans.append((source + start, target.data_ptr() + start, nbytes))
+        copy_memory(spans)
+        return sum(nbytes for _, _, nbytes in spans)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one batch has in flight and what of it has come: several threads take jobs from it, one waits for the device."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
+
+from kvstore.errors import KVStoreError
+from kvstore.native import Ticket
+from kvstore.tiers.reading.plan import Piece, Run
+
+_BACKLOG_NBYTES = 512 << 10
+"""Waking a thread takes as long as copying a few hundred kilobytes."""
+
+
+class Wave:
+    """Runs of one file that are read by one submission, one behind the other in a region of memory.
+
+    Args:
+        runs: what is read.
+        starts: where each begins in memory.
+        region: number of the region.
+        ticket: of the submission.
+    """
+
+    __slots__ = ("num_flying", "num_left", "num_out", "region", "runs", "starts", "ticket")
+
+    def __init__(self, runs: list[Run], starts: list[int], region: int, ticket: Ticket) -> None:
+        self.runs = runs
+        self.starts = starts
+        self.region = region
+        self.ticket = ticket
+        self.num_flying = len(runs)
+        self.num_left = sum(len(run.pieces) for run in runs)
+        self.num_out = 0  # of these, pieces in jobs that are being consumed
+
+
+class Placed(NamedTuple):
+    """A piece whose bytes are in memory, from `start` on."""
+
+    piece: Piece
+    start: int
+
+
+class Job(NamedTuple):
+    """Pieces of one wave that are consumed together."""
+
+    wave: Wave
+    pieces: list[Placed]
+
+
+class Landing:
+    """Waves of one batch, in flight or landed and not yet consumed. Thread-safe.
+
+    Args:
+        job_nbytes: a job ends with the piece that reaches so many bytes.
+        most_helpers: threads beside the one that waits for the device.
+        release: called with a region when every piece in it was consumed, or cannot be.
+    """
+
+    def __init__(self, job_nbytes: int, most_helpers: int, release: Callable[[int], None]) -> None:
+        self._lock = threading.Lock()
+        self._job_nbytes = job_nbytes
+        self._most_helpers = most_helpers
+        self._release = release
+        self._flying: deque[Wave] = deque()
+        self._kept: list[Wave] = []
+        self._ready: deque[tuple[Wave, Placed]] = deque()
+        self._ready_nbytes = 0
+        self._num_helpers = 0
+        self._failed: list[tuple[Run, KVStoreError]] = []
+        self.nbytes = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether bytes are on their way, or here and to be taken."""
+        with self._lock:
+            return bool(self._flying or self._ready)
+
+    def add(self, wave: Wave) -> None:
+        """Take a wave that was just submitted."""
+        with self._lock:
+            self._kept.append(wave)
+            self._flying.append(wave)
+
+    def wait(self) -> None:
+        """Wait until something of the oldest wave has come; for the one thread that may."""
+        with self._lock:
+            if not self._flying:
+                return
+            wave = self._flying[0]
+        ended = wave.ticket.wait_some()
+        with self._lock:
+            self._land(wave, ended)
+
+    def take(self) -> Job | None:
+        """Return pieces that have come; None when there are none."""
+        with self._lock:
+            if self._ready_nbytes < self._job_nbytes:
+                for wave in tuple(self._flying):
+                    self._land(wave, wave.ticket.wait_some(False))
+            return self._cut()
+
+    def done(self, job: Job) -> None:
+        """Give back the memory of a job that was consumed, however that went."""
+        with self._lock:
+            job.wave.num_out -= len(job.pieces)
+            self._leave(job.wave, len(job.pieces))
+
+    def wants_help(self) -> bool:
+        """Whether so much waits to be consumed that another thread is worth waking; it is counted."""
+        with self._lock:
+            if self._ready_nbytes < _BACKLOG_NBYTES or self._num_helpers >= self._most_helpers:
+                return False
+            self._num_helpers += 1
+            return True
+
+    def end_help(self) -> None:
+        """Count one helper less."""
+        with self._lock:
+            self._num_helpers -= 1
+
+    def take_failed(self) -> list[tuple[Run, KVStoreError]]:
+        """Return the transfers that failed since the last call."""
+        with self._lock:
+            failed, self._failed = self._failed, []
+            return failed
+
+    def stop(self) -> None:
+        """Hand out nothing any more; transfers that have not begun are cancelled."""
+        with self._lock:
+            self._ready.clear()
+            self._ready_nbytes = 0
+            self._flying.clear()
+            for wave in self._kept:
+                wave.ticket.cancel()
+
+    def clear(self, *, is_alone: bool) -> None:
+        """After `stop`: wait until nothing is read into memory, and give it back.
+
+        Args:
+            is_alone: whether no job is being consumed; else what is in use goes back when its job is `done`.
+        """
+        for wave in tuple(self._kept):
+            try:
+                with suppress(KVStoreError):  # an error of the batch is on its way up already
+                    wave.ticket.wait()
+            finally:
+                with self._lock:
+                    self._leave(wave, wave.num_left if is_alone else wave.num_left - wave.num_out)
+
+    def _land(self, wave: Wave, ended: list[int]) -> None:
+        if not ended:
+            return
+        errors = wave.ticket.errors()
+        wave.num_flying -= len(ended)
+        if wave.num_flying == 0 and wave in self._flying:
+            self._flying.remove(wave)
+        for number in ended:
+            run = wave.runs[number]
+            if number in errors:
+                self._failed.append((run, errors[number]))
+                self._leave(wave, len(run.pieces))
+                continue
+            self.nbytes += run.nbytes
+            base = wave.starts[number] - run.start
+            self._ready.extend((wave, Placed(piece, base + piece.start)) for piece in run.pieces)
+            self._ready_nbytes += sum(piece.end - piece.start for piece in run.pieces)
+
+    def _cut(self) -> Job | None:
+        """Cut a job from what is ready: of one wave, as its memory is given back together."""
+        if not self._ready:
+            return None
+        wave = self._ready[0][0]
+        pieces: list[Placed] = []
+        nbytes = 0
+        while self._ready and self._ready[0][0] is wave and nbytes < self._job_nbytes:
+            placed = self._ready.popleft()[1]
+            pieces.append(placed)
+            nbytes += placed.piece.end - placed.piece.start
+        self._ready_nbytes -= nbytes
+        wave.num_out += len(pieces)
+        return Job(wave, pieces)
+
+    def _leave(self, wave: Wave, num_pieces: int) -> None:
+        wave.num_left -= num_pieces
+        if wave.num_left == 0 and wave in self._kept:
+            self._kept.remove(wave)
+            self._release(wave.region)
