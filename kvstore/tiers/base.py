@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Tier(StrEnum):
@@ -41,8 +41,7 @@ class Outcome(StrEnum):
         return self in (Outcome.HOST, Outcome.DISK, Outcome.REMOTE)
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Extent:
+class Extent(NamedTuple):
     """A page-aligned byte range of an extent file; sorts in disk order."""
 
     file_id: int

@@ -94,11 +94,24 @@ class HostTier:
             return self._take(key, owner)
 
     def reserve_some(self, wanted: Sequence[tuple[BlockKey, str]]) -> list[Lease]:
-        """`try_reserve` of many, keys with their owners, without those that are here; the last ones if not all fit."""
+        """`try_reserve` of those of many, keys with their owners, that are not here: the last ones if not all fit."""
         with self._lock:
-            missed = [(key, owner) for key, owner in reversed(wanted) if key not in self._index]
+            missed = [each for each in reversed(wanted) if each[0] not in self._index]
+            missed.sort(key=lambda each: each[0] not in self._kept)  # stable; those that are kept come first
             leases = [self._take(key, owner) for key, owner in missed]
             return [lease for lease in reversed(leases) if lease is not None]
+
+    def may_stay(self, wanted: Sequence[tuple[BlockKey, str]]) -> list[bool]:
+        """Say which of many, that are about to come in any order, need not make room for one another again."""
+        if not self._order.is_by_age or len(wanted) <= self.num_slots:
+            return [True] * len(wanted)
+        seen: Counter[str] = Counter()
+        staying: list[bool] = []
+        with self._lock:
+            for key, owner in reversed(wanted):
+                seen[owner] += 1
+                staying.append(seen[owner] <= self.num_slots or key in self._kept)
+        return staying[::-1]
 
     def reserve(self, key: BlockKey, check: Callable[[], object], owner: str = NOBODY) -> Lease:
         """Like `try_reserve`, but wait: this is where producers feel that the disk is slower than they are.

@@ -22,8 +22,9 @@ def copy_slot(source: Tensor, target: Tensor) -> None:
 def check_slots(slots: Iterable[Tensor], layout: BlockLayout) -> None:
     """Raise `ShapeError` unless every slot is [slot_nbytes] uint8, contiguous, in host memory."""
     nbytes = layout.slot_nbytes
+    wanted = torch.Size((nbytes,))
     for slot in slots:
-        if slot.dtype != torch.uint8 or slot.shape != (nbytes,) or not slot.is_contiguous() or not slot.is_cpu:
+        if slot.dtype is not torch.uint8 or slot.shape != wanted or not slot.is_contiguous() or not slot.is_cpu:
             raise ShapeError(
                 f"a slot is [{nbytes}] uint8, contiguous, on the CPU; "
                 f"got {list(slot.shape)} {slot.dtype} on {slot.device}"

@@ -27,9 +27,14 @@ class Doorkeeper:
         self._lock = threading.Lock()
         self._seen: OrderedDict[BlockKey, None] = OrderedDict()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether everybody may enter."""
+        return self._admission is Admission.ALWAYS
+
     def admits(self, key: BlockKey) -> bool:
         """Note a use and say whether the block may enter."""
-        if self._admission is Admission.ALWAYS:
+        if self.is_open:
             return True
         with self._lock:
             if key in self._seen:

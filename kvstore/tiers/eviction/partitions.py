@@ -48,6 +48,11 @@ class Partitions:
         self._owners: dict[BlockKey, str] = {}
         self._counts: Counter[str] = Counter()
 
+    @property
+    def is_by_age(self) -> bool:
+        """Whether the last to come stay, whatever was known of the others."""
+        return self._eviction is Eviction.LRU
+
     def is_at_quota(self, owner: str, num_kept: int) -> bool:
         """True when an owner may have no more slots than it has; of those it must keep, half a quota counts."""
         if self._quota is None or owner == NOBODY:

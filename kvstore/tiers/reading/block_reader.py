@@ -173,7 +173,12 @@ class BlockReader:
     def _decode(self, wanted: list[tuple[Sought, Placed, Tensor]]) -> list[int]:
         """Whole blocks in one call; one by one what that leaves, as it needs Python or has a fault, and layers."""
         whole = [each for each in wanted if each[0].layers is None]
-        left = self._codecs.decode_extents(self._extents.memory, [_in_memory(*each) for each in whole]) if whole else []
+        left: list[int] = []
+        if whole:
+            extents = [_in_memory(*each) for each in whole]
+            began_s = time.thread_time()
+            left = self._codecs.decode_extents(self._extents.memory, extents)
+            self._extents.pace.note(sum(extent[1] for extent in extents), time.thread_time() - began_s)
         single = [whole[number] for number in left] + [each for each in wanted if each[0].layers is not None]
         for item, (piece, start), slot in single:
             assert item.found is not None, "decoded after the look-up"

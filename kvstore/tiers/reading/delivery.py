@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from kvstore.spec import BlockKey
 from kvstore.tiers.base import Outcome
@@ -20,7 +20,7 @@ class Delivery:
         registry: where the flights are.
         items: what the batch reads, by number.
         flights: the flight of each.
-        owner_of: whose share of the host tier a block is counted to; None when no copy is kept there.
+        owners: of the items that the host tier shall have a copy of: whose share it is counted to.
         asked_at: `HostTier.num_forgotten` before the look-up; see `Lease.publish`.
     """
 
@@ -30,14 +30,14 @@ class Delivery:
         registry: Flights,
         items: Mapping[int, Sought],
         flights: Mapping[int, Flight],
-        owner_of: Callable[[int], str] | None,
+        owners: Mapping[int, str],
         asked_at: int,
     ) -> None:
         self._copies = copies
         self._registry = registry
         self._items = items
         self._flights = flights
-        self._owner_of = owner_of
+        self._owners = owners
         self._asked_at = asked_at
         self.shared: list[BlockKey] = []
         """Blocks that were handed on to others who waited, once for each."""
@@ -60,9 +60,9 @@ class Delivery:
             came = decode({number: seats[number].slot for number in wanted}) if wanted else []
             for number in came:
                 claims.outcomes[seats[number].item] = source
-            if self._owner_of is not None:
-                whole = [number for number in came if self._items[number].layers is None]
-                blocks = [(self._items[number].key, self._owner_of(number), seats[number].slot) for number in whole]
+            kept = [number for number in came if number in self._owners]
+            if kept:
+                blocks = [(self._items[number].key, self._owners[number], seats[number].slot) for number in kept]
                 self._copies.admit(blocks, self._asked_at)
             self._registry.land(self._flights[number] for number in came)
             for number in came:

@@ -11,15 +11,12 @@ from contextlib import ExitStack, suppress
 from kvstore.errors import KVStoreError, StoreIOError
 from kvstore.native import Arena, DirectFile, IoPool
 from kvstore.tiers.extents import ExtentFiles
-from kvstore.tiers.reading.landing import Job, Landing, Placed, Wave
+from kvstore.tiers.reading.landing import Job, Landing, Pace, Placed, Wave
 from kvstore.tiers.reading.plan import MERGE_GAP_NBYTES, Piece, Run, merge
 from kvstore.tiers.reading.staging import Staging
 
 _NUM_REGIONS = 4
 _MIN_REGION_NBYTES = 4 << 20
-# A job costs some 20 us of Python: so much is decoded by one, unless the batch is too small to keep threads busy.
-_JOB_NBYTES = 512 << 10
-_JOBS_PER_BATCH = 8
 # Then a helper lets the next task of its thread pass.
 _MOST_JOBS = 32
 
@@ -45,6 +42,8 @@ class ExtentReader:
         self._pool = pool
         self._helpers = helpers
         self._most_helpers = most_helpers
+        self.pace = Pace()
+        """To be told what decoding takes."""
         self._staging = Staging(_NUM_REGIONS, max(2 * largest_nbytes, _MIN_REGION_NBYTES))
 
     @property
@@ -72,8 +71,7 @@ class ExtentReader:
         if len(pieces) == 1:
             return self._read_one(pieces[0], consume, fail)
         runs = deque(merge(pieces, gap_nbytes=MERGE_GAP_NBYTES, max_nbytes=self.capacity_nbytes))
-        job_nbytes = min(sum(run.end - run.start for run in runs) // _JOBS_PER_BATCH, _JOB_NBYTES)
-        landing = Landing(max(job_nbytes, 1), self._most_helpers, self._staging.release)
+        landing = Landing(self.pace, self._most_helpers, self._staging.release)
         helping: list[Future[None]] = []
         try:
             self._read_runs(runs, landing, helping, consume, fail)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -111,13 +112,11 @@ class Fetcher:
                 raise BusyError("the store is closed")
             self._num_demands += 1
         try:
-            report = self._fetch(requests, served, ticket or BatchTicket(len(requests)), is_kept=True)
+            return self._fetch(requests, served, ticket or BatchTicket(len(requests)), is_kept=True)
         finally:
             with self._demand:
                 self._num_demands -= 1
                 self._demand.notify_all()
-        self._account(requests, served, report)
-        return report
 
     def fetch_from_memory(self, requests: Sequence[FetchRequest], ticket: BatchTicket) -> FetchReport:
         """Bring those blocks into their slots that the host tier holds, which waits for nothing."""
@@ -126,7 +125,7 @@ class Fetcher:
         left = set(self._copy_from_host(batch, range(len(requests))))
         served = [position for position in range(len(requests)) if position not in left]
         report.outcomes = ticket.peek(served)
-        self._account(requests, served, report)
+        self._account(batch, served)
         return report
 
     def prefetch(self, requests: Sequence[FetchRequest], ticket: BatchTicket) -> FetchReport:
@@ -163,12 +162,23 @@ class Fetcher:
         except KVStoreError as error:  # the catalogue cannot be read: nothing is known of what is still open
             report.reasons.update({item: str(error) for item in positions if ticket.is_open(item)})
         finally:  # also when a thread dies of a bug: nobody is left waiting
-            outcomes = report.outcomes = ticket.settle_rest(Outcome.UNAVAILABLE, positions)
+            report.outcomes = ticket.settle_rest(Outcome.UNAVAILABLE, positions)
         report.load_s = time.perf_counter() - began_s
+        self._account(batch, positions)
+        return report
+
+    def _account(self, batch: _Batch, served: Sequence[int]) -> None:
+        """Count how some items of a batch ended, and note the uses of their blocks."""
+        report, outcomes = batch.report, batch.report.outcomes
+        counts = Counter(outcomes)
+        num_host = counts[Outcome.HOST]
+        is_use = batch.is_kept
         self._disk.meter.add(
             TierStats(
-                damaged=outcomes.count(Outcome.DAMAGED),
-                unavailable=outcomes.count(Outcome.UNAVAILABLE),
+                hits=counts[Outcome.DISK] if is_use else 0,
+                misses=counts[Outcome.MISS] if is_use else 0,
+                damaged=counts[Outcome.DAMAGED],
+                unavailable=counts[Outcome.UNAVAILABLE],
                 shared_reads=batch.num_shared,
                 read_blocks=batch.num_read,
                 read_nbytes=report.bytes_read[Tier.DISK],
@@ -176,11 +186,8 @@ class Fetcher:
                 decode_s=report.decode_s,
             )
         )
-        return report
-
-    def _account(self, requests: Sequence[FetchRequest], served: Sequence[int], report: FetchReport) -> None:
-        """Count how some items of a batch ended, and note the uses of their blocks."""
-        num_host = report.outcomes.count(Outcome.HOST)
+        if not is_use:
+            return
         self.host_meter.add(
             TierStats(
                 hits=num_host,
@@ -189,10 +196,7 @@ class Fetcher:
                 read_nbytes=report.bytes_read[Tier.HOST],
             )
         )
-        self._disk.meter.add(
-            TierStats(hits=report.outcomes.count(Outcome.DISK), misses=report.outcomes.count(Outcome.MISS))
-        )
-        ended = [(requests[position].key, outcome) for position, outcome in zip(served, report.outcomes, strict=True)]
+        ended = [(batch.requests[position].key, outcome) for position, outcome in zip(served, outcomes, strict=True)]
         if self.on_host_hits is not None and num_host:
             self.on_host_hits([key for key, outcome in ended if outcome is Outcome.HOST])
         self._disk.note_use(key for key, outcome in ended if outcome.is_hit)
@@ -215,7 +219,12 @@ class Fetcher:
         own: dict[int, Sought] = {}
         flights: dict[int, Flight] = {}
         others: dict[int, Flight] = {}
-        wanted = [self._wanted(batch, position) for position in positions]
+        requests, num_layers = batch.requests, self._layout.spec.num_layers
+        wanted: list[tuple[Wanted, Seat]] = []
+        for position in positions:
+            key, slot, layers, _ = requests[position]
+            is_whole = layers is None or len(layers) == num_layers
+            wanted.append(((key, None if is_whole else layers), Seat(batch.ticket, position, slot)))
         asked_at = self._host.num_forgotten
         for position, (flight, is_first) in zip(positions, self._flights.board(wanted), strict=True):
             if is_first:
@@ -235,15 +244,16 @@ class Fetcher:
             self._flights.wait(flight, batch.ticket.left_s)
         return list(others)
 
-    def _wanted(self, batch: _Batch, position: int) -> tuple[Wanted, Seat]:
-        request = batch.requests[position]
-        whole = request.layers is None or len(request.layers) == self._layout.spec.num_layers
-        seat = Seat(batch.ticket, position, request.slot)
-        return (request.key, None if whole else request.layers), seat
+    def _owners(self, batch: _Batch, items: Mapping[int, Sought]) -> dict[int, str]:
+        """Owners of the blocks that are read whole and enter the host tier."""
+        if not batch.is_kept:
+            return {}
+        owners = {position: batch.requests[position].owner for position, item in items.items() if item.layers is None}
+        entering = self._copies.entering([(items[position].key, owner) for position, owner in owners.items()])
+        return {position: owner for (position, owner), enters in zip(owners.items(), entering, strict=True) if enters}
 
     def _read(self, batch: _Batch, items: dict[int, Sought], flights: dict[int, Flight], asked_at: int) -> None:
-        owner_of = (lambda position: batch.requests[position].owner) if batch.is_kept else None
-        delivery = Delivery(self._copies, self._flights, items, flights, owner_of, asked_at)
+        delivery = Delivery(self._copies, self._flights, items, flights, self._owners(batch, items), asked_at)
         if items:
             cost = self._reader.read(items, lambda numbers, decode: delivery.deliver(numbers, decode, Outcome.DISK))
             batch.report.bytes_read[Tier.DISK] += cost.nbytes

@@ -66,6 +66,12 @@ class HostCopies:
         """Copy a block, or some layers of it, from slot to slot."""
         self._copy([(source.data_ptr(), target, layers)])
 
+    def entering(self, blocks: Sequence[tuple[BlockKey, str]]) -> list[bool]:
+        """Say which blocks of a batch, keys with their owners, are to be admitted when they come."""
+        if not self._doorkeeper.is_open:
+            return [True] * len(blocks)  # how many it lets in, nobody knows before
+        return self._host.may_stay(blocks)
+
     def admit(self, blocks: Sequence[tuple[BlockKey, str, Tensor]], asked_at: int) -> None:
         """Keep copies of blocks, each if it may enter and a slot can be had without waiting; see `Lease.publish`.
 

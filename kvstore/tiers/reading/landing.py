@@ -13,8 +13,31 @@ from kvstore.errors import KVStoreError
 from kvstore.native import Ticket
 from kvstore.tiers.reading.plan import Piece, Run
 
-_BACKLOG_NBYTES = 512 << 10
-"""Waking a thread takes as long as copying a few hundred kilobytes."""
+_BACKLOG_S = 600e-6
+"""Waking a thread, and taking turns with it in Python, costs a third of this; two threads of one core gain little."""
+
+_JOB_S = 300e-6
+_MAX_JOB_NBYTES = 2 << 20
+"""A job costs some 40 us of Python, whatever is in it; slots stay claimed for as long as it takes."""
+
+_FIRST_PACE_S = 2e-10
+_PACE_WEIGHT = 0.2
+
+
+class Pace:
+    """Seconds that a byte takes to decode, on average of late: of profile `raw` a tenth of what others take."""
+
+    def __init__(self) -> None:
+        self.byte_s = _FIRST_PACE_S
+
+    def note(self, nbytes: int, span_s: float) -> None:
+        """Count what one thread did; of two at once, one may be lost."""
+        self.byte_s += _PACE_WEIGHT * (span_s / nbytes - self.byte_s)
+
+    @property
+    def job_nbytes(self) -> int:
+        """Bytes that are worth a job."""
+        return int(min(_JOB_S / self.byte_s, _MAX_JOB_NBYTES))
 
 
 class Wave:
@@ -57,14 +80,14 @@ class Landing:
     """Waves of one batch, in flight or landed and not yet consumed. Thread-safe.
 
     Args:
-        job_nbytes: a job ends with the piece that reaches so many bytes.
+        pace: how fast they are decoded.
         most_helpers: threads beside the one that waits for the device.
         release: called with a region when every piece in it was consumed, or cannot be.
     """
 
-    def __init__(self, job_nbytes: int, most_helpers: int, release: Callable[[int], None]) -> None:
+    def __init__(self, pace: Pace, most_helpers: int, release: Callable[[int], None]) -> None:
         self._lock = threading.Lock()
-        self._job_nbytes = job_nbytes
+        self._pace = pace
         self._most_helpers = most_helpers
         self._release = release
         self._flying: deque[Wave] = deque()
@@ -100,7 +123,7 @@ class Landing:
     def take(self) -> Job | None:
         """Return pieces that have come; None when there are none."""
         with self._lock:
-            if self._ready_nbytes < self._job_nbytes:
+            if self._ready_nbytes < _MAX_JOB_NBYTES:
                 for wave in tuple(self._flying):
                     self._land(wave, wave.ticket.wait_some(False))
             return self._cut()
@@ -114,7 +137,7 @@ class Landing:
     def wants_help(self) -> bool:
         """Whether so much waits to be consumed that another thread is worth waking; it is counted."""
         with self._lock:
-            if self._ready_nbytes < _BACKLOG_NBYTES or self._num_helpers >= self._most_helpers:
+            if self._ready_nbytes * self._pace.byte_s < _BACKLOG_S or self._num_helpers >= self._most_helpers:
                 return False
             self._num_helpers += 1
             return True
@@ -175,10 +198,11 @@ class Landing:
         """Cut a job from what is ready: of one wave, as its memory is given back together."""
         if not self._ready:
             return None
+        job_nbytes = self._pace.job_nbytes
         wave = self._ready[0][0]
         pieces: list[Placed] = []
         nbytes = 0
-        while self._ready and self._ready[0][0] is wave and nbytes < self._job_nbytes:
+        while self._ready and self._ready[0][0] is wave and (nbytes < job_nbytes or not pieces):
             placed = self._ready.popleft()[1]
             pieces.append(placed)
             nbytes += placed.piece.end - placed.piece.start

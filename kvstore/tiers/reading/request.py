@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,8 +13,7 @@ from kvstore.tiers.base import Outcome, Tier
 from kvstore.tiers.eviction.partitions import NOBODY
 
 
-@dataclass(frozen=True, slots=True)
-class FetchRequest:
+class FetchRequest(NamedTuple):
     """One block to be brought.
 
     Args:

@@ -128,7 +128,8 @@ def unpack_block(value: bytes) -> BlockRecord:
         CorruptRecordError: wrong length, or fields that no writer produces.
         UnsupportedFormatError: a newer version of the value.
     """
-    _check(value, _BLOCK, "block record")
+    if len(value) != _BLOCK.size or value[0] != VALUE_VERSION:
+        _check(value, _BLOCK, "block record")
     _, num_tokens, file_id, references, offset, record_nbytes, generation, stamp = _BLOCK.unpack(value)
     if offset % ALIGNMENT or record_nbytes > MAX_RECORD_NBYTES or offset > (1 << 62):
         raise CorruptRecordError(f"block record: {record_nbytes} bytes at offset {offset} cannot be an extent")
