@@ -17,7 +17,6 @@ from kvstore.errors import KVStoreError, StoreIOError
 from kvstore.native import IoPool
 from kvstore.tiers.extents import ExtentFiles
 from kvstore.tiers.reading.extent_reader import ExtentReader
-from kvstore.tiers.reading.landing import Placed
 from kvstore.tiers.reading.plan import Piece
 
 PAGE = 4096
@@ -39,13 +38,13 @@ class Reading:
 
         memory = memoryview(self.reader.memory)
 
-        def consume(placed: Sequence[Placed]) -> None:
+        def consume(placed: Sequence[tuple[Piece, int]]) -> None:
             for piece, start in placed:
                 assert piece.item not in right
                 data = memory[start : start + piece.end - piece.start]
                 right[piece.item] = data == self.data[piece.file_id][piece.start : piece.end]
 
-        nbytes = self.reader.read(pieces, consume, lambda piece, error: failed.update({piece.item: error}))
+        nbytes = self.reader.read([pieces], consume, lambda piece, error: failed.update({piece.item: error}))
         return nbytes, right, failed
 
 
@@ -137,7 +136,7 @@ def test_a_file_that_cannot_even_be_looked_for_fails_its_pieces(reading: Reading
 
     for _ in range(6):  # more than there are regions to read to
         pieces = [Piece(item, 2, item * PAGE, (item + 1) * PAGE) for item in range(count)]
-        run_guarded(lambda pieces=pieces: reader.read(pieces, print, lambda piece, error: failed.append(error)))  # type: ignore[misc]
+        run_guarded(lambda pieces=pieces: reader.read([pieces], print, lambda piece, error: failed.append(error)))  # type: ignore[misc]
 
     assert len(failed) == 6 * count
     assert all(isinstance(error, StoreIOError) and error.errno == errno.ENAMETOOLONG for error in failed)
@@ -158,10 +157,10 @@ def test_a_batch_comes_where_no_helper_can_be_had(noise: tuple[Path, list[bytes]
 def test_an_error_of_the_consumer_is_raised_and_leaves_the_reader_usable(reading: Reading, count: int) -> None:
     pieces = scattered(count, 64, 5)
 
-    def consume(placed: Sequence[Placed]) -> None:
+    def consume(placed: Sequence[tuple[Piece, int]]) -> None:
         raise ZeroDivisionError
 
     for _ in range(6):
         with pytest.raises(ZeroDivisionError):
-            reading.reader.read(pieces, consume, lambda piece, error: None)
+            reading.reader.read([pieces], consume, lambda piece, error: None)
     assert reading.read(pieces)[1] == dict.fromkeys(range(count), True)

@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from typing import NamedTuple
 
 from kvstore.config import Access, StoreConfig
 from kvstore.errors import CapacityError, KVStoreError, StoreNotFoundError
@@ -47,8 +47,7 @@ _MOST_AHEAD = 8
 """Room for the next batch is made ahead where the store has room for this many."""
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """A block in the catalogue: where it lies and, if asked for, the first bytes of its record."""
 
     record: BlockRecord

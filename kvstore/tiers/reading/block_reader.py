@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -22,11 +22,11 @@ from kvstore.tiers.codec_shelf import CodecShelf, ExtentInMemory
 from kvstore.tiers.disk import DiskTier, Found
 from kvstore.tiers.reading.decoding import decode_part, decode_whole, plan_piece
 from kvstore.tiers.reading.extent_reader import ExtentReader
-from kvstore.tiers.reading.landing import Placed
 from kvstore.tiers.reading.plan import Piece
 from kvstore.tiers.tables.records import extent_nbytes
 
 _MAX_ROUNDS = 3
+_FIRST_BLOCKS = 8
 # The device, or this process, not the block: what is stored may be whole, and readable later.
 _PASSING_ERRNOS = frozenset(
     {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOMEM, errno.EMFILE}
@@ -93,10 +93,10 @@ class BlockReader:
         """Read blocks; afterwards each is delivered, has an outcome, or was wanted by nobody any more."""
         nbytes = 0
         spans_s: list[float] = []
-        pending = self._look_up(items)
+        parts: Iterable[dict[int, Sought]] = map(self._look_up, _parts(items))
         for attempt in range(_MAX_ROUNDS):
-            nbytes += self._read_once(pending, deliver, spans_s)
-            faulty = {number: item for number, item in pending.items() if item.fault is not None}
+            nbytes += self._read_once(items, parts, deliver, spans_s)
+            faulty = {at: item for at, item in items.items() if item.fault is not None and item.outcome is None}
             if not faulty:
                 break
             # The extent may have been freed and used again since the look-up: then the catalogue says so now.
@@ -107,6 +107,7 @@ class BlockReader:
                     self._give_up(pending.pop(number))
                 elif attempt == _MAX_ROUNDS - 1:
                     pending.pop(number).outcome = Outcome.MISS  # moved under every attempt
+            parts = [pending]
         return ReadCost(nbytes, sum(spans_s))
 
     def close(self) -> None:
@@ -137,20 +138,14 @@ class BlockReader:
                 readable[number] = item
         return readable
 
-    def _read_once(self, items: dict[int, Sought], deliver: Deliver, spans_s: list[float]) -> int:
-        pieces: list[Piece] = []
-        for number, item in items.items():
-            item.fault = None
-            try:
-                pieces.append(self._plan(number, item))
-            except KVStoreError as error:
-                item.fault = error
-
+    def _read_once(
+        self, items: dict[int, Sought], parts: Iterable[dict[int, Sought]], deliver: Deliver, spans_s: list[float]
+    ) -> int:
         def fail(piece: Piece, error: KVStoreError) -> None:
             items[piece.item].fault = error
 
-        def consume(ready: Sequence[Placed]) -> None:
-            placed = {each.piece.item: each for each in ready}
+        def consume(ready: Sequence[tuple[Piece, int]]) -> None:
+            placed = {each[0].item: each for each in ready}
 
             def decode(slots: Mapping[int, Tensor]) -> list[int]:
                 began_s = time.perf_counter()
@@ -161,16 +156,23 @@ class BlockReader:
 
             deliver(list(placed), decode)
 
-        return self._extents.read(pieces, consume, fail)
+        return self._extents.read(map(self._plan, parts), consume, fail)
 
-    def _plan(self, number: int, item: Sought) -> Piece:
-        assert item.found is not None, "planned after the look-up"
-        extent = item.found.record.extent
-        if extent.nbytes > self._extents.capacity_nbytes:
-            raise CorruptRecordError(f"extent of {extent.nbytes} bytes: larger than any block of this layout")
-        return plan_piece(number, item.found, item.layers)
+    def _plan(self, items: dict[int, Sought]) -> list[Piece]:
+        pieces: list[Piece] = []
+        for number, item in items.items():
+            assert item.found is not None, "planned after the look-up"
+            item.fault = None
+            try:
+                nbytes = item.found.record.extent.nbytes
+                if nbytes > self._extents.capacity_nbytes:
+                    raise CorruptRecordError(f"extent of {nbytes} bytes: larger than any block of this layout")
+                pieces.append(plan_piece(number, item.found, item.layers))
+            except KVStoreError as error:
+                item.fault = error
+        return pieces
 
-    def _decode(self, wanted: list[tuple[Sought, Placed, Tensor]]) -> list[int]:
+    def _decode(self, wanted: list[tuple[Sought, tuple[Piece, int], Tensor]]) -> list[int]:
         """Whole blocks in one call; one by one what that leaves, as it needs Python or has a fault, and layers."""
         whole = [each for each in wanted if each[0].layers is None]
         left: list[int] = []
@@ -198,7 +200,15 @@ class BlockReader:
         return came
 
 
-def _in_memory(item: Sought, placed: Placed, slot: Tensor) -> ExtentInMemory:
+def _parts(items: dict[int, Sought]) -> list[dict[int, Sought]]:
+    """Cut a batch in two: the device begins with the first part while the second one is looked up."""
+    if len(items) <= _FIRST_BLOCKS:
+        return [items]
+    numbered = list(items.items())
+    return [dict(numbered[:_FIRST_BLOCKS]), dict(numbered[_FIRST_BLOCKS:])]
+
+
+def _in_memory(item: Sought, placed: tuple[Piece, int], slot: Tensor) -> ExtentInMemory:
     assert item.found is not None, "decoded after the look-up"
     record, (piece, start) = item.found.record, placed
     extent_nbytes = piece.end - piece.start

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, Future, wait
 from contextlib import ExitStack, suppress
+from itertools import chain
 
 from kvstore.errors import KVStoreError, StoreIOError
 from kvstore.native import Arena, DirectFile, IoPool
 from kvstore.tiers.extents import ExtentFiles
-from kvstore.tiers.reading.landing import Job, Landing, Pace, Placed, Wave
+from kvstore.tiers.reading.landing import Landing, Pace, Placed, Wave
 from kvstore.tiers.reading.plan import MERGE_GAP_NBYTES, Piece, Run, merge
 from kvstore.tiers.reading.staging import Staging
 
@@ -20,7 +21,7 @@ _MIN_REGION_NBYTES = 4 << 20
 # Then a helper lets the next task of its thread pass.
 _MOST_JOBS = 32
 
-Consume = Callable[[Sequence[Placed]], None]
+Consume = Callable[[Sequence[tuple[Piece, int]]], None]
 Fail = Callable[[Piece, KVStoreError], None]
 
 
@@ -56,11 +57,12 @@ class ExtentReader:
         """Where bytes come to."""
         return self._staging.arena
 
-    def read(self, pieces: Sequence[Piece], consume: Consume, fail: Fail) -> int:
+    def read(self, parts: Iterable[Sequence[Piece]], consume: Consume, fail: Fail) -> int:
         """Read all pieces; returns when each was consumed or failed.
 
         Args:
-            pieces: none longer than `capacity_nbytes`.
+            parts: pieces, none longer than `capacity_nbytes`; neighbours of one part are read together. A part is asked
+                for when the one before is on its way.
             consume: called with pieces and where their bytes are in `memory`, until it returns; on this thread, and on
                 helpers when bytes come faster than it consumes them.
             fail: called on this thread with a piece that cannot be read; its neighbours are tried without it.
@@ -68,13 +70,17 @@ class ExtentReader:
         Returns:
             Bytes read from the device.
         """
-        if len(pieces) == 1:
-            return self._read_one(pieces[0], consume, fail)
-        runs = deque(merge(pieces, gap_nbytes=MERGE_GAP_NBYTES, max_nbytes=self.capacity_nbytes))
+        parts = iter(parts)
+        begun = [next(parts, [])]
+        if len(begun[0]) < 2:
+            begun += parts
+            if sum(map(len, begun)) == 1:
+                return self._read_one(next(filter(None, begun))[0], consume, fail)
+        parts = chain(begun, parts)
         landing = Landing(self.pace, self._most_helpers, self._staging.release)
         helping: list[Future[None]] = []
         try:
-            self._read_runs(runs, landing, helping, consume, fail)
+            self._read_runs(parts, landing, helping, consume, fail)
         finally:
             with ExitStack() as cleanup:  # each step whatever becomes of the others: a region kept is gone for ever
                 cleanup.callback(lambda: landing.clear(is_alone=all(each.done() for each in helping)))
@@ -100,18 +106,27 @@ class ExtentReader:
             except KVStoreError as error:
                 fail(piece, error)
                 return 0
-            consume([Placed(piece, region)])
+            consume([(piece, region)])
             return nbytes
         finally:
             self._staging.release(region)
 
     def _read_runs(
-        self, runs: deque[Run], landing: Landing, helping: list[Future[None]], consume: Consume, fail: Fail
+        self,
+        parts: Iterable[Sequence[Piece]],
+        landing: Landing,
+        helping: list[Future[None]],
+        consume: Consume,
+        fail: Fail,
     ) -> None:
+        runs: deque[Run] = deque()
+        for part in parts:
+            runs.extend(merge(part, gap_nbytes=MERGE_GAP_NBYTES, max_nbytes=self.capacity_nbytes))
+            self._launch(runs, landing, fail)
         while True:
             self._launch(runs, landing, fail)
             job = landing.take()
-            if job is not None:
+            if job:
                 if landing.wants_help():
                     with suppress(RuntimeError):  # no thread can be had: this one does it all
                         helping.append(self._helpers.submit(self._help, landing, consume))
@@ -166,15 +181,15 @@ class ExtentReader:
         try:
             for _ in range(_MOST_JOBS):
                 job = landing.take()
-                if job is None:
+                if not job:
                     return
                 self._consume(job, landing, consume)
         finally:
             landing.end_help()
 
-    def _consume(self, job: Job, landing: Landing, consume: Consume) -> None:
+    def _consume(self, job: Sequence[Placed], landing: Landing, consume: Consume) -> None:
         try:
-            consume(job.pieces)
+            consume([(placed.piece, placed.start) for placed in job])
         finally:
             landing.done(job)
 

@@ -196,10 +196,11 @@ class Fetcher:
                 read_nbytes=report.bytes_read[Tier.HOST],
             )
         )
-        ended = [(batch.requests[position].key, outcome) for position, outcome in zip(served, outcomes, strict=True)]
-        if self.on_host_hits is not None and num_host:
-            self.on_host_hits([key for key, outcome in ended if outcome is Outcome.HOST])
-        self._disk.note_use(key for key, outcome in ended if outcome.is_hit)
+        if self._disk.is_writable:
+            keys = [batch.requests[position].key for position in served]
+            if self.on_host_hits is not None and num_host:
+                self.on_host_hits([key for key, end in zip(keys, outcomes, strict=True) if end is Outcome.HOST])
+            self._disk.note_use(key for key, end in zip(keys, outcomes, strict=True) if end.is_hit)
 
     def _bring(self, batch: _Batch, positions: Sequence[int]) -> None:
         # Nobody waits any more for what has ended: reading it would only hold up those who do.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ _BACKLOG_S = 600e-6
 """Waking a thread, and taking turns with it in Python, costs a third of this; two threads of one core gain little."""
 
 _JOB_S = 300e-6
-_MAX_JOB_NBYTES = 2 << 20
+_MAX_JOB_NBYTES = 4 << 20
 """A job costs some 40 us of Python, whatever is in it; slots stay claimed for as long as it takes."""
 
 _FIRST_PACE_S = 2e-10
@@ -67,13 +67,7 @@ class Placed(NamedTuple):
 
     piece: Piece
     start: int
-
-
-class Job(NamedTuple):
-    """Pieces of one wave that are consumed together."""
-
     wave: Wave
-    pieces: list[Placed]
 
 
 class Landing:
@@ -92,7 +86,7 @@ class Landing:
         self._release = release
         self._flying: deque[Wave] = deque()
         self._kept: list[Wave] = []
-        self._ready: deque[tuple[Wave, Placed]] = deque()
+        self._ready: deque[Placed] = deque()
         self._ready_nbytes = 0
         self._num_helpers = 0
         self._failed: list[tuple[Run, KVStoreError]] = []
@@ -120,19 +114,20 @@ class Landing:
         with self._lock:
             self._land(wave, ended)
 
-    def take(self) -> Job | None:
-        """Return pieces that have come; None when there are none."""
+    def take(self) -> list[Placed]:
+        """Return pieces that have come, as many as make a job; none when there are none."""
         with self._lock:
             if self._ready_nbytes < _MAX_JOB_NBYTES:
                 for wave in tuple(self._flying):
                     self._land(wave, wave.ticket.wait_some(False))
             return self._cut()
 
-    def done(self, job: Job) -> None:
+    def done(self, job: Sequence[Placed]) -> None:
         """Give back the memory of a job that was consumed, however that went."""
         with self._lock:
-            job.wave.num_out -= len(job.pieces)
-            self._leave(job.wave, len(job.pieces))
+            for placed in job:
+                placed.wave.num_out -= 1
+                self._leave(placed.wave, 1)
 
     def wants_help(self) -> bool:
         """Whether so much waits to be consumed that another thread is worth waking; it is counted."""
@@ -191,24 +186,20 @@ class Landing:
                 continue
             self.nbytes += run.nbytes
             base = wave.starts[number] - run.start
-            self._ready.extend((wave, Placed(piece, base + piece.start)) for piece in run.pieces)
+            self._ready.extend([Placed(piece, base + piece.start, wave) for piece in run.pieces])
             self._ready_nbytes += sum(piece.end - piece.start for piece in run.pieces)
 
-    def _cut(self) -> Job | None:
-        """Cut a job from what is ready: of one wave, as its memory is given back together."""
-        if not self._ready:
-            return None
+    def _cut(self) -> list[Placed]:
+        job: list[Placed] = []
         job_nbytes = self._pace.job_nbytes
-        wave = self._ready[0][0]
-        pieces: list[Placed] = []
         nbytes = 0
-        while self._ready and self._ready[0][0] is wave and (nbytes < job_nbytes or not pieces):
-            placed = self._ready.popleft()[1]
-            pieces.append(placed)
+        while self._ready and (nbytes < job_nbytes or not job):
+            placed = self._ready.popleft()
+            job.append(placed)
             nbytes += placed.piece.end - placed.piece.start
+            placed.wave.num_out += 1
         self._ready_nbytes -= nbytes
-        wave.num_out += len(pieces)
-        return Job(wave, pieces)
+        return job
 
     def _leave(self, wave: Wave, num_pieces: int) -> None:
         wave.num_left -= num_pieces
