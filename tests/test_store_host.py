@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvstore.config import HostConfig
+from kvstore.config import Eviction, HostConfig
 from kvstore.errors import StoreIOError
 from kvstore.tiers.host import HostTier, Lease
 from tests.store_blocks import LAYOUT, block_key
@@ -164,3 +164,29 @@ def test_a_waiting_producer_learns_of_an_error(host: HostTier) -> None:
     assert len(caught) == 1
     for lease in leases:
         lease.release()
+
+
+def test_of_many_the_last_ones_get_slots_and_those_that_are_kept() -> None:
+    tier = HostTier(LAYOUT, 4 * LAYOUT.slot_nbytes)
+    tier.keep([block_key(1)])
+    wanted = [(block_key(number), "") for number in range(1, 8)]
+
+    assert tier.may_stay(wanted) == [True, False, False, True, True, True, True]
+    leases = tier.reserve_some(wanted)
+
+    assert [lease.key for lease in leases] == [block_key(number) for number in (5, 6, 7, 1)]
+    tier.publish_some(leases, asked_at=tier.num_forgotten)
+    assert tier.reserve_some(wanted[3:]) == [], "all are leased, and three are here"
+    tier.release_some(leases)
+    pinned = tier.pin_some([block_key(number) for number in range(1, 8)])
+    assert [lease is not None for lease in pinned] == [True, False, False, False, True, True, True]
+    tier.release_some(lease for lease in pinned if lease is not None)
+    assert tier.num_used == 4
+    tier.close()
+
+
+@pytest.mark.parametrize("eviction", [each for each in Eviction if each is not Eviction.LRU])
+def test_policies_that_know_blocks_from_before_are_asked_about_each(eviction: Eviction) -> None:
+    tier = HostTier(LAYOUT, 2 * LAYOUT.slot_nbytes, HostConfig(eviction))
+    assert tier.may_stay([(block_key(number), "") for number in range(9)]) == [True] * 9
+    tier.close()

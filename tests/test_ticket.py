@@ -88,6 +88,30 @@ def test_a_claim_is_given_back_however_its_block_is_left() -> None:
     assert ticket.settle_rest(Outcome.UNAVAILABLE) == [Outcome.HOST, Outcome.UNAVAILABLE]
 
 
+def test_many_items_are_claimed_at_once_and_end_each_in_its_way() -> None:
+    ticket = BatchTicket(5)
+    ticket.settle(0, Outcome.HOST)
+    assert ticket.claim(1)
+    with ticket.claiming_some([0, 1, 2, 3]) as claims, ticket.claiming_some([2, 4]) as others:
+        assert claims.held == [2, 3]
+        assert others.held == [4]
+        claims.outcomes[2] = Outcome.DISK
+        ticket.cancel()
+    with suppress(KeyboardInterrupt), ticket.claiming_some([3]):
+        raise KeyboardInterrupt
+    ticket.unclaim(1, None)
+    assert ticket.outcomes() == [Outcome.HOST, Outcome.CANCELLED, Outcome.DISK, Outcome.CANCELLED, Outcome.CANCELLED]
+
+
+def test_claims_of_many_are_given_back_by_an_interrupt() -> None:
+    ticket = BatchTicket(3)
+    with suppress(KeyboardInterrupt), ticket.claiming_some([0, 2]) as claims:
+        claims.outcomes[0] = Outcome.DISK
+        raise KeyboardInterrupt
+    assert ticket.open_items([0, 1, 2]) == [1, 2]
+    assert ticket.claim(2)
+
+
 def test_the_rest_of_some_items_ends_and_the_others_go_on() -> None:
     ticket = BatchTicket(3)
     ticket.settle(0, Outcome.HOST)

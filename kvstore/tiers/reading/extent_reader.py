@@ -122,10 +122,10 @@ class ExtentReader:
         runs: deque[Run] = deque()
         for part in parts:
             runs.extend(merge(part, gap_nbytes=MERGE_GAP_NBYTES, max_nbytes=self.capacity_nbytes))
-            self._launch(runs, landing, fail)
+            self._launch(runs, landing, fail, may_wait=True)
         while True:
-            self._launch(runs, landing, fail)
             job = landing.take()
+            self._launch(runs, landing, fail, may_wait=not job)
             if job:
                 if landing.wants_help():
                     with suppress(RuntimeError):  # no thread can be had: this one does it all
@@ -139,12 +139,15 @@ class ExtentReader:
                 return
             landing.wait()
 
-    def _launch(self, runs: deque[Run], landing: Landing, fail: Fail) -> None:
-        """Submit runs as long as there is memory; wait for memory only with nothing in flight."""
+    def _launch(self, runs: deque[Run], landing: Landing, fail: Fail, *, may_wait: bool) -> None:
+        """Submit runs as long as there is memory; wait for it only with nothing in flight, and no piece in hand."""
         while runs:
+            room_nbytes = landing.room_nbytes
+            if room_nbytes == 0:
+                return
             region = self._staging.try_acquire()
             if region is None:
-                if landing.is_busy:
+                if landing.is_busy or not may_wait:
                     return
                 region = self._staging.acquire()
             taken: list[Run] = []
@@ -154,6 +157,8 @@ class ExtentReader:
             with ExitStack() as unless_launched:
                 unless_launched.callback(self._staging.release, region)
                 while runs and runs[0].file_id == file_id and at + runs[0].nbytes <= end:
+                    if taken and room_nbytes is not None and at + runs[0].nbytes > region + room_nbytes:
+                        break
                     taken.append(runs.popleft())
                     starts.append(at)
                     at += taken[-1].nbytes

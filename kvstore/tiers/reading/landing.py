@@ -23,6 +23,11 @@ _MAX_JOB_NBYTES = 4 << 20
 _FIRST_PACE_S = 2e-10
 _PACE_WEIGHT = 0.2
 
+_SLOW_BYTE_S = 7e-10
+_FIRST_WINDOW_NBYTES = 512 << 10
+_LAST_WINDOW_NBYTES = 4 << 20
+"""Where decoding takes longer than reading, it only waits for the first bytes: few come first, then ever more."""
+
 
 class Pace:
     """Seconds that a byte takes to decode, on average of late: of profile `raw` a tenth of what others take."""
@@ -33,6 +38,11 @@ class Pace:
     def note(self, nbytes: int, span_s: float) -> None:
         """Count what one thread did; of two at once, one may be lost."""
         self.byte_s += _PACE_WEIGHT * (span_s / nbytes - self.byte_s)
+
+    @property
+    def first_window_nbytes(self) -> int | None:
+        """Bytes to have in flight at first; None for all there are."""
+        return _FIRST_WINDOW_NBYTES if self.byte_s > _SLOW_BYTE_S else None
 
     @property
     def job_nbytes(self) -> int:
@@ -90,6 +100,8 @@ class Landing:
         self._ready_nbytes = 0
         self._num_helpers = 0
         self._failed: list[tuple[Run, KVStoreError]] = []
+        self._window_nbytes = pace.first_window_nbytes
+        self._flying_nbytes = 0
         self.nbytes = 0
 
     @property
@@ -98,11 +110,18 @@ class Landing:
         with self._lock:
             return bool(self._flying or self._ready)
 
+    @property
+    def room_nbytes(self) -> int | None:
+        """Bytes that may be submitted now, or 0; None for as many as there are."""
+        with self._lock:
+            return None if self._window_nbytes is None else max(0, self._window_nbytes - self._flying_nbytes)
+
     def add(self, wave: Wave) -> None:
         """Take a wave that was just submitted."""
         with self._lock:
             self._kept.append(wave)
             self._flying.append(wave)
+            self._flying_nbytes += sum(run.nbytes for run in wave.runs)
 
     def wait(self) -> None:
         """Wait until something of the oldest wave has come; for the one thread that may."""
@@ -178,8 +197,12 @@ class Landing:
         wave.num_flying -= len(ended)
         if wave.num_flying == 0 and wave in self._flying:
             self._flying.remove(wave)
+            if self._window_nbytes is not None:
+                is_last = 2 * self._window_nbytes >= _LAST_WINDOW_NBYTES
+                self._window_nbytes = None if is_last else 2 * self._window_nbytes
         for number in ended:
             run = wave.runs[number]
+            self._flying_nbytes -= run.nbytes
             if number in errors:
                 self._failed.append((run, errors[number]))
                 self._leave(wave, len(run.pieces))
