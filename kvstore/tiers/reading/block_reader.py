@@ -160,12 +160,13 @@ class BlockReader:
 
     def _plan(self, items: dict[int, Sought]) -> list[Piece]:
         pieces: list[Piece] = []
+        capacity_nbytes = self._extents.capacity_nbytes
         for number, item in items.items():
             assert item.found is not None, "planned after the look-up"
             item.fault = None
             try:
                 nbytes = item.found.record.extent.nbytes
-                if nbytes > self._extents.capacity_nbytes:
+                if nbytes > capacity_nbytes:
                     raise CorruptRecordError(f"extent of {nbytes} bytes: larger than any block of this layout")
                 pieces.append(plan_piece(number, item.found, item.layers))
             except KVStoreError as error:

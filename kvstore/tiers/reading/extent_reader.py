@@ -152,17 +152,20 @@ class ExtentReader:
                 region = self._staging.acquire()
             taken: list[Run] = []
             starts: list[int] = []
+            ops: list[tuple[int, int, int]] = []
             at, end = region, region + self._staging.region_nbytes
             file_id = runs[0].file_id
             with ExitStack() as unless_launched:
                 unless_launched.callback(self._staging.release, region)
-                while runs and runs[0].file_id == file_id and at + runs[0].nbytes <= end:
-                    if taken and room_nbytes is not None and at + runs[0].nbytes > region + room_nbytes:
+                while runs and runs[0].file_id == file_id:
+                    nbytes = runs[0].nbytes
+                    if at + nbytes > end or (taken and room_nbytes is not None and at + nbytes > region + room_nbytes):
                         break
-                    taken.append(runs.popleft())
+                    run = runs.popleft()
+                    taken.append(run)
                     starts.append(at)
-                    at += taken[-1].nbytes
-                ops = [(run.start, start, run.nbytes) for run, start in zip(taken, starts, strict=True)]
+                    ops.append((run.start, at, nbytes))
+                    at += nbytes
                 try:
                     ticket = self._pool.submit_read(self._file(file_id), self._staging.arena, ops)
                 except KVStoreError as error:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -144,9 +144,9 @@ class Landing:
     def done(self, job: Sequence[Placed]) -> None:
         """Give back the memory of a job that was consumed, however that went."""
         with self._lock:
-            for placed in job:
-                placed.wave.num_out -= 1
-                self._leave(placed.wave, 1)
+            for wave, num_pieces in Counter(placed.wave for placed in job).items():
+                wave.num_out -= num_pieces
+                self._leave(wave, num_pieces)
 
     def wants_help(self) -> bool:
         """Whether so much waits to be consumed that another thread is worth waking; it is counted."""
@@ -202,15 +202,17 @@ class Landing:
                 self._window_nbytes = None if is_last else 2 * self._window_nbytes
         for number in ended:
             run = wave.runs[number]
-            self._flying_nbytes -= run.nbytes
+            nbytes = run.nbytes
+            self._flying_nbytes -= nbytes
             if number in errors:
                 self._failed.append((run, errors[number]))
                 self._leave(wave, len(run.pieces))
                 continue
-            self.nbytes += run.nbytes
+            self.nbytes += nbytes
             base = wave.starts[number] - run.start
-            self._ready.extend([Placed(piece, base + piece.start, wave) for piece in run.pieces])
-            self._ready_nbytes += sum(piece.end - piece.start for piece in run.pieces)
+            for piece in run.pieces:
+                self._ready.append(Placed(piece, base + piece.start, wave))
+                self._ready_nbytes += piece.end - piece.start
 
     def _cut(self) -> list[Placed]:
         job: list[Placed] = []

@@ -41,7 +41,7 @@ class Run(NamedTuple):
 
 def whole_piece(item: int, extent: Extent) -> Piece:
     """Need a whole extent, header included."""
-    return Piece(item, extent.file_id, extent.offset, extent.end)
+    return Piece(item, extent.file_id, extent.offset, extent.offset + extent.nbytes)
 
 
 def part_piece(item: int, extent: Extent, offset: int, nbytes: int) -> Piece:
