@@ -120,6 +120,16 @@ def encode_record(
     streams: Sequence[Buffer],
     out: Buffer,
 ) -> int: ...
+def pack_extents(
+    geometry: Geometry,
+    dtype: int,
+    profile: int,
+    steps: tuple[int, int, bool, bool],
+    calibration: Calibration | None,
+    blocks: Sequence[tuple[Buffer, int, int, bytes, int]],
+    out: Buffer,
+) -> list[tuple[int, bytes]]: ...
+def seal_extent(key: bytes, generation: int, record_nbytes: int, room: Buffer) -> int: ...
 def open_planes(geometry: Geometry, dtype: int, num_tokens: int, part: RecordPart) -> list[tuple[int, int]]: ...
 def decode_extents(
     geometry: Geometry,

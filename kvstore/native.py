@@ -22,6 +22,10 @@ Records (kvstore.codec is their face):
     EncodePlan(requests): blocks that warps encode; a request is (geometry, dtype, num_tokens, profile, steps,
         calibration, first_token, sources, paging), sources as targets above. `pieces` are (offset, nbytes) of a block's
         planes in the workspace, none where the host has to encode it; `assemble` makes a record of them.
+    pack_extents(geometry, dtype, profile, steps, calibration, blocks, out): blocks to extents, one behind the other in
+        `out`; a block is (slot, num_tokens, first_token, key, generation). Returns (record_nbytes, directory) of each.
+    seal_extent(key, generation, record_nbytes, room): header before, zeros behind a record at byte 64 of `room`;
+        returns bytes of the extent.
     limit_simd(level): keeps loops beyond `baseline`, `avx2` or `avx512` from being used, for comparing them.
 
 Memory and files:
@@ -82,9 +86,11 @@ try:
         gather_rows,
         limit_simd,
         open_planes,
+        pack_extents,
         probe_record,
         record_bound,
         scatter_rows,
+        seal_extent,
         split_planes,
     )
 except ImportError as error:
@@ -118,8 +124,10 @@ __all__ = [
     "gather_rows",
     "limit_simd",
     "open_planes",
+    "pack_extents",
     "probe_record",
     "record_bound",
     "scatter_rows",
+    "seal_extent",
     "split_planes",
 ]

@@ -20,9 +20,10 @@ from kvstore.tiers.base import Extent
 from kvstore.tiers.catalogue import Catalogue, Table, WriteView
 from kvstore.tiers.manifest import StreamHeader
 from kvstore.tiers.tables.blocks import (
+    PlacedBlock,
     delete_unreferenced,
     find_block,
-    insert_block,
+    insert_blocks,
     oldest_first,
     touch,
 )
@@ -75,7 +76,7 @@ def _record(number: int) -> BlockRecord:
 def test_blocks_are_evicted_in_order_of_their_last_use(catalogue: Catalogue) -> None:
     def fill(view: WriteView) -> None:
         for number in (1, 2, 3):
-            insert_block(view, _key(number), _record(number), b"directory")
+            insert_blocks(view, [PlacedBlock(_key(number), _record(number), b"directory")])
         touch(view, _key(1), 10)
 
     catalogue.write(fill)
@@ -85,10 +86,10 @@ def test_blocks_are_evicted_in_order_of_their_last_use(catalogue: Catalogue) -> 
 
 def test_a_replaced_block_keeps_its_references_and_gives_its_extent_back(catalogue: Catalogue) -> None:
     catalogue.write(lambda view: ensure_stream(view, HEADER))
-    catalogue.write(lambda view: insert_block(view, _key(1), _record(1), b"old"))
+    catalogue.write(lambda view: insert_blocks(view, [PlacedBlock(_key(1), _record(1), b"old")]))
     catalogue.write(lambda view: append_entries(view, 1, [replace(ENTRY, index=0, key=_key(1))], [b""], b"{}"))
-    freed = catalogue.write(lambda view: insert_block(view, _key(1), _record(2), b"new"))
-    assert freed == _record(1).extent
+    freed = catalogue.write(lambda view: insert_blocks(view, [PlacedBlock(_key(1), _record(2), b"new")]))
+    assert freed == [_record(1).extent]
     with catalogue.read() as view:
         assert find_block(view, _key(1)) == replace(_record(2), references=1)
         assert (view.count(Table.EXTENTS), view.count(Table.LRU)) == (1, 0)
@@ -96,7 +97,7 @@ def test_a_replaced_block_keeps_its_references_and_gives_its_extent_back(catalog
 
 def test_a_block_in_a_stream_is_not_deleted(catalogue: Catalogue) -> None:
     catalogue.write(lambda view: ensure_stream(view, HEADER))
-    catalogue.write(lambda view: insert_block(view, _key(1), _record(1), b""))
+    catalogue.write(lambda view: insert_blocks(view, [PlacedBlock(_key(1), _record(1), b"")]))
     catalogue.write(lambda view: append_entries(view, 1, [replace(ENTRY, index=0, key=_key(1))], [b""], b"{}"))
     assert catalogue.write(lambda view: delete_unreferenced(view, _key(1))) is None
     with catalogue.read() as view:
@@ -106,7 +107,7 @@ def test_a_block_in_a_stream_is_not_deleted(catalogue: Catalogue) -> None:
 def _two_streams_that_share_block_one(catalogue: Catalogue) -> None:
     def fill(view: WriteView) -> None:
         for number in (1, 2):
-            insert_block(view, _key(number), _record(number), b"")
+            insert_blocks(view, [PlacedBlock(_key(number), _record(number), b"")])
         ensure_stream(view, HEADER)
         ensure_stream(view, replace(HEADER, name="other"))
         entries = [replace(ENTRY, index=index, key=_key(number)) for index, number in enumerate((1, 2, 1))]
@@ -149,7 +150,7 @@ def test_a_manifest_holds_what_was_appended(catalogue: Catalogue) -> None:
 
 def test_a_gap_in_a_manifest_is_refused(catalogue: Catalogue) -> None:
     catalogue.write(lambda view: ensure_stream(view, HEADER))
-    catalogue.write(lambda view: insert_block(view, _key(1), _record(1), b""))
+    catalogue.write(lambda view: insert_blocks(view, [PlacedBlock(_key(1), _record(1), b"")]))
     with pytest.raises(CorruptRecordError, match="entry 1 where 0"):
         catalogue.write(lambda view: append_entries(view, 1, [replace(ENTRY, index=1, key=_key(1))], [b""], b"{}"))
 

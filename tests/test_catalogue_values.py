@@ -16,17 +16,19 @@ from kvstore.errors import (
     CorruptRecordError,
     UnsupportedFormatError,
 )
+from kvstore.layout import ALIGNMENT
+from kvstore.native import seal_extent
 from kvstore.spec import BlockKey, ModelSpec
 from kvstore.tiers.base import Extent
 from kvstore.tiers.manifest import StreamHeader
 from kvstore.tiers.tables.records import (
+    EXTENT_HEADER_NBYTES,
     BlockRecord,
     Entry,
     ExtentHeader,
     StreamState,
     pack_block,
     pack_entry,
-    pack_extent_header,
     pack_state,
     position_key,
     unpack_block,
@@ -98,14 +100,26 @@ def test_the_bytes_are_those_of_the_documented_format() -> None:
     entry = "0100000010000000" + "6b" * 32 + "3000000000000000000000000000f83f0000000000000440" + "ff" * 8
     assert pack_entry(ENTRY).hex() == entry
     assert pack_state(StreamState(1, 16, b"{}")).hex() == "0100000002000000010000000000000010000000000000007b7d"
-    header = pack_extent_header(ExtentHeader(BlockKey(b"k" * 32), 9, 100, 5)).hex()
-    assert header[:-8] == "4b5658540100000009000000000000006400000000000000" + "6b" * 32 + "05000000"
+    header = _sealed(BlockKey(b"k" * 32), b"\xff" * 32)
+    fixed = "4b5658540100000009000000000000002000000000000000" + "6b" * 32
+    assert header.hex()[:-8] == fixed + "43aba862", "RFC 3720, B.4: 32 bytes of ones"
+    assert unpack_extent_header(header) == ExtentHeader(BlockKey(b"k" * 32), 9, 32, 0x62A8AB43)
     assert position_key(1, 258).hex() == "00000000000000010000000000000102"
 
 
 def _values() -> list[bytes]:
-    header = ExtentHeader(_key(1), 9, 100, 5)
-    return [pack_block(RECORD), pack_entry(ENTRY), pack_state(StreamState(1, 16, b"{}")), pack_extent_header(header)]
+    header = _sealed(_key(1), bytes(100))
+    return [pack_block(RECORD), pack_entry(ENTRY), pack_state(StreamState(1, 16, b"{}")), header]
+
+
+def _sealed(key: BlockKey, record: bytes) -> bytes:
+    """The header of an extent, which native code writes; checks what is behind the record, and behind the extent."""
+    room = bytearray(b"x" * (2 * ALIGNMENT))
+    room[EXTENT_HEADER_NBYTES : EXTENT_HEADER_NBYTES + len(record)] = record
+    assert seal_extent(key, 9, len(record), room) == ALIGNMENT
+    assert room[EXTENT_HEADER_NBYTES:ALIGNMENT] == record.ljust(ALIGNMENT - EXTENT_HEADER_NBYTES, b"\0")
+    assert room[ALIGNMENT:] == b"x" * ALIGNMENT
+    return bytes(room[:EXTENT_HEADER_NBYTES])
 
 
 def _unpack(kind: int, value: bytes) -> object:
@@ -149,7 +163,7 @@ def test_hostile_values_end_in_a_typed_error(kind: int, value: bytes) -> None:
 
 @given(bit=st.integers(0, 64 * 8 - 1))
 def test_any_flipped_bit_of_an_extent_header_is_seen(bit: int) -> None:
-    value = bytearray(pack_extent_header(ExtentHeader(_key(1), 9, 100, 5)))
+    value = bytearray(_sealed(_key(1), bytes(100)))
     value[bit // 8] ^= 1 << bit % 8
     with pytest.raises(CorruptRecordError):
         unpack_extent_header(bytes(value))

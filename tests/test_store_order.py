@@ -8,7 +8,7 @@ from pathlib import Path
 from kvstore.config import Durability
 from kvstore.native import Arena, DirectFile
 from kvstore.tiers.tables.records import unpack_extent_header
-from kvstore.tiers.writing.record_writer import NewRecord
+from kvstore.tiers.writing.packing import NewRecord
 from tests.store_blocks import block_key, make_slot, open_store
 
 BALLAST_NBYTES = 64 << 20
@@ -27,6 +27,7 @@ def test_records_are_on_disk_before_anybody_can_name_them(tmp_path: Path) -> Non
         assert store._data.write is not None
         records = store._data.write.records
         (written,), full = records.write([NewRecord(block_key(1), make_slot(1), 40, 0)], keep=())
+        records.finish()
         with (tmp_path / "store" / "extents" / "00000000.extents").open("rb") as file:
             file.seek(written.record.extent.offset)
             header = unpack_extent_header(file.read(64))

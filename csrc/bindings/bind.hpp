@@ -20,5 +20,6 @@ void bind_io(pybind11::module_& module);
 void bind_device(pybind11::module_& module);
 void bind_decode(pybind11::module_& module);
 void bind_encode(pybind11::module_& module);
+void bind_put(pybind11::module_& module);
 
 }  // namespace kv::bindings

@@ -11,7 +11,7 @@
 
 #include "bindings/bind.hpp"
 #include "bindings/buffers.hpp"
-#include "codec/extent.hpp"
+#include "codec/extent_decode.hpp"
 
 namespace py = pybind11;
 using py::literals::operator""_a;

@@ -1,30 +1,59 @@
 // SPDX-License-Identifier: Apache-2.0
-// The header of an extent, and the record behind it, checked and decoded in one go.
+// Writes and checks extent headers, as kvstore/tiers/tables/records.py does.
 #include "codec/extent.hpp"
 
 #include <algorithm>
 #include <cstring>
-#include <utility>
+#include <string>
 
-#include "codec/container.hpp"
-#include "codec/record.hpp"
 #include "core/crc32c.hpp"
 #include "core/endian.hpp"
+#include "core/error.hpp"
+#include "core/geometry.hpp"
 
 namespace kv {
 namespace {
 
-constexpr char kMagic[] = {'K', 'V', 'X', 'T'};
+constexpr std::uint8_t kMagic[] = {'K', 'V', 'X', 'T'};
 constexpr std::uint16_t kVersion = 1;
-
-// Offsets of docs/file-format.md.
 constexpr std::size_t kVersionAt = 4;
 constexpr std::size_t kGenerationAt = 8;
 constexpr std::size_t kRecordNbytesAt = 16;
 constexpr std::size_t kKeyAt = 24;
+constexpr std::size_t kRecordCrcAt = 56;
 constexpr std::size_t kCrcAt = 60;
 
-bool is_of(ConstBytes extent, const ExpectedBlock& expected) {
+}  // namespace
+
+std::size_t seal_extent(const BlockKey& key,
+                        std::uint64_t generation,
+                        std::uint64_t record_nbytes,
+                        Bytes room) {
+  KV_EXPECT(
+      room.size() >= kExtentHeaderNbytes && record_nbytes <= room.size() - kExtentHeaderNbytes,
+      ShapeError,
+      "a record of " + std::to_string(record_nbytes) + " bytes and its header in " +
+          std::to_string(room.size()));
+  const std::uint64_t used = kExtentHeaderNbytes + record_nbytes;
+  const Bytes extent = room.sub(0, round_up(used, kPageNbytes));
+  std::uint8_t* data = extent.data();
+  std::memset(data + used, 0, extent.size() - used);
+  std::memset(data, 0, kExtentHeaderNbytes);
+  std::memcpy(data, kMagic, sizeof(kMagic));
+  store_le<std::uint16_t>(data + kVersionAt, kVersion);
+  store_le<std::uint64_t>(data + kGenerationAt, generation);
+  store_le<std::uint64_t>(data + kRecordNbytesAt, record_nbytes);
+  std::copy(key.begin(), key.end(), data + kKeyAt);
+  store_le<std::uint32_t>(data + kRecordCrcAt,
+                          crc32c(ConstBytes(data + kExtentHeaderNbytes, record_nbytes)));
+  store_le<std::uint32_t>(data + kCrcAt, crc32c(ConstBytes(data, kCrcAt)));
+  return extent.size();
+}
+
+bool is_extent_of(ConstBytes extent,
+                  const BlockKey& key,
+                  std::uint64_t generation,
+                  std::uint64_t record_nbytes) {
   if (extent.size() < kExtentHeaderNbytes) {
     return false;
   }
@@ -32,62 +61,10 @@ bool is_of(ConstBytes extent, const ExpectedBlock& expected) {
   return std::memcmp(data, kMagic, sizeof(kMagic)) == 0 &&
          load_le<std::uint32_t>(data + kCrcAt) == crc32c(extent.sub(0, kCrcAt)) &&
          load_le<std::uint16_t>(data + kVersionAt) <= kVersion &&
-         load_le<std::uint64_t>(data + kGenerationAt) == expected.generation &&
-         load_le<std::uint64_t>(data + kRecordNbytesAt) == expected.record_nbytes &&
-         std::equal(expected.key.begin(), expected.key.end(), data + kKeyAt) &&
-         fits(kExtentHeaderNbytes, expected.record_nbytes, extent.size());
-}
-
-bool is_lossy(Profile profile) {
-  return profile != Profile::kRaw && profile != Profile::kZstd && profile != Profile::kLossless;
-}
-
-bool is_readable(const SlotCoding& coding, const RecordInfo& info) {
-  const Geometry& geometry = coding.geometry;
-  return info.num_layers == geometry.num_layers() && info.kv_heads == geometry.kv_heads() &&
-         info.key_dim == geometry.key_dim() && info.value_dim == geometry.value_dim() &&
-         info.dtype == coding.dtype && (coding.has_lossy || !is_lossy(info.profile)) &&
-         std::none_of(info.planes.begin(), info.planes.end(),
-                      [](const PlaneEntry& entry) { return entry.coding == Coding::kSplit; });
-}
-
-}  // namespace
-
-bool decode_extent(const SlotCoding& coding,
-                   const ExpectedBlock& expected,
-                   ConstBytes extent,
-                   std::uint8_t* slot) {
-  if (!is_of(extent, expected)) {
-    return false;
-  }
-  const ConstBytes record = extent.sub(kExtentHeaderNbytes, expected.record_nbytes);
-  RecordInfo info = parse_header(record);
-  if (info.num_tokens != expected.num_tokens || !is_readable(coding, info)) {
-    return false;
-  }
-  const Calibration* calibration = nullptr;
-  if (info.calibration != CalibrationId{}) {
-    const auto known =
-        std::find_if(coding.calibrations.begin(), coding.calibrations.end(),
-                     [&](const Calibration* each) { return each->id() == info.calibration; });
-    if (known == coding.calibrations.end()) {
-      return false;
-    }
-    calibration = *known;
-  }
-  const BlockView block(coding.geometry, coding.dtype, info.num_tokens);
-  const RecordPart part{0, std::move(info.planes), info.segment_tokens, record, 0, 0};
-  if (!open_planes(block, part).empty()) {
-    return false;
-  }
-  std::vector<TargetRows> targets;
-  targets.reserve(part.planes.size());
-  for (std::size_t plane = 0; plane < part.planes.size(); ++plane) {
-    targets.push_back(block.rows(slot, plane));
-  }
-  decode_planes(block, part, {}, calibration,
-                Window{0, block.geometry.kv_heads(), 0, block.num_tokens}, targets);
-  return true;
+         load_le<std::uint64_t>(data + kGenerationAt) == generation &&
+         load_le<std::uint64_t>(data + kRecordNbytesAt) == record_nbytes &&
+         std::equal(key.begin(), key.end(), data + kKeyAt) &&
+         fits(kExtentHeaderNbytes, record_nbytes, extent.size());
 }
 
 }  // namespace kv

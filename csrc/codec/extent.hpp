@@ -1,48 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0
-// Extents <-> slots: the header in front of a record (docs/file-format.md), then the record.
+// Records as they lie on disk: a header in front, zeros behind (docs/file-format.md, extent files).
 #pragma once
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
-#include "codec/calibration.hpp"
-#include "core/geometry.hpp"
 #include "core/span.hpp"
-#include "planes/plane.hpp"
 
 namespace kv {
 
 constexpr std::size_t kExtentHeaderNbytes = 64;
 
-/// What a catalogue says of the block in an extent.
-struct ExpectedBlock {
-  std::array<std::uint8_t, 32> key;
-  std::uint64_t generation;
-  std::uint64_t record_nbytes;
-  std::uint64_t num_tokens;
-};
+using BlockKey = std::array<std::uint8_t, 32>;
 
-/// What a decoder of whole blocks takes.
-struct SlotCoding {
-  Geometry geometry;
-  DType dtype;
-  bool has_lossy;                                ///< whether lossy records are answered with
-  std::vector<const Calibration*> calibrations;  ///< of those that records name
-};
+/// Puts the header in front of a record that lies behind its place, and zeros behind it.
+/// @param key           of the block.
+/// @param generation    number of the write.
+/// @param record_nbytes the record's, which begins at kExtentHeaderNbytes of `room`.
+/// @return bytes of the extent: whole pages.
+/// @throws ShapeError when `room` ends before them.
+std::size_t seal_extent(const BlockKey& key,
+                        std::uint64_t generation,
+                        std::uint64_t record_nbytes,
+                        Bytes room);
 
-/// Decodes the block of an extent into a slot, if the extent holds the expected block and nothing
-/// stands against it: another block or geometry, damage, a coding or a calibration that is not at
-/// hand. Why, the caller finds out; planes that fail their checksum leave the slot untouched.
-///
-/// @param extent  untrusted bytes, header first.
-/// @param slot    coding.geometry.slot_nbytes() bytes.
-/// @return whether the slot holds the block.
-/// @throws Error likewise.
-[[nodiscard]] bool decode_extent(const SlotCoding& coding,
-                                 const ExpectedBlock& expected,
-                                 ConstBytes extent,
-                                 std::uint8_t* slot);
+/// Says whether an extent begins with the header of that write of that block, in good order, and is
+/// long enough for its record.
+/// @param extent  untrusted bytes.
+[[nodiscard]] bool is_extent_of(ConstBytes extent,
+                                const BlockKey& key,
+                                std::uint64_t generation,
+                                std::uint64_t record_nbytes);
 
 }  // namespace kv

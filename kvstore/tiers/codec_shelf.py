@@ -46,7 +46,7 @@ class CodecShelf:
     def __init__(self, calibrations: CalibrationSource, layout: BlockLayout, profile: Profile) -> None:
         self._calibrations = calibrations
         self._layout = layout
-        self._profile = profile
+        self.profile = profile
         self._plain = Codec(layout, profile)
         self._decoders: dict[bytes, Codec] = {}
         self._loaded: tuple[NativeCalibration, ...] = ()  # those of the decoders
@@ -63,17 +63,17 @@ class CodecShelf:
         Raises:
             CorruptRecordError: the decision or its calibration is damaged.
         """
-        if not self._profile.is_lossy:
+        if not self.profile.is_lossy:
             return self._plain
         decision = self._calibrations.of_model(self._layout.spec)
         followed, codec = self._decided
         if decision is not None and decision is not followed:
             calibration = self._calibrations.find(decision.calibration)
             assert calibration is not None, "a decision names an object"
-            judged = effective(self._profile, calibration.has_bases)
+            judged = effective(self.profile, calibration.has_bases)
             steps = Steps(*decision.steps[judged]) if judged in decision.steps else None
             exact_keys = judged in decision.exact_keys
-            codec = Codec(self._layout, self._profile, calibration, steps, exact_keys=exact_keys)
+            codec = Codec(self._layout, self.profile, calibration, steps, exact_keys=exact_keys)
             self._decided = (decision, codec)
         return codec
 
@@ -87,7 +87,7 @@ class CodecShelf:
         codec = self._decoders.get(info.calibration_id)
         if codec is None:
             calibration = self._calibrations.find(info.calibration_id)
-            codec = Codec(self._layout, self._profile, calibration)
+            codec = Codec(self._layout, self.profile, calibration)
             self._decoders[info.calibration_id] = codec
             if calibration is not None:
                 self._loaded = (*self._loaded, calibration.native)
@@ -103,4 +103,4 @@ class CodecShelf:
         Returns:
             Numbers of those that were left alone: `decoder` and the codec say why, or can decode them.
         """
-        return decode_extents(*self._coding, self._profile.is_lossy, self._loaded, memory, extents)
+        return decode_extents(*self._coding, self.profile.is_lossy, self._loaded, memory, extents)

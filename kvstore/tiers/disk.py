@@ -19,11 +19,11 @@ from kvstore.stats import DiskUsage, Meter, TierStats
 from kvstore.tiers.base import Extent
 from kvstore.tiers.calibrations import Calibrations
 from kvstore.tiers.catalogue import Catalogue, WriteView
-from kvstore.tiers.extents import ExtentFiles, sync_folder
-from kvstore.tiers.lock import WriterLock
+from kvstore.tiers.extents import ExtentFiles
+from kvstore.tiers.lock import claim_folder
 from kvstore.tiers.placing.allocator import ExtentAllocator
 from kvstore.tiers.placing.extent_folders import add_folders
-from kvstore.tiers.room import describe_full, refusal
+from kvstore.tiers.room import describe_full
 from kvstore.tiers.tables.blocks import (
     delete_block,
     find_block,
@@ -35,8 +35,8 @@ from kvstore.tiers.tables.blocks import (
 from kvstore.tiers.tables.folders import FolderMap, read_folders, write_folders
 from kvstore.tiers.tables.meta import begin_epoch, check_format
 from kvstore.tiers.tables.records import BlockRecord
+from kvstore.tiers.uses import Uses
 
-_MAX_TOUCHES = 65536
 # What one commit does is bounded, however large the store is: nobody waits for more.
 _MAX_TOUCHES_PER_COMMIT = 4096
 _MAX_VICTIMS_PER_COMMIT = 4096
@@ -80,7 +80,7 @@ class DiskTier:
         self.is_writable = config.access is Access.WRITE
         with ExitStack() as cleanup:
             if self.is_writable:
-                self._lock = self._claim(folder)
+                self._lock = claim_folder(folder, is_durable=config.durability.survives_power_cut)
                 cleanup.callback(self._lock.close)
             elif not folder.is_dir():
                 raise StoreNotFoundError(f"{folder}: no store here; create it by opening it for writing")
@@ -91,11 +91,10 @@ class DiskTier:
             )
             cleanup.callback(self.catalogue.close)
             self.calibrations = Calibrations(self.catalogue)
-            self._touched: dict[BlockKey, None] = {}
             self._allocated_nbytes = 0
-            self._touched_lock = threading.Lock()
             if self.is_writable:
                 self._numbers = count(self.catalogue.write(lambda view: begin_epoch(view, time.time())))
+                self._uses = Uses(self._numbers)
             else:
                 with self.catalogue.read() as view:
                     check_format(view)
@@ -130,6 +129,10 @@ class DiskTier:
         """Draw a generation or a stamp: unique in the life of the store, and larger than all before."""
         return next(self._numbers)
 
+    def next_numbers(self, count: int) -> list[int]:
+        """Draw several, rising; see `next_number`."""
+        return list(islice(self._numbers, count))
+
     def look_up(self, keys: Sequence[BlockKey], with_directory: Sequence[bool]) -> list[Found | KVStoreError | None]:
         """Find blocks in one short transaction.
 
@@ -157,35 +160,41 @@ class DiskTier:
 
     def note_use(self, keys: Iterable[BlockKey]) -> None:
         """Remember that blocks were used; the next commit moves them behind all others in the order of eviction."""
-        if not self.is_writable:
-            return
-        with self._touched_lock:
-            for key in keys:
-                self._touched.pop(key, None)
-                self._touched[key] = None
-            while len(self._touched) > _MAX_TOUCHES:
-                del self._touched[next(iter(self._touched))]
+        if self.is_writable:
+            self._uses.note(keys)
 
-    def allocate(self, nbytes: int, keep: Collection[BlockKey]) -> Extent:
-        """Hand out an extent, evicting the least recently used blocks that no stream needs.
+    def allocate(self, sizes: Sequence[int], keep: Collection[BlockKey]) -> tuple[list[Extent], CapacityError | None]:
+        """Hand out extents in order, evicting the least recently used blocks that no stream needs.
 
         Args:
-            nbytes: length, a multiple of the alignment.
+            sizes: length of each, a multiple of the alignment.
             keep: blocks not to evict.
 
-        Raises:
-            CapacityError: budget or file system are full and nothing more may be evicted.
+        Returns:
+            The extents, and why they are fewer than asked for: budget or file system are full and nothing more may be
+            evicted.
         """
-        while True:
-            extent = self.allocator.allocate(nbytes, self._extent_limit())
-            if extent is not None:
-                self._allocated_nbytes += nbytes
-                return extent
-            target_nbytes = min(eviction_target(nbytes, self.allocator.used_nbytes), max(nbytes, _MAX_EVICTION_NBYTES))
-            if not self._evict(target_nbytes, keep):
-                raise CapacityError(f"{self.folder}: no room for {nbytes} bytes: {self._describe_lack(nbytes)}")
+        extents: list[Extent] = []
+        try:
+            while len(extents) < len(sizes):
+                run = self.allocator.allocate_run(sizes[len(extents) :], self._extent_limit())
+                if not run:
+                    self._make_room(sizes[len(extents)], keep)
+                extents += run
+                self._allocated_nbytes += sum(extent.nbytes for extent in run)
+        except CapacityError as error:
+            return extents, error
+        except BaseException:
+            self.allocator.release(extents)
+            raise
+        return extents, None
 
-    def commit(self, work: Callable[[WriteView], Sequence[Extent]], keep: Collection[BlockKey]) -> None:
+    def commit(
+        self,
+        work: Callable[[WriteView], Sequence[Extent]],
+        keep: Collection[BlockKey],
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
         """Run the one transaction of a batch; in a full store it also makes the room that the next batch will want.
 
         Called under `mutation`.
@@ -193,12 +202,14 @@ class DiskTier:
         Args:
             work: changes the tables, and only them; returns the extents that are free once that is committed.
             keep: blocks not to evict.
+            ready: called when all is done but the commit itself: returns when what `work` names is on the device, and
+                may be called again.
 
         Raises:
             CapacityError: the catalogue cannot grow; nothing has changed.
-            KVStoreError: what `work` raised; nothing has changed.
+            KVStoreError: what `work` or `ready` raised; nothing has changed.
         """
-        self._commit(work, self._lack_nbytes(), keep)
+        self._commit(work, self._lack_nbytes(), keep, ready)
 
     def usage(self) -> DiskUsage:
         """Say where the bytes on disk are."""
@@ -219,22 +230,20 @@ class DiskTier:
             if self.is_writable:
                 self.allocator.trim(0)
 
-    def _take_uses(self) -> list[tuple[BlockKey, int]]:
-        """Take remembered uses, oldest first and not too many at once, each with a stamp for `blocks.touch`."""
-        with self._touched_lock:
-            keys = list(islice(self._touched, _MAX_TOUCHES_PER_COMMIT))
-            for key in keys:
-                del self._touched[key]
-        return [(key, self.next_number()) for key in keys]
-
-    def _evict(self, target_nbytes: int, keep: Collection[BlockKey]) -> bool:
+    def _make_room(self, nbytes: int, keep: Collection[BlockKey]) -> None:
         """Evict in a commit of its own; `commit` evicts ahead, so that this is rare."""
-        return self._commit(lambda view: [], target_nbytes, keep) > 0
+        target_nbytes = min(eviction_target(nbytes, self.allocator.used_nbytes), max(nbytes, _MAX_EVICTION_NBYTES))
+        if not self._commit(lambda view: [], target_nbytes, keep):
+            raise CapacityError(f"{self.folder}: no room for {nbytes} bytes: {self._describe_lack(nbytes)}")
 
     def _commit(
-        self, work: Callable[[WriteView], Sequence[Extent]], evict_nbytes: int, keep: Collection[BlockKey]
+        self,
+        work: Callable[[WriteView], Sequence[Extent]],
+        evict_nbytes: int,
+        keep: Collection[BlockKey],
+        ready: Callable[[], None] = lambda: None,
     ) -> int:
-        uses = self._take_uses()
+        uses = self._uses.take(_MAX_TOUCHES_PER_COMMIT)
 
         def run(view: WriteView) -> tuple[list[Extent], int]:
             for key, stamp in uses:
@@ -246,6 +255,7 @@ class DiskTier:
             here = (each for each in candidates if not self.allocator.is_absent(idle[each.key].extent.file_id))
             victims = choose_victims(here, target_nbytes=evict_nbytes, keep=keep)
             freed += [delete_block(view, victim.key, idle[victim.key]) for victim in victims]
+            ready()
             return freed, len(victims)
 
         freed, num_evicted = self.catalogue.write(run)
@@ -284,16 +294,3 @@ class DiskTier:
         if self.config.disk_nbytes is None:
             return None
         return max(0, self.config.disk_nbytes - self.catalogue.nbytes - _CATALOGUE_GROWTH_NBYTES)
-
-    def _claim(self, folder: Path) -> WriterLock:
-        try:
-            is_new = not folder.exists()
-            for part in (folder, folder / "catalogue", folder / "extents"):
-                part.mkdir(parents=True, exist_ok=True)
-            if self.config.durability.survives_power_cut:
-                sync_folder(folder)
-                if is_new:  # who may write an old store need not be allowed to read the folder around it
-                    sync_folder(folder.parent)
-        except OSError as error:
-            raise refusal(folder, error) from error
-        return WriterLock(folder / "writer.lock")

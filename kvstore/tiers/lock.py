@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from kvstore.errors import BusyError, StoreIOError
+from kvstore.tiers.extents import sync_folder
 from kvstore.tiers.room import refusal
 
 
@@ -46,3 +47,26 @@ class WriterLock:
     def close(self) -> None:
         """Let the next writer in."""
         os.close(self._descriptor)
+
+
+def claim_folder(folder: Path, *, is_durable: bool) -> WriterLock:
+    """Make the folders of a store where they are missing, and be its writer.
+
+    Args:
+        folder: the store.
+        is_durable: make what is new survive a power cut.
+
+    Raises:
+        BusyError, ReadOnlyError, CapacityError, StoreIOError: see `WriterLock`.
+    """
+    try:
+        is_new = not folder.exists()
+        for part in (folder, folder / "catalogue", folder / "extents"):
+            part.mkdir(parents=True, exist_ok=True)
+        if is_durable:
+            sync_folder(folder)
+            if is_new:  # who may write an old store need not be allowed to read the folder around it
+                sync_folder(folder.parent)
+    except OSError as error:
+        raise refusal(folder, error) from error
+    return WriterLock(folder / "writer.lock")

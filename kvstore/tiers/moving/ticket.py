@@ -129,6 +129,24 @@ class BatchTicket:
         """Take the right to touch an item's slot until `unclaim`; False when it has ended, or somebody else has it."""
         return self._claim(item)
 
+    def claim_open(self, items: Sequence[int]) -> list[int]:
+        """`claim` many; returns which of them, by their place in `items`."""
+        with self._lock:
+            self._expire()
+            found = [
+                place for place, item in enumerate(items) if self._outcomes[item] is None and item not in self._claimed
+            ]
+            self._claimed.update(items[place] for place in found)
+            return found
+
+    def unclaim_all(self, items: Sequence[int], outcomes: Sequence[Outcome]) -> None:
+        """`unclaim` many."""
+        with self._lock:
+            self._claimed.difference_update(items)
+            for item, outcome in zip(items, outcomes, strict=True):
+                self._end(item, outcome)
+            self._changed.notify_all()
+
     def unclaim(self, item: int, outcome: Outcome | None) -> None:
         """Give a claim back, with the item's outcome; None leaves it open, unless its time has run out meanwhile."""
         with self._lock:
@@ -142,6 +160,14 @@ class BatchTicket:
             self._expire()
             assert item not in self._claimed, f"item {item} is being moved"
             self._end(item, outcome)
+
+    def settle_all(self, items: Sequence[int], outcomes: Sequence[Outcome]) -> None:
+        """`settle` many."""
+        with self._lock:
+            self._expire()
+            assert self._claimed.isdisjoint(items), f"some of {items} are being moved"
+            for item, outcome in zip(items, outcomes, strict=True):
+                self._end(item, outcome)
 
     def settle_rest(self, outcome: Outcome, items: Sequence[int] | None = None) -> list[Outcome]:
         """End those of some items, or of all, that are open, wait for those that are claimed, return their outcomes."""

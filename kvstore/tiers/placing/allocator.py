@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from itertools import groupby
+from itertools import accumulate, groupby
 
 from kvstore.errors import CapacityError, CorruptRecordError, StoreIOError
 from kvstore.layout import ALIGNMENT
@@ -90,18 +90,26 @@ class ExtentAllocator:
         Returns:
             The extent; None when neither the limit nor the file system leaves room.
         """
-        assert nbytes % ALIGNMENT == 0, f"extent of {nbytes} bytes"
+        return next(iter(self.allocate_run([nbytes], limit_nbytes)), None)
+
+    def allocate_run(self, sizes: Sequence[int], limit_nbytes: int | None) -> list[Extent]:
+        """Hand out as many extents as find a place one behind the other; see `allocate`.
+
+        Args:
+            sizes: length of each, at least one.
+            limit_nbytes: as in `allocate`.
+
+        Returns:
+            Extents of the first sizes, at least one; [] when there is no room.
+        """
+        assert not any(nbytes % ALIGNMENT for nbytes in sizes), f"extents of {sizes} bytes"
         with self._lock:
-            for folder in self._in_turn(nbytes):
-                for file_id, space in self._spaces.items():
-                    if file_id not in self._absent and self._files.folders.folder_of(file_id) == folder:
-                        offset = space.allocate(nbytes)
-                        if offset is not None:
-                            return Extent(file_id, offset, nbytes)
-                grown = self._allocate_grown(nbytes, limit_nbytes, folder)
-                if grown is not None:
-                    return grown
-            return None
+            present = self._files.present()
+            if len(present) > 1:
+                sizes = self._until_next_turn(sizes)
+            found = self._allocate_in_turn(present, sizes, limit_nbytes)
+            self._handed_out_nbytes += sum(extent.nbytes for extent in found)
+            return found
 
     def allocate_before(self, extent: Extent) -> Extent | None:
         """Hand out as many bytes nearer to the front of its folder than `extent`; None when no hole there has them."""
@@ -141,12 +149,26 @@ class ExtentAllocator:
                         self._files.shorten(file_id, space.nbytes - space.tail_nbytes)
                         space.cut_tail()
 
-    def _in_turn(self, nbytes: int) -> list[int]:
-        """Folders to try, in order: each takes its share of what is written before it is the next one's turn."""
-        present = self._files.present()
+    def _allocate_in_turn(self, present: Sequence[int], sizes: Sequence[int], limit_nbytes: int | None) -> list[Extent]:
+        """Try folders in order: each takes its share of what is written before it is the next one's turn."""
         first = self._handed_out_nbytes // STRIPE_NBYTES % len(present)
-        self._handed_out_nbytes += nbytes
-        return present[first:] + present[:first]
+        for folder in (*present[first:], *present[:first]):
+            for file_id, space in self._spaces.items():
+                if file_id not in self._absent and self._files.folders.folder_of(file_id) == folder:
+                    found = space.allocate_run(sizes)
+                    if found is not None:
+                        offset, count = found
+                        ends = list(accumulate(sizes[:count], initial=offset))
+                        return [Extent(file_id, *each) for each in zip(ends, sizes[:count], strict=False)]
+            grown = self._allocate_grown(sizes[0], limit_nbytes, folder)
+            if grown is not None:
+                return [grown]
+        return []
+
+    def _until_next_turn(self, sizes: Sequence[int]) -> Sequence[int]:
+        """Those of the sizes that begin before it is another folder's turn."""
+        begins = accumulate(sizes, initial=self._handed_out_nbytes % STRIPE_NBYTES)
+        return sizes[: sum(1 for begin, _ in zip(begins, sizes, strict=False) if begin < STRIPE_NBYTES)]
 
     def _before(self, extent: Extent) -> list[tuple[int, FreeSpace]]:
         """Files of the same folder up to that of `extent`."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kvstore.errors import CorruptRecordError
 
@@ -103,21 +103,38 @@ class FreeSpace:
             nbytes: how many.
             below: the bytes must end at or before this offset.
         """
-        assert nbytes > 0, f"allocate {nbytes} bytes"
-        number = next((number for number, largest in enumerate(self._largest) if largest >= nbytes), None)
-        if number is None:
+        place = self._first_fit(nbytes)
+        if place is None:
             return None
-        bucket = self._buckets[number]
-        position = next(position for position, size in enumerate(bucket.sizes) if size >= nbytes)
-        offset, size = bucket.offsets[position], bucket.sizes[position]
+        offset = self._buckets[place[0]].offsets[place[1]]
         if below is not None and offset + nbytes > below:
             return None
-        if size == nbytes:
-            self._remove(number, position)
-        else:
-            self._change(number, position, offset + nbytes, size - nbytes)
-        self._free_nbytes -= nbytes
+        self._take(*place, nbytes)
         return offset
+
+    def allocate_run(self, sizes: Sequence[int]) -> tuple[int, int] | None:
+        """Take ranges one behind the other; as first fit places them one by one.
+
+        Args:
+            sizes: bytes of each, at least one.
+
+        Returns:
+            Where the first one begins, and how many were taken: the free range ends there, or the next one is smaller
+            than the first, and may have a place before it. None when no range has the first.
+        """
+        place = self._first_fit(sizes[0])
+        if place is None:
+            return None
+        number, position = place
+        offset, room = self._buckets[number].offsets[position], self._buckets[number].sizes[position]
+        nbytes = count = 0
+        for size in sizes:
+            if size < sizes[0] or nbytes + size > room:
+                break
+            nbytes += size
+            count += 1
+        self._take(number, position, nbytes)
+        return offset, count
 
     def release(self, offset: int, nbytes: int) -> None:
         """Give a range back and join it with free neighbours.
@@ -166,6 +183,24 @@ class FreeSpace:
             self._nbytes -= tail
             self._free_nbytes -= tail
         return self._nbytes
+
+    def _first_fit(self, nbytes: int) -> tuple[int, int] | None:
+        """Bucket, and place in it, of the first range that has `nbytes`."""
+        assert nbytes > 0, f"allocate {nbytes} bytes"
+        number = next((number for number, largest in enumerate(self._largest) if largest >= nbytes), None)
+        if number is None:
+            return None
+        return number, next(at for at, size in enumerate(self._buckets[number].sizes) if size >= nbytes)
+
+    def _take(self, number: int, position: int, nbytes: int) -> None:
+        """Take the first bytes of a range."""
+        bucket = self._buckets[number]
+        offset, size = bucket.offsets[position], bucket.sizes[position]
+        if size == nbytes:
+            self._remove(number, position)
+        else:
+            self._change(number, position, offset + nbytes, size - nbytes)
+        self._free_nbytes -= nbytes
 
     def _insert(self, number: int, position: int, offset: int, size: int) -> None:
         if not self._buckets:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 from kvstore.errors import CorruptRecordError, UnsupportedFormatError
@@ -31,6 +31,12 @@ def count_awaiting(view: ReadView, key: BlockKey) -> int:
     if value is not None and len(value) != _COUNT.size:
         return count_entries(view, key)  # the row is damaged
     return 0 if value is None else int(_COUNT.unpack(value)[0])
+
+
+def find_awaited(view: ReadView, keys: Iterable[BlockKey]) -> set[BlockKey]:
+    """Those of the keys that entries name, of blocks that are not stored."""
+    found = view.get_many(Table.META, [_PREFIX + key for key in keys])
+    return {BlockKey(row[len(_PREFIX) :]) for row in found}
 
 
 def set_awaiting(view: WriteView, key: BlockKey, count: int) -> None:

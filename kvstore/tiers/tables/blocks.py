@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from kvstore.errors import CorruptRecordError, UnsupportedFormatError
 from kvstore.policy import Candidate
 from kvstore.spec import BlockKey
 from kvstore.tiers.base import Extent
 from kvstore.tiers.catalogue import ReadView, Table, WriteView
-from kvstore.tiers.tables.awaited import count_awaiting, count_entries, set_awaiting
+from kvstore.tiers.tables.awaited import count_awaiting, count_entries, find_awaited, set_awaiting
 from kvstore.tiers.tables.records import (
     BlockRecord,
     check_key,
@@ -53,22 +53,57 @@ def has_block(view: ReadView, key: BlockKey) -> bool:
     return view.get(Table.BLOCKS, key) is not None
 
 
-def insert_block(view: WriteView, key: BlockKey, record: BlockRecord, directory: bytes) -> Extent | None:
-    """Store where a freshly written block lies; a block of that key is replaced and keeps its references.
+@dataclass(frozen=True, slots=True)
+class PlacedBlock:
+    """A block that has been written and is not yet in the catalogue.
+
+    Args:
+        key: its name.
+        record: where it lies; `references` is 0.
+        directory: the first bytes of its record.
+    """
+
+    key: BlockKey
+    record: BlockRecord
+    directory: bytes
+
+
+def find_stored(view: ReadView, keys: Iterable[BlockKey]) -> set[BlockKey]:
+    """Those of the keys whose blocks `find_sound` finds."""
+    return {BlockKey(key) for key, value in view.get_many(Table.BLOCKS, keys).items() if _is_sound(value)}
+
+
+def insert_blocks(view: WriteView, blocks: Sequence[PlacedBlock]) -> list[Extent]:
+    """Store where freshly written blocks lie; a block of a key that is there is replaced and keeps its references.
 
     A block that was lost, and that entries name still, has their references from the start. Where the entry of the
     replaced block is damaged, they are counted.
 
+    Args:
+        view: the transaction.
+        blocks: of distinct keys.
+
     Returns:
-        The extent that the replaced block leaves, to be freed after the commit; None when the key is new.
+        The extents that replaced blocks leave, to be freed after the commit.
     """
-    references, freed = _clear(view, key)
-    record = replace(record, references=references)
-    view.put(Table.BLOCKS, key, pack_block(record))
-    view.put(Table.DIRECTORIES, key, directory)
-    view.put(Table.EXTENTS, *pack_extent(record.extent, key))
-    if record.references == 0:
-        view.put(Table.LRU, pack_stamp(record.stamp), key)
+    blocks = sorted(blocks, key=lambda block: block.key)
+    keys = [block.key for block in blocks]
+    known = view.get_many(Table.BLOCKS, keys).keys() | find_awaited(view, keys)
+    freed: list[Extent] = []
+    if known:
+        cleared = {key: _clear(view, key) for key in keys if key in known}
+        freed = [extent for _, extent in cleared.values() if extent is not None]
+        blocks = [
+            replace(block, record=replace(block.record, references=cleared[block.key][0]))
+            if block.key in cleared
+            else block
+            for block in blocks
+        ]
+    view.put_many(Table.BLOCKS, [(block.key, pack_block(block.record)) for block in blocks])
+    view.put_many(Table.DIRECTORIES, [(block.key, block.directory) for block in blocks])
+    view.put_many(Table.EXTENTS, sorted(pack_extent(block.record.extent, block.key) for block in blocks))
+    idle = [(pack_stamp(block.record.stamp), block.key) for block in blocks if block.record.references == 0]
+    view.put_many(Table.LRU, sorted(idle))
     return freed
 
 
@@ -132,9 +167,9 @@ def delete_unreferenced(view: WriteView, key: BlockKey) -> Extent | None:
 
 
 def touch(view: WriteView, key: BlockKey, stamp: int) -> None:
-    """Mark a block as used now; does nothing for a block that is gone, damaged, or that a stream refers to."""
+    """Mark a block as used when `stamp` was drawn; does nothing for one used since, gone, damaged, or in a stream."""
     record = find_sound(view, key)
-    if record is None or record.references > 0:
+    if record is None or record.references > 0 or record.stamp >= stamp:
         return
     _forget_stamp(view, record)
     view.put(Table.BLOCKS, key, pack_block(replace(record, stamp=stamp)))
@@ -221,6 +256,13 @@ def _clear(view: WriteView, key: BlockKey) -> tuple[int, Extent | None]:
     for extent in extents:
         view.delete(Table.EXTENTS, pack_extent(extent, key)[0])
     return references, extents[0] if extents else None
+
+
+def _is_sound(value: bytes) -> bool:
+    with suppress(CorruptRecordError, UnsupportedFormatError):
+        unpack_block(value)
+        return True
+    return False
 
 
 def _drop_extent(view: WriteView, record: BlockRecord) -> None:

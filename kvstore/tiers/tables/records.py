@@ -173,16 +173,8 @@ def pack_stamp(stamp: int) -> bytes:
     return _STAMP.pack(stamp)
 
 
-def pack_extent_header(header: ExtentHeader) -> bytes:
-    """Pack the 64 bytes in front of a record; the last four are a CRC32C of the 60 before them."""
-    body = _EXTENT_HEADER.pack(
-        EXTENT_MAGIC, VALUE_VERSION, header.generation, header.record_nbytes, header.key, header.record_crc32c
-    )
-    return body + _CRC.pack(crc32c(body))
-
-
 def unpack_extent_header(data: bytes | memoryview) -> ExtentHeader:
-    """Inverse of `pack_extent_header`; `data` may go on behind the header.
+    """Read what `kvstore.native.seal_extent` wrote; `data` may go on behind the header.
 
     Raises:
         CorruptRecordError: not an intact extent header.

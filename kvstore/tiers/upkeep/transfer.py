@@ -3,28 +3,21 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from kvstore.errors import CapacityError, KVStoreError, ReadOnlyError
-from kvstore.native import Arena, IoPool, Ticket, crc32c
+from kvstore.errors import KVStoreError, ReadOnlyError
+from kvstore.native import Arena, IoPool, Ticket, seal_extent
 from kvstore.record import probe
 from kvstore.spec import BlockKey
 from kvstore.stats import TierStats
-from kvstore.tiers.base import Extent, Outcome
-from kvstore.tiers.catalogue import WriteView
+from kvstore.tiers.base import Outcome
 from kvstore.tiers.disk import DiskTier, Found
 from kvstore.tiers.reading.extent_check import record_in
-from kvstore.tiers.tables.blocks import find_sound, insert_block
-from kvstore.tiers.tables.records import (
-    EXTENT_HEADER_NBYTES,
-    BlockRecord,
-    ExtentHeader,
-    extent_nbytes,
-    pack_extent_header,
-)
+from kvstore.tiers.tables.blocks import PlacedBlock, find_stored, insert_blocks
+from kvstore.tiers.tables.records import EXTENT_HEADER_NBYTES, BlockRecord, extent_nbytes
+from kvstore.tiers.writing.record_writer import transfers
 
 _BATCH_NBYTES = 8 << 20
 _MAX_EXTENT_NBYTES = 4 << 30
@@ -44,15 +37,6 @@ class EncodedBlock:
     key: BlockKey
     num_tokens: int
     record: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    """A record on its way into a batch's memory and into its extent."""
-
-    block: EncodedBlock
-    record: BlockRecord
-    directory: bytes
 
 
 class RecordTransfer:
@@ -161,53 +145,38 @@ class RecordTransfer:
     ) -> None:
         with self._disk.changing():
             with self._disk.catalogue.read() as view:
-                new = {block.key: (block, head) for _, block, head in batch if find_sound(view, block.key) is None}
-            placed: list[_Placed] = []
-            is_full = self._place(list(new.values()), keep, placed)
-            self._write_placed(placed)
-            self._name(placed, keep)
-        refused = new.keys() - {each.block.key for each in placed} if is_full else set()
+                stored = find_stored(view, [block.key for _, block, _ in batch])
+            new = {block.key: (block, head) for _, block, head in batch if block.key not in stored}
+            placed = self._write_new(list(new.values()), keep)
+            if placed:
+                self._disk.commit(lambda view: insert_blocks(view, placed), keep)
+        refused = new.keys() - {each.key for each in placed}
         for position, block, _ in batch:
             outcomes[position] = Outcome.FULL if block.key in refused else Outcome.STORED
 
-    def _place(
-        self, blocks: Sequence[tuple[EncodedBlock, bytes]], keep: Collection[BlockKey], placed: list[_Placed]
-    ) -> bool:
-        """Allocate extents, in order; returns whether the store was full before the last block."""
-        for block, directory in blocks:
-            try:
-                extent = self._disk.allocate(extent_nbytes(len(block.record)), keep)
-            except CapacityError:
-                return True
-            number = self._disk.next_number()
-            record = BlockRecord(block.num_tokens, extent, len(block.record), number, references=0, stamp=number)
-            placed.append(_Placed(block, record, directory))
-        return False
-
-    def _write_placed(self, placed: Sequence[_Placed]) -> None:
-        if not placed:
-            return
-        arena = Arena(sum(each.record.extent.nbytes for each in placed), False)
-        transfers: defaultdict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    def _write_new(self, blocks: Sequence[tuple[EncodedBlock, bytes]], keep: Collection[BlockKey]) -> list[PlacedBlock]:
+        """Write records to extents, in order, as far as there is room; synced on return unless durability is `none`."""
+        extents, _ = self._disk.allocate([extent_nbytes(len(block.record)) for block, _ in blocks], keep)
+        if not extents:
+            return []
+        arena = Arena(sum(extent.nbytes for extent in extents), False)
+        placed: list[PlacedBlock] = []
         at = 0
-        for each in placed:
-            extent = each.record.extent
-            _fill(arena, at, each)
-            transfers[extent.file_id].append((extent.offset, at, extent.nbytes))
+        for (block, directory), extent in zip(blocks, extents, strict=False):
+            number = self._disk.next_number()
+            with memoryview(arena)[at : at + extent.nbytes] as room:
+                room[EXTENT_HEADER_NBYTES : EXTENT_HEADER_NBYTES + len(block.record)] = block.record
+                seal_extent(block.key, number, len(block.record), room)
+            record = BlockRecord(block.num_tokens, extent, len(block.record), number, references=0, stamp=number)
+            placed.append(PlacedBlock(block.key, record, directory))
             at += extent.nbytes
-        opened = {file_id: self._disk.files.file(file_id) for file_id in transfers}
-        wait_all([self._pool.submit_write(opened[file_id], arena, ops) for file_id, ops in transfers.items()])
+        writes = transfers(extents, 0)
+        opened = {file_id: self._disk.files.file(file_id) for file_id in writes}
+        wait_all([self._pool.submit_write(opened[file_id], arena, ops) for file_id, ops in writes.items()])
         if self._disk.config.durability.survives_power_cut:
-            self._disk.files.sync(transfers)
+            self._disk.files.sync(writes)
         self._disk.meter.add(TierStats(written_blocks=len(placed), written_nbytes=at))
-
-    def _name(self, placed: Sequence[_Placed], keep: Collection[BlockKey]) -> None:
-        def name(view: WriteView) -> list[Extent]:
-            replaced = [insert_block(view, each.block.key, each.record, each.directory) for each in placed]
-            return [extent for extent in replaced if extent is not None]
-
-        if placed:
-            self._disk.commit(name, keep)
+        return placed
 
 
 def wait_all(tickets: Sequence[Ticket]) -> None:
@@ -229,13 +198,3 @@ def directory_of(block: EncodedBlock) -> bytes | None:
         if info.num_tokens == block.num_tokens and info.total_nbytes == len(block.record):
             return block.record[: info.header_nbytes]
     return None
-
-
-def _fill(arena: Arena, at: int, placed: _Placed) -> None:
-    """Put a record, with its header in front, into fresh memory: what is behind it is zero already."""
-    block, record = placed.block, placed.record
-    header = ExtentHeader(block.key, record.generation, record.record_nbytes, crc32c(block.record))
-    with memoryview(arena) as memory:
-        memory[at : at + EXTENT_HEADER_NBYTES] = pack_extent_header(header)
-        start = at + EXTENT_HEADER_NBYTES
-        memory[start : start + record.record_nbytes] = block.record

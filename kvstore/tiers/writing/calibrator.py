@@ -13,7 +13,7 @@ from kvstore.decision import Decision
 from kvstore.layout import BlockLayout
 from kvstore.moments import Moments
 from kvstore.tiers.calibrations import Calibrations
-from kvstore.tiers.writing.record_writer import NewRecord
+from kvstore.tiers.writing.packing import NewRecord
 
 _LOG = logging.getLogger(__name__)
 

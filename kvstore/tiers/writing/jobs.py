@@ -68,22 +68,19 @@ class PutJob:
 
     def begin(self) -> list[int]:
         """Return the numbers of the blocks that are still to be written; their slots stay as they are until `end`."""
-        ask = self.ticket.is_open if self.leases else self.ticket.claim
-        return [number for number, item in enumerate(self.items) if ask(item)]
+        if self.leases:
+            return [number for number, item in enumerate(self.items) if self.ticket.is_open(item)]
+        return self.ticket.claim_open(self.items)
 
     def end(self, numbers: Sequence[int], outcomes: Sequence[Outcome]) -> None:
         """Tell the outcomes of the blocks that `begin` returned."""
-        for number, outcome in zip(numbers, outcomes, strict=True):
-            if self.leases:
-                self.ticket.settle(self.items[number], outcome)
-            else:
-                self.ticket.unclaim(self.items[number], outcome)
+        end_all = self.ticket.settle_all if self.leases else self.ticket.unclaim_all
+        end_all([self.items[number] for number in numbers], outcomes)
         self.drop()
 
     def drop(self) -> None:
         """End the job without writing, or after it: what has no outcome was not stored."""
-        for item in self.items:
-            self.ticket.settle(item, Outcome.UNAVAILABLE)
+        self.ticket.settle_all(self.items, [Outcome.UNAVAILABLE] * len(self.items))
         for lease in self.leases:
             lease.release()
 

@@ -1,32 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write-behind: a queue with bounded memory, one thread that groups what is queued into commits, errors kept for later.
-
-A batch is: write the records of new blocks, sync them, then one catalogue transaction that names the blocks and
-appends to the manifests.
-"""
+"""Write-behind: a queue with bounded memory, one thread that groups what is queued into commits, and kept errors."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from kvstore.errors import BusyError, CapacityError, KVStoreError, StoreIOError
-from kvstore.spec import BlockKey
+from kvstore.errors import BusyError, StoreIOError
 from kvstore.telemetry.fault_log import log_fault
 from kvstore.telemetry.tracing import span
-from kvstore.tiers.base import Extent, Outcome
-from kvstore.tiers.catalogue import WriteView
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier
-from kvstore.tiers.tables.blocks import find_sound, insert_block
-from kvstore.tiers.tables.streams import append_entries
-from kvstore.tiers.writing.calibrator import Calibrator
-from kvstore.tiers.writing.jobs import AppendPiece, GrowingAppend, PutJob
-from kvstore.tiers.writing.record_writer import NewRecord, RecordWriter, WrittenRecord
+from kvstore.tiers.writing.committer import Committer
+from kvstore.tiers.writing.jobs import AppendPiece, PutJob
 
+# What one commit takes: as much as encoding, writing and committing gain from being done at once.
 _MAX_BATCH_BLOCKS = 64
 
 
@@ -53,26 +43,14 @@ class Writer:
     Args:
         disk: where blocks go.
         host: where the queued blocks lie.
-        records: encodes and writes.
-        calibrator: measures what was written.
-        damaged: blocks on disk that failed a check: written again when they come along.
+        committer: writes what is taken from the queue.
     """
 
-    def __init__(
-        self,
-        disk: DiskTier,
-        host: HostTier,
-        records: RecordWriter,
-        calibrator: Calibrator,
-        damaged: set[BlockKey],
-    ) -> None:
+    def __init__(self, disk: DiskTier, host: HostTier, committer: Committer) -> None:
         self._disk = disk
         self._host = host
-        self._records = records
-        self._calibrator = calibrator
-        self._damaged = damaged
+        self._committer = committer
         self._queue = _Queue()
-        self._open: dict[int, GrowingAppend] = {}
         # One worker: batches are committed in the order of the queue.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvstore-writer")
 
@@ -165,27 +143,24 @@ class Writer:
         self._settle(error)
 
     def _work(self) -> None:
-        """Take one put, or all appended pieces at the head of the queue up to a limit, and commit."""
+        """Take all puts, or all appended pieces, at the head of the queue up to a limit, and commit."""
         queue = self._queue
-        pieces: list[AppendPiece] = []
-        put: PutJob | None = None
+        taken: list[AppendPiece | PutJob] = []
+        num_blocks = 0
         with queue.changed:
-            while queue.waiting and sum(piece.num_blocks for piece in pieces) < _MAX_BATCH_BLOCKS:
-                head = queue.waiting[0]
-                if isinstance(head, PutJob):
-                    put = None if pieces else head
+            while queue.waiting and num_blocks < _MAX_BATCH_BLOCKS:
+                if taken and isinstance(queue.waiting[0], PutJob) is not isinstance(taken[0], PutJob):
                     break
-                pieces.append(head)
-                queue.waiting.popleft()
-            if put is not None:
-                queue.waiting.popleft()
-            queue.in_work = [put] if put is not None else list(pieces)
-        num_blocks = sum(item.num_blocks for item in queue.in_work)
+                taken.append(queue.waiting.popleft())
+                num_blocks += taken[-1].num_blocks
+            queue.in_work = list(taken)
+        puts = [item for item in taken if isinstance(item, PutJob)]
+        pieces = [item for item in taken if isinstance(item, AppendPiece)]
         with self._disk.mutation, span("kvstore.write", blocks=num_blocks):
             if pieces:
-                self._commit_pieces(pieces)
-            elif put is not None:
-                self._commit_put(put)
+                self._committer.append(pieces)
+            elif puts:
+                self._committer.put(puts)
 
     def _settle(self, error: BaseException | None) -> None:
         """Give back what was in work, and drop all appends after an error."""
@@ -198,12 +173,12 @@ class Writer:
             if error is not None:
                 done.extend(item for item in queue.waiting if isinstance(item, AppendPiece))
                 queue.waiting = deque(item for item in queue.waiting if isinstance(item, PutJob))
-                self._open.clear()
+                self._committer.drop_open()
                 queue.error = error
                 queue.num_failures += 1
         for item in done:
             if isinstance(item, PutJob):
-                continue  # ended by `_commit_put`, come what may
+                continue  # ended by the committer, come what may
             for lease in item.leases:
                 if error is not None:
                     self._host.forget(lease.key)
@@ -212,81 +187,3 @@ class Writer:
             queue.num_done += len(done)
             queue.changed.notify_all()
         self._host.wake()
-
-    def _commit_pieces(self, pieces: Sequence[AppendPiece]) -> None:
-        new = [
-            NewRecord(entry.key, lease.slot, entry.num_tokens, entry.first_token)
-            for piece in pieces
-            for entry, lease in zip(piece.entries, piece.leases, strict=True)
-        ]
-        complete: list[GrowingAppend] = []
-        for piece in pieces:
-            if piece.is_first or piece.stream_id not in self._open:  # what is open was interrupted
-                self._open[piece.stream_id] = GrowingAppend(piece.stream_id)
-            self._open[piece.stream_id].add(piece)
-            if piece.cursor_json is not None:
-                complete.append(self._open.pop(piece.stream_id))
-        keep = {entry.key for growing in (*complete, *self._open.values()) for entry in growing.entries}
-        unstored = self._unstored(new)
-        written, full = self._records.write(unstored, keep)
-        if full is not None:
-            self._records.discard(written)
-            raise full
-        self._name(written, complete, keep)
-        self._calibrator.measure(unstored)
-
-    def _commit_put(self, put: PutJob) -> None:
-        numbers = put.begin()
-        outcomes = [Outcome.UNAVAILABLE] * len(numbers)
-        try:
-            outcomes = self._store_put([_record_of(put, number) for number in numbers])
-        except KVStoreError as error:
-            log_fault("blocks not stored", store=str(self._disk.folder), blocks=len(numbers), reason=str(error))
-        finally:
-            put.end(numbers, outcomes)
-        self._disk.note_use(
-            put.keys[number] for number, outcome in zip(numbers, outcomes, strict=True) if outcome is Outcome.STORED
-        )
-
-    def _store_put(self, new: Sequence[NewRecord]) -> list[Outcome]:
-        unstored = self._unstored(new)
-        keep = {entry.key for growing in self._open.values() for entry in growing.entries}
-        keep.update(each.key for each in new)
-        try:
-            written, _ = self._records.write(unstored, keep)
-            self._name(written, (), keep)
-        except CapacityError:
-            written = []
-        self._calibrator.measure(unstored[: len(written)])
-        refused = {each.key for each in unstored} - {each.key for each in written}
-        return [Outcome.FULL if each.key in refused else Outcome.STORED for each in new]
-
-    def _unstored(self, blocks: Sequence[NewRecord]) -> list[NewRecord]:
-        """Drop repetitions and what is on disk in good order."""
-        distinct = {block.key: block for block in blocks}
-        with self._disk.catalogue.read() as view:
-            return [block for key, block in distinct.items() if key in self._damaged or find_sound(view, key) is None]
-
-    def _name(
-        self, written: Sequence[WrittenRecord], appends: Sequence[GrowingAppend], keep: Collection[BlockKey]
-    ) -> None:
-        """The one transaction of a batch; extents are kept only if it commits."""
-
-        def name(view: WriteView) -> list[Extent]:
-            replaced = [insert_block(view, new.key, new.record, new.directory) for new in written]
-            for each in appends:
-                append_entries(view, each.stream_id, each.entries, each.summaries, each.cursor_json)
-            return [extent for extent in replaced if extent is not None]
-
-        is_committed = False
-        try:
-            self._disk.commit(name, keep)
-            is_committed = True
-        finally:
-            if not is_committed:
-                self._records.discard(written)
-        self._damaged.difference_update(each.key for each in written)
-
-
-def _record_of(put: PutJob, number: int) -> NewRecord:
-    return NewRecord(put.keys[number], put.slots[number], put.num_tokens[number], 0)
