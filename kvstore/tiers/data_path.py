@@ -71,7 +71,8 @@ class DataPath:
             building.callback(self.fetcher.close)
             self.write: WritePath | None = None
             if disk.is_writable:
-                records = RecordWriter(disk, codecs, layout.block_tokens, pool, coders, backing)
+                num_threads = disk.config.decode_threads + 1  # one of them waits for the device
+                records = RecordWriter(disk, codecs, layout.block_tokens, pool, num_threads, backing)
                 building.callback(records.close)
                 calibrator = Calibrator(disk.calibrations, layout, profile)
                 writer = Writer(disk, self.host, Committer(disk, records, calibrator, self.fetcher.damaged))

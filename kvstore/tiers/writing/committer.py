@@ -101,9 +101,9 @@ class Committer:
             self._name(placed, (), keep)
         except CapacityError:
             placed = []
-        self._calibrator.measure(unstored[: len(placed)])
-        refused = {each.key for each in unstored[len(placed) :]}
         fresh = {each.key for each in placed}
+        refused = {each.key for each in unstored} - fresh
+        self._calibrator.measure([each for each in unstored if each.key in fresh])
         self._disk.note_use(each.key for each in new if each.key not in refused and each.key not in fresh)
         return [Outcome.FULL if each.key in refused else Outcome.STORED for each in new]
 

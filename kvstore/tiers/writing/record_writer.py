@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns blocks into records in extents: encode in parallel, write while the next ones are encoded. Commits nothing."""
+"""Turns blocks into records in extents: several threads encode and write, each a part of the batch. Commits nothing."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Collection, Sequence
-from concurrent.futures import Executor, wait
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from itertools import accumulate
+from queue import SimpleQueue
 
-from kvstore.errors import CapacityError, KVStoreError
-from kvstore.native import Arena, IoPool, Ticket
+from kvstore.errors import CapacityError
+from kvstore.layout import round_up
+from kvstore.native import Arena, IoPool
 from kvstore.spec import BlockKey
 from kvstore.stats import TierStats
 from kvstore.tiers.base import Extent
@@ -21,26 +24,48 @@ from kvstore.tiers.tables.blocks import PlacedBlock
 from kvstore.tiers.tables.records import EXTENT_HEADER_NBYTES, BlockRecord, extent_nbytes
 from kvstore.tiers.writing.packing import NewRecord, PackedRecord, pack
 
-_HALF_NBYTES = 16 << 20
-_MAX_LANES = 256
-# A job costs some 50 us of Python, and the device waits for the first one.
-_LEAST_JOB_NBYTES = 256 << 10
-_MOST_JOB_NBYTES = 1 << 20
+# A part costs some 60 us of Python; the device is as fast with 1 MiB at a time as with more, and waits for the first.
+_LEAST_PART_NBYTES = 256 << 10
+_MOST_PART_NBYTES = 1 << 20
+_PARTS = 4
+_HUGE_PAGE_NBYTES = 2 << 20
+"""Writes from huge pages are some long segments to the device, not hundreds of pages."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What becomes of the parts of one batch, which are placed in order; guarded by `changed`.
+
+    Args:
+        keep: blocks that must not be evicted.
+        num_placed: parts that have been placed, or will not be.
+        placed: blocks that have a place.
+        full: why the others have none.
+        error: what ended a part before it was placed.
+    """
+
+    keep: Collection[BlockKey]
+    num_placed: int = 0
+    placed: list[PlacedBlock] = field(default_factory=list)
+    full: CapacityError | None = None
+    error: BaseException | None = None
+    changed: threading.Condition = field(default_factory=threading.Condition)
 
 
 class RecordWriter:
-    """Owns the staging memory of writes; used by one thread at a time, for one batch at a time.
+    """Owns threads and staging memory of writes; used by one thread at a time, for one batch at a time.
 
     A batch begins with `write`, and ends with `finish`, after which it may be committed, or with `discard`.
 
-    Memory: two halves of a few regions, each as large as the largest record of the layout.
+    A thread encodes a part of the batch, finds places for it, and waits until it is written: while it does, the others
+    have the processor. So bytes go to the device as soon as there are some, without another thread being woken.
 
     Args:
         disk: where extents come from.
         codecs: make the records.
         block_tokens: most tokens of a block.
         pool: moves the bytes.
-        encoders: threads that encode.
+        num_threads: parts that are on their way at once.
         backing: is offered every record.
     """
 
@@ -50,21 +75,23 @@ class RecordWriter:
         codecs: CodecShelf,
         block_tokens: int,
         pool: IoPool,
-        encoders: Executor,
+        num_threads: int,
         backing: Backing | None = None,
     ) -> None:
         self._disk = disk
         self._codecs = codecs
         self._pool = pool
-        self._encoders = encoders
         self._backing = backing
         self._region_nbytes = extent_nbytes(codecs.bound(block_tokens))
-        self._lanes = max(1, min(_MAX_LANES, _HALF_NBYTES // self._region_nbytes))
-        self._arena = Arena(2 * self._lanes * self._region_nbytes, False)
+        room_nbytes = round_up(max(self._region_nbytes, _MOST_PART_NBYTES), _HUGE_PAGE_NBYTES)
+        self._arena = Arena(num_threads * room_nbytes, False)
         self._memory = memoryview(self._arena)
-        self._in_flight: tuple[list[Ticket], list[Ticket]] = ([], [])  # by half
+        self._rooms: SimpleQueue[int] = SimpleQueue()
+        for number in range(num_threads):
+            self._rooms.put(number * room_nbytes)
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="kvstore-records")
+        self._jobs: list[Future[None]] = []
         self._unsynced: set[int] = set()
-        self._begun = TierStats()
 
     def write(
         self, blocks: Sequence[NewRecord], keep: Collection[BlockKey]
@@ -76,81 +103,78 @@ class RecordWriter:
             keep: blocks that must not be evicted to make room.
 
         Returns:
-            What is being written, in order, and the error that stopped it early: the disk or the budget is full.
+            What is being written, in order, and why it is not all: the disk or the budget is full.
 
         Raises:
-            StoreIOError: the device failed; nothing is kept.
-            CapacityError: the file system filled up while it was written to; nothing is kept.
+            KVStoreError: a block cannot be encoded, or no place be found for it; nothing is kept.
         """
-        placed: list[PlacedBlock] = []
-        full: CapacityError | None = None
-        is_kept = False
-        try:
-            for number, start in enumerate(range(0, len(blocks), self._lanes)):
-                _wait_all(self._in_flight[number % 2])
-                full = self._write_lanes(blocks[start : start + self._lanes], number % 2, keep, placed)
-                if full is not None:
-                    break
-            is_kept = True
-        finally:
-            if not is_kept:
-                self.discard(placed)
-        return placed, full
+        part_nbytes = len(blocks) * self._region_nbytes // _PARTS
+        part_nbytes = max(_LEAST_PART_NBYTES, min(part_nbytes, _MOST_PART_NBYTES))
+        step = max(1, part_nbytes // self._region_nbytes)
+        parts = [blocks[start : start + step] for start in range(0, len(blocks), step)]
+        batch = _Batch(keep)
+        self._unsynced.clear()
+        self._jobs = [
+            self._threads.submit(self._write_part, index, part, self._disk.next_numbers(len(part)), batch)
+            for index, part in enumerate(parts)
+        ]
+        with batch.changed:
+            batch.changed.wait_for(lambda: batch.num_placed == len(parts))
+        if batch.error is not None:
+            self.discard(batch.placed)
+            raise batch.error
+        return batch.placed, batch.full
 
     def finish(self) -> None:
         """Return when what was begun is written, and synced unless durability is `none`; may be called again.
 
         Raises:
-            StoreIOError, CapacityError: the device failed; discard what was begun.
+            StoreIOError: the device failed; discard what was begun. Likewise the others.
+            CapacityError: the file system filled up while it was written to.
         """
+        for job in self._jobs:
+            job.result()
         began_s = time.perf_counter()
-        for pending in self._in_flight:
-            _wait_all(pending)
         if self._unsynced and self._disk.config.durability.survives_power_cut:
             self._disk.files.sync(self._unsynced)
         self._unsynced.clear()
-        begun, self._begun = self._begun, TierStats()
-        self._disk.meter.add(begun + TierStats(write_s=time.perf_counter() - began_s))
+        self._disk.meter.add(TierStats(write_s=time.perf_counter() - began_s))
 
     def discard(self, placed: Sequence[PlacedBlock]) -> None:
         """Give up what will not be committed."""
-        # The staging memory and the extents are in use until the last write has ended, well or badly.
-        for ticket in (ticket for pending in self._in_flight for ticket in pending):
-            with suppress(KVStoreError):  # the first error is on its way to the caller already
-                ticket.wait()
-        for pending in self._in_flight:
-            pending.clear()
-        self._unsynced.clear()
-        self._begun = TierStats()
+        wait(self._jobs)  # the extents are in use until the last write has ended, well or badly
         self._disk.allocator.release(each.record.extent for each in placed)
 
     def close(self) -> None:
-        """Give the staging memory back."""
+        """End the threads, give the staging memory back."""
+        self._threads.shutdown()
         self._memory.release()
         del self._arena
 
-    def _write_lanes(
-        self, blocks: Sequence[NewRecord], half: int, keep: Collection[BlockKey], placed: list[PlacedBlock]
-    ) -> CapacityError | None:
-        """Encode blocks into one half of the memory; what is encoded is written while the rest still is being."""
-        job_nbytes = len(blocks) * self._region_nbytes // 2
-        job_nbytes = max(_LEAST_JOB_NBYTES, min(job_nbytes, _MOST_JOB_NBYTES))
-        step = max(1, job_nbytes // self._region_nbytes)
-        began_s = time.perf_counter()
-        jobs = []
-        for start in range(0, len(blocks), step):
-            part, at = blocks[start : start + step], (half * self._lanes + start) * self._region_nbytes
-            jobs.append((part, at, self._encoders.submit(self._encode, part, self._disk.next_numbers(len(part)), at)))
-        full: CapacityError | None = None
+    def _write_part(self, index: int, blocks: Sequence[NewRecord], generations: Sequence[int], batch: _Batch) -> None:
+        at = self._rooms.get()
         try:
-            for part, at, job in jobs:
-                full = self._submit(part, job.result(), at, half, keep, placed)
-                if full is not None:
-                    break
+            packed: list[PackedRecord] = []
+            error: BaseException | None = None
+            began_s = time.perf_counter()
+            try:
+                packed = self._encode(blocks, generations, at)
+            except BaseException as caught:  # noqa: BLE001 - the batch's, whatever it is
+                error = caught
+            encoded_s = time.perf_counter()
+            extents = self._place(index, blocks[: len(packed)], packed, error, batch)
+            for file_id, ops in transfers(extents, at).items():
+                self._pool.write(self._disk.files.file(file_id), self._arena, ops)
+            nbytes = sum(extent.nbytes for extent in extents)
+            counts = TierStats(
+                written_blocks=len(extents),
+                written_nbytes=nbytes,
+                encode_s=encoded_s - began_s,
+                write_s=time.perf_counter() - encoded_s,
+            )
+            self._disk.meter.add(counts)
         finally:
-            wait([job for *_, job in jobs])  # all: one that failed must not leave others writing to memory in use
-        self._disk.meter.add(TierStats(encode_s=time.perf_counter() - began_s))
-        return full
+            self._rooms.put(at)
 
     def _encode(self, blocks: Sequence[NewRecord], generations: Sequence[int], at: int) -> list[PackedRecord]:
         out = self._memory[at : at + len(blocks) * self._region_nbytes]
@@ -161,27 +185,34 @@ class RecordWriter:
                 out = out[extent_nbytes(each.nbytes) :]
         return packed
 
-    def _submit(
+    def _place(
         self,
+        index: int,
         blocks: Sequence[NewRecord],
         packed: Sequence[PackedRecord],
-        at: int,
-        half: int,
-        keep: Collection[BlockKey],
-        placed: list[PlacedBlock],
-    ) -> CapacityError | None:
-        """Find places for packed extents and begin to write them; neighbours in one transfer."""
-        extents, full = self._disk.allocate([extent_nbytes(each.nbytes) for each in packed], keep)
-        for block, each, extent in zip(blocks, packed, extents, strict=False):
-            number = each.generation
-            record = BlockRecord(block.num_tokens, extent, each.nbytes, number, references=0, stamp=number)
-            placed.append(PlacedBlock(block.key, record, each.directory))
-        for file_id, ops in transfers(extents, at).items():
-            self._unsynced.add(file_id)
-            self._in_flight[half].append(self._pool.submit_write(self._disk.files.file(file_id), self._arena, ops))
-        nbytes = sum(extent.nbytes for extent in extents)
-        self._begun += TierStats(written_blocks=len(extents), written_nbytes=nbytes)
-        return full
+        error: BaseException | None,
+        batch: _Batch,
+    ) -> list[Extent]:
+        """Find places when those before have theirs; nothing has one any more once one has found none."""
+        with batch.changed:
+            batch.changed.wait_for(lambda: batch.num_placed == index)
+            batch.error = batch.error or error
+            extents: list[Extent] = []
+            try:
+                if batch.full is None and batch.error is None:
+                    extents, batch.full = self._disk.allocate(
+                        [extent_nbytes(each.nbytes) for each in packed], batch.keep
+                    )
+            except BaseException as caught:  # noqa: BLE001 - likewise
+                batch.error = caught
+            for block, each, extent in zip(blocks, packed, extents, strict=False):
+                number = each.generation
+                record = BlockRecord(block.num_tokens, extent, each.nbytes, number, references=0, stamp=number)
+                batch.placed.append(PlacedBlock(block.key, record, each.directory))
+            self._unsynced.update(extent.file_id for extent in extents)
+            batch.num_placed += 1
+            batch.changed.notify_all()
+            return extents
 
 
 def transfers(extents: Sequence[Extent], at: int) -> dict[int, list[tuple[int, int, int]]]:
@@ -200,9 +231,3 @@ def transfers(extents: Sequence[Extent], at: int) -> dict[int, list[tuple[int, i
         else:
             ops.append((extent.offset, start, extent.nbytes))
     return by_file
-
-
-def _wait_all(tickets: list[Ticket]) -> None:
-    while tickets:
-        tickets[-1].wait()
-        tickets.pop()
