@@ -58,7 +58,7 @@ def _panels(rows: Iterable[Row]) -> dict[str, dict[str, Curve]]:
     for row in rows:
         case, what = row.case, str(row.case["what"])
         title = {"disk->host": "cold reads", "host->disk": "durable writes"}.get(case["way"])
-        if title is None or (row.metric == "transfer" and case["depth"] != 32):
+        if title is None or row.metric == "puts in flight" or (row.metric == "transfer" and case["depth"] != 32):
             continue
         if what.startswith("O_DIRECT") and row.metric != "transfer":
             continue

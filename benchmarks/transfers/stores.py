@@ -26,6 +26,8 @@ from transfers.rivals import BlockFiles, LmdbValues, MappedFile, Rival, Safetens
 from transfers.rounds import Call, rounds
 
 _BATCH = 32
+_IN_FLIGHT = 4
+"""Batches of the row that puts several at once."""
 _TOKENS = 16
 _LAYERS = 2
 
@@ -58,11 +60,13 @@ class Stores:
         self._library = library
         self._raw_path = folder / "raw"
         self._raw_path.write_bytes(self._blocks.tobytes())
-        self._raw = RawFile(library, self._raw_path, _BATCH * size)
+        self._put_amount = min(_BATCH, max(4, (8 << 20) // size))
+        most = max(_BATCH, _IN_FLIGHT * self._put_amount)
+        self._raw = RawFile(library, self._raw_path, most * size)
         self._cleanup.callback(self._raw.close)
         self._pool = IoPool(4)
         self._file = DirectFile(self._raw_path, True)
-        self._arena = Arena(_BATCH * size, False)
+        self._arena = Arena(most * size, False)
         self._memory: Data = np.frombuffer(memoryview(self._arena), dtype=np.uint8)
         self._memory[:] = 1
         for resource in (self._file, self._pool):
@@ -78,7 +82,8 @@ class Stores:
             for rival in self._rivals.values():
                 rival.write(numbers, [self._blocks[number] for number in numbers])
         with self._open(Access.WRITE, 4) as store:
-            self._writes(store)
+            for num_batches in (1, _IN_FLIGHT):
+                self._writes(store, num_batches)
             self._put(store, range(self._count))
         with self._open(Access.READ, 2) as store:
             self._cold_reads(store)
@@ -120,9 +125,12 @@ class Stores:
             stored = store.put([self._key(number) for number in chosen], slots, [_TOKENS] * len(chosen))
             check(set(stored) == {Outcome.STORED}, f"a put ended as {set(stored)}")
 
-    def _writes(self, store: Store) -> None:
-        """A batch until it is durable, over blocks that are there: space is used again everywhere."""
-        amount = min(_BATCH, max(4, (8 << 20) // self._size))
+    def _writes(self, store: Store, num_batches: int) -> None:
+        """Batches until they are durable, over blocks that are there: space is used again everywhere.
+
+        Several are submitted before the first is waited for; who has no queue writes as many blocks, and syncs once.
+        """
+        amount = num_batches * self._put_amount
         batches = self._batches(amount)
         last: list[BlockKey] = []
 
@@ -132,10 +140,16 @@ class Stores:
                 last.clear()
 
         def put() -> None:
-            first = next(self._fresh) * _BATCH
-            chosen = range(first, first + amount)
-            last.extend(self._key(number) for number in chosen)
-            self._put(store, chosen)
+            tickets = []
+            for _ in range(num_batches):
+                first = next(self._fresh) * _BATCH
+                chosen = range(first, first + self._put_amount)
+                keys = [self._key(number) for number in chosen]
+                last.extend(keys)
+                slots = [self._slot(self._blocks[number % self._count]) for number in chosen]
+                tickets.append(store.submit_put(keys, slots, [_TOKENS] * len(keys)))
+            stored = {outcome for ticket in tickets for outcome in ticket.outcomes()}
+            check(stored == {Outcome.STORED}, f"a put ended as {stored}")
 
         def write_raw(*, is_uring: bool) -> None:
             places = next(batches).astype(np.uint64) * np.uint64(self._size)
@@ -154,7 +168,8 @@ class Stores:
         calls = {"Store.put": Call(put, forget), "IoPool": Call(write_pool)}
         calls |= self._limits(write_raw)
         calls |= {name: Call(lambda rival=rival: write_rival(rival)) for name, rival in self._rivals.items()}  # type: ignore[misc]
-        self._compare("put", calls, amount, {"way": "host->disk", "depth": amount, "cold": "synced"})
+        case = {"way": "host->disk", "depth": amount, "cold": "synced"}
+        self._compare("put" if num_batches == 1 else "puts in flight", calls, amount, case)
         forget()
         self._raw_path.write_bytes(self._blocks.tobytes())
 
@@ -194,7 +209,7 @@ class Stores:
             self._into[:] = 0
             call.run()
             memory = {"O": self._raw.memory, "I": self._memory}.get(name[0], self._into)
-            right = memory.reshape(_BATCH, self._size) == self._blocks[chosen]
+            right = memory.ravel()[: _BATCH * self._size].reshape(_BATCH, self._size) == self._blocks[chosen]
             check(bool(right.all()), f"{name} brought other bytes")
         self._compare("fetch", calls, _BATCH, {"way": "disk->host", "depth": _BATCH, "cold": "O_DIRECT, or dropped"})
 

@@ -71,7 +71,7 @@ class DataPath:
             building.callback(self.fetcher.close)
             self.write: WritePath | None = None
             if disk.is_writable:
-                num_threads = disk.config.decode_threads + 1  # one of them waits for the device
+                num_threads = disk.config.decode_threads + 2  # some of them wait for the device
                 records = RecordWriter(disk, codecs, layout.block_tokens, pool, num_threads, backing)
                 building.callback(records.close)
                 calibrator = Calibrator(disk.calibrations, layout, profile)

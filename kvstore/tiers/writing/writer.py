@@ -17,7 +17,7 @@ from kvstore.tiers.writing.committer import Committer
 from kvstore.tiers.writing.jobs import AppendPiece, PutJob
 
 # What one commit takes: as much as encoding, writing and committing gain from being done at once.
-_MAX_BATCH_BLOCKS = 64
+_MAX_BATCH_BLOCKS = 128
 
 
 @dataclass(slots=True)
