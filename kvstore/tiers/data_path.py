@@ -71,8 +71,8 @@ class DataPath:
             building.callback(self.fetcher.close)
             self.write: WritePath | None = None
             if disk.is_writable:
-                num_threads = disk.config.decode_threads + 2  # some of them wait for the device
-                records = RecordWriter(disk, codecs, layout.block_tokens, pool, num_threads, backing)
+                encoders = (coders, disk.config.decode_threads)
+                records = RecordWriter(disk, codecs, layout.block_tokens, pool, *encoders, backing)
                 building.callback(records.close)
                 calibrator = Calibrator(disk.calibrations, layout, profile)
                 writer = Writer(disk, self.host, Committer(disk, records, calibrator, self.fetcher.damaged))

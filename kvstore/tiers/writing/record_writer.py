@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns blocks into records in extents: several threads encode and write, each a part of the batch. Commits nothing."""
+"""Turns blocks into records in extents: encode in parallel, write while the next ones are encoded. Commits nothing."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
-from queue import SimpleQueue
 
-from kvstore.errors import CapacityError
+from kvstore.errors import CapacityError, KVStoreError
 from kvstore.layout import round_up
-from kvstore.native import Arena, IoPool
+from kvstore.native import Arena, IoPool, Ticket
 from kvstore.spec import BlockKey
 from kvstore.stats import TierStats
 from kvstore.tiers.base import Extent
@@ -24,10 +25,12 @@ from kvstore.tiers.tables.blocks import PlacedBlock
 from kvstore.tiers.tables.records import EXTENT_HEADER_NBYTES, BlockRecord, extent_nbytes
 from kvstore.tiers.writing.packing import NewRecord, PackedRecord, pack
 
-# A part costs some 60 us of Python; the device is as fast with 1 MiB at a time as with more, and waits for the first.
+# A part costs some 60 us of Python, and the device waits for the first one; it is as fast with 1 MiB at a time as with
+# more.
 _LEAST_PART_NBYTES = 256 << 10
 _MOST_PART_NBYTES = 1 << 20
 _PARTS = 4
+_PARTS_IN_FLIGHT = 6
 _HUGE_PAGE_NBYTES = 2 << 20
 """Writes from huge pages are some long segments to the device, not hundreds of pages."""
 
@@ -52,20 +55,30 @@ class _Batch:
     changed: threading.Condition = field(default_factory=threading.Condition)
 
 
+@dataclass(slots=True)
+class _Part:
+    """Blocks that are encoded and written together, in one room of the memory, which begins at `at`."""
+
+    at: int
+    tickets: list[Ticket] = field(default_factory=list)
+    job: Future[TierStats] = field(default_factory=Future)
+
+
 class RecordWriter:
-    """Owns threads and staging memory of writes; used by one thread at a time, for one batch at a time.
+    """Owns the staging memory of writes; used by one thread at a time, for one batch at a time.
 
     A batch begins with `write`, and ends with `finish`, after which it may be committed, or with `discard`.
 
-    A thread encodes a part of the batch, finds places for it, and waits until it is written: while it does, the others
-    have the processor. So bytes go to the device as soon as there are some, without another thread being woken.
+    Whoever has encoded a part of the batch finds places for it and hands it to the device: another thread would have to
+    be woken, and find no processor until all is encoded.
 
     Args:
         disk: where extents come from.
         codecs: make the records.
         block_tokens: most tokens of a block.
         pool: moves the bytes.
-        num_threads: parts that are on their way at once.
+        encoders: threads that encode.
+        num_encoders: how many they are.
         backing: is offered every record.
     """
 
@@ -75,7 +88,8 @@ class RecordWriter:
         codecs: CodecShelf,
         block_tokens: int,
         pool: IoPool,
-        num_threads: int,
+        encoders: Executor,
+        num_encoders: int,
         backing: Backing | None = None,
     ) -> None:
         self._disk = disk
@@ -84,13 +98,12 @@ class RecordWriter:
         self._backing = backing
         self._region_nbytes = extent_nbytes(codecs.bound(block_tokens))
         room_nbytes = round_up(max(self._region_nbytes, _MOST_PART_NBYTES), _HUGE_PAGE_NBYTES)
-        self._arena = Arena(num_threads * room_nbytes, False)
+        num_rooms = num_encoders + _PARTS_IN_FLIGHT
+        self._arena = Arena(num_rooms * room_nbytes, False)
         self._memory = memoryview(self._arena)
-        self._rooms: SimpleQueue[int] = SimpleQueue()
-        for number in range(num_threads):
-            self._rooms.put(number * room_nbytes)
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="kvstore-records")
-        self._jobs: list[Future[None]] = []
+        self._rooms = [number * room_nbytes for number in range(num_rooms)]  # those that are free
+        self._in_flight: deque[_Part] = deque()
+        self._encoders = encoders
         self._unsynced: set[int] = set()
 
     def write(
@@ -106,7 +119,7 @@ class RecordWriter:
             What is being written, in order, and why it is not all: the disk or the budget is full.
 
         Raises:
-            KVStoreError: a block cannot be encoded, or no place be found for it; nothing is kept.
+            KVStoreError: the device failed, a block cannot be encoded, or no place be found for it; nothing is kept.
         """
         part_nbytes = len(blocks) * self._region_nbytes // _PARTS
         part_nbytes = max(_LEAST_PART_NBYTES, min(part_nbytes, _MOST_PART_NBYTES))
@@ -114,15 +127,23 @@ class RecordWriter:
         parts = [blocks[start : start + step] for start in range(0, len(blocks), step)]
         batch = _Batch(keep)
         self._unsynced.clear()
-        self._jobs = [
-            self._threads.submit(self._write_part, index, part, self._disk.next_numbers(len(part)), batch)
-            for index, part in enumerate(parts)
-        ]
-        with batch.changed:
-            batch.changed.wait_for(lambda: batch.num_placed == len(parts))
-        if batch.error is not None:
-            self.discard(batch.placed)
-            raise batch.error
+        is_kept = False
+        try:
+            for index, part in enumerate(parts):
+                if not self._rooms:
+                    self._finish_oldest()
+                flying = _Part(self._rooms.pop())
+                generations = self._disk.next_numbers(len(part))
+                flying.job = self._encoders.submit(self._write_part, index, part, generations, flying, batch)
+                self._in_flight.append(flying)
+            with batch.changed:
+                batch.changed.wait_for(lambda: batch.num_placed == len(parts))
+            if batch.error is not None:
+                raise batch.error
+            is_kept = True
+        finally:
+            if not is_kept:
+                self.discard(batch.placed)
         return batch.placed, batch.full
 
     def finish(self) -> None:
@@ -132,9 +153,9 @@ class RecordWriter:
             StoreIOError: the device failed; discard what was begun. Likewise the others.
             CapacityError: the file system filled up while it was written to.
         """
-        for job in self._jobs:
-            job.result()
         began_s = time.perf_counter()
+        while self._in_flight:
+            self._finish_oldest()
         if self._unsynced and self._disk.config.durability.survives_power_cut:
             self._disk.files.sync(self._unsynced)
         self._unsynced.clear()
@@ -142,39 +163,48 @@ class RecordWriter:
 
     def discard(self, placed: Sequence[PlacedBlock]) -> None:
         """Give up what will not be committed."""
-        wait(self._jobs)  # the extents are in use until the last write has ended, well or badly
+        wait([part.job for part in self._in_flight])
+        while self._in_flight:  # memory and extents are in use until the last write has ended, well or badly
+            part = self._in_flight.popleft()
+            while part.tickets:
+                with suppress(KVStoreError):  # the first error is on its way to the caller already
+                    part.tickets[-1].wait()
+                part.tickets.pop()
+            self._rooms.append(part.at)
         self._disk.allocator.release(each.record.extent for each in placed)
 
     def close(self) -> None:
-        """End the threads, give the staging memory back."""
-        self._threads.shutdown()
+        """Give the staging memory back."""
         self._memory.release()
         del self._arena
 
-    def _write_part(self, index: int, blocks: Sequence[NewRecord], generations: Sequence[int], batch: _Batch) -> None:
-        at = self._rooms.get()
+    def _finish_oldest(self) -> None:
+        """Wait until a part is written, and take its memory back; what fails stays in flight for `discard`."""
+        part = self._in_flight[0]
+        counts = part.job.result()
+        while part.tickets:  # no name for one: the error's traceback would keep it, and its file open
+            part.tickets[-1].wait()
+            part.tickets.pop()
+        self._rooms.append(self._in_flight.popleft().at)
+        self._disk.meter.add(counts)
+
+    def _write_part(
+        self, index: int, blocks: Sequence[NewRecord], generations: Sequence[int], part: _Part, batch: _Batch
+    ) -> TierStats:
+        """Encode blocks, place them, begin to write them; returns what to count."""
+        packed: list[PackedRecord] = []
+        error: BaseException | None = None
+        began_s = time.perf_counter()
         try:
-            packed: list[PackedRecord] = []
-            error: BaseException | None = None
-            began_s = time.perf_counter()
-            try:
-                packed = self._encode(blocks, generations, at)
-            except BaseException as caught:  # noqa: BLE001 - the batch's, whatever it is
-                error = caught
-            encoded_s = time.perf_counter()
-            extents = self._place(index, blocks[: len(packed)], packed, error, batch)
-            for file_id, ops in transfers(extents, at).items():
-                self._pool.write(self._disk.files.file(file_id), self._arena, ops)
-            nbytes = sum(extent.nbytes for extent in extents)
-            counts = TierStats(
-                written_blocks=len(extents),
-                written_nbytes=nbytes,
-                encode_s=encoded_s - began_s,
-                write_s=time.perf_counter() - encoded_s,
-            )
-            self._disk.meter.add(counts)
-        finally:
-            self._rooms.put(at)
+            packed = self._encode(blocks, generations, part.at)
+        except BaseException as caught:  # noqa: BLE001 - the batch's, whatever it is
+            error = caught
+        encode_s = time.perf_counter() - began_s
+        extents = self._place(index, blocks[: len(packed)], packed, error, batch)
+        for file_id, ops in transfers(extents, part.at).items():
+            part.tickets.append(self._pool.submit_write(self._disk.files.file(file_id), self._arena, ops))
+        nbytes = sum(extent.nbytes for extent in extents)
+        return TierStats(written_blocks=len(extents), written_nbytes=nbytes, encode_s=encode_s)
 
     def _encode(self, blocks: Sequence[NewRecord], generations: Sequence[int], at: int) -> list[PackedRecord]:
         out = self._memory[at : at + len(blocks) * self._region_nbytes]
