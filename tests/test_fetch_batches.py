@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,12 @@ import torch
 from kvstore.codec import Codec, Profile, header_nbytes
 from kvstore.errors import ShapeError
 from kvstore.layout import BlockLayout
-from kvstore.native import Calibration, Geometry, copy_memory, crc32c, decode_extents
+from kvstore.native import Calibration, Geometry, copy_memory, crc32c, decode_extents, seal_extent
 from kvstore.record import DTYPES
 from kvstore.store import Access, FetchRequest, Outcome, Store
 from kvstore.tiers.codec_shelf import ExtentInMemory
 from kvstore.tiers.disk import Found
-from kvstore.tiers.tables.records import EXTENT_HEADER_NBYTES, ExtentHeader, pack_extent_header, unpack_extent_header
+from kvstore.tiers.tables.records import EXTENT_HEADER_NBYTES, ExtentHeader, extent_nbytes, unpack_extent_header
 from tests.codec_slots import fitted, normal_slot
 from tests.store_blocks import LAYOUT, SPEC, block_key, open_store, same_block
 
@@ -51,6 +52,13 @@ def _of_another_calibration(record: bytes) -> bytes:
 
 def _flipped(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
+
+
+def _packed(header: ExtentHeader) -> bytes:
+    """An extent header with a sound checksum, whatever it says."""
+    fields = (1, header.generation, header.record_nbytes, header.key, header.record_crc32c)
+    front = struct.pack("<4sH2xQQ32sI", b"KVXT", *fields)
+    return front + struct.pack("<I", crc32c(front))
 
 
 BAD: dict[str, tuple[Change, str]] = {
@@ -87,7 +95,7 @@ def _change(path: Path, store: Store, number: int, change: Change) -> None:
         data = file.read(extent.nbytes)
         header, record = change(unpack_extent_header(data), data[EXTENT_HEADER_NBYTES:])
         file.seek(extent.offset)
-        file.write((pack_extent_header(header) + record)[: extent.nbytes])
+        file.write((_packed(header) + record)[: extent.nbytes])
 
 
 def _filled(path: Path, profile: Profile) -> None:
@@ -142,9 +150,10 @@ def test_a_bit_exact_store_brings_no_lossy_block(tmp_path: Path) -> None:
 
 
 def _extent(codec: Codec, number: int) -> bytes:
-    out = bytearray(codec.bound(TOKENS))
-    record = bytes(out[: codec.encode(_slot(number), TOKENS, 0, out)])
-    return pack_extent_header(ExtentHeader(block_key(number), 5, len(record), crc32c(record))) + record
+    room = bytearray(extent_nbytes(codec.bound(TOKENS)))
+    nbytes = codec.encode(_slot(number), TOKENS, 0, memoryview(room)[EXTENT_HEADER_NBYTES:])
+    seal_extent(block_key(number), 5, nbytes, room)
+    return bytes(room[: EXTENT_HEADER_NBYTES + nbytes])
 
 
 def _in_memory(extent: bytes, offset: int, number: int, slot: torch.Tensor) -> ExtentInMemory:
