@@ -246,7 +246,8 @@ class Store(BlockCalls):
         check_keys(request.key for request in requests)
         check_slots((request.slot for request in requests), data.layout)
         for request in requests:
-            check_layers(request.layers, data.layout)
+            if request.layers is not None:
+                check_layers(request.layers, data.layout)
         return data.fetcher.fetch(requests) if timeout_s is None else data.mover.fetch(requests, timeout_s)
 
     def summaries(self, name: str, first: int, count: int) -> dict[int, bytes]:

@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -140,6 +141,37 @@ def test_a_file_that_cannot_even_be_looked_for_fails_its_pieces(reading: Reading
 
     assert len(failed) == 6 * count
     assert all(isinstance(error, StoreIOError) and error.errno == errno.ENAMETOOLONG for error in failed)
+
+
+def test_other_threads_help_a_slow_consumer_and_one_thread_takes_a_fast_one(reading: Reading) -> None:
+    seen: set[int] = set()
+
+    def consume(placed: Sequence[tuple[Piece, int]]) -> None:
+        seen.add(threading.get_ident())
+        time.sleep(0.01)
+
+    reading.reader.pace.byte_s = 1e-6
+    reading.reader.read([scattered(60, 4, 5)], consume, lambda piece, error: None)
+    assert threading.get_ident() in seen
+    assert len(seen) > 1
+    seen.clear()
+    reading.reader.pace.byte_s = 1e-12
+    reading.reader.read([scattered(60, 4, 5)], consume, lambda piece, error: None)
+    assert seen == {threading.get_ident()}
+
+
+def test_a_batch_may_come_in_parts(reading: Reading) -> None:
+    right: list[int] = []
+    pieces = scattered(9, 4, 6)
+
+    def consume(placed: Sequence[tuple[Piece, int]]) -> None:
+        right.extend(piece.item for piece, _ in placed)
+
+    for parts in ([pieces[:4], pieces[4:]], [[], pieces], [pieces[:1], pieces[1:]], [pieces, []]):
+        right.clear()
+        reading.reader.read(iter(parts), consume, lambda piece, error: None)
+        assert sorted(right) == list(range(9))
+    assert reading.reader.read(iter([[], []]), consume, lambda piece, error: None) == 0
 
 
 def test_a_batch_comes_where_no_helper_can_be_had(noise: tuple[Path, list[bytes]], engine: str) -> None:

@@ -31,10 +31,8 @@ def check_slots(slots: Iterable[Tensor], layout: BlockLayout) -> None:
             )
 
 
-def check_layers(layers: range | None, layout: BlockLayout) -> None:
-    """Raise `ShapeError` unless `layers` is None or a run of existing layers, at least one."""
-    if layers is None:
-        return
+def check_layers(layers: range, layout: BlockLayout) -> None:
+    """Raise `ShapeError` unless `layers` is a run of existing layers, at least one."""
     if layers.step != 1 or not 0 <= layers.start < layers.stop <= layout.spec.num_layers:
         raise ShapeError(f"layers {layers}: not a run of layers 0 to {layout.spec.num_layers - 1}")
 
