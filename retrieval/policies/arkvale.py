@@ -16,4 +16,5 @@ POLICY = Policy(
     views=(View(CuboidMean(), Bound(), Space.ROTATED),),
     trigger=EveryStep(),
     full_layers=2,
+    recent_tokens=64,
 )

@@ -17,4 +17,5 @@ POLICY = Policy(
     views=(View(MinMax(), Bound(), Space.ROTATED, group=Group.SOFTMAX_MEAN),),
     trigger=Speculative(QueryCosine(0.8)),
     full_layers=2,
+    recent_tokens=512,
 )

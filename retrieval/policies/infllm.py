@@ -18,4 +18,5 @@ POLICY = Policy(
     trigger=EveryStep(),
     position=PositionPolicy.CONSTANT_FAR,
     retrieves_while_appending=True,
+    recent_tokens=512,
 )

@@ -17,4 +17,5 @@ POLICY = Policy(
     # The source has .85 for long inputs with short answers, .7 for long answers.
     trigger=QueryCosine(0.85),
     full_layers=2,
+    recent_tokens=512,
 )

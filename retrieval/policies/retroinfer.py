@@ -17,4 +17,5 @@ POLICY = Policy(
     views=(View(Mean(), Dot(), Space.ROTATED, group=Group.SOFTMAX_MEAN),),
     trigger=EveryStep(),
     estimated_share=0.232,
+    recent_tokens=64,
 )

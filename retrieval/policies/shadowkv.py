@@ -22,4 +22,5 @@ POLICY = Policy(
     # 24 of them for every 128 pages of the budget.
     fusion=Reserve(24 / (24 + 128)),
     trigger=EveryStep(),
+    recent_tokens=32,
 )
