@@ -17,7 +17,7 @@ from kvstore.session.branch import Branch
 from kvstore.session.session import Session
 from kvstore.store import Access, FetchReport, FetchRequest, Manifest, Outcome, Profile, Store, StreamHeader
 from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.writing import writer
+from kvstore.tiers.writing import committer
 from tests.tiny_models import BLOCK_TOKENS, ORIGINAL, attached_stream, make_model, policy, settings, token_ids
 
 STREAM = token_ids(96)
@@ -262,7 +262,7 @@ def test_a_cursor_does_not_move_past_blocks_whose_loss_another_was_told_of(
         session = Session(store, store.manifest("twin").header, config, rotate, torch.device("cpu"))
         with attach(model, session):
             with monkeypatch.context() as full:
-                full.setattr(writer, "append_entries", refuse)
+                full.setattr(committer, "append_entries", refuse)
                 model(STREAM[:, :32])
                 session.commit({"at": 32})
                 with pytest.raises(CapacityError, match="file system is full"):
