@@ -28,6 +28,11 @@ Records (kvstore.codec is their face):
         returns bytes of the extent.
     limit_simd(level): keeps loops beyond `baseline`, `avx2` or `avx512` from being used, for comparing them.
 
+Rows of an index (csrc/index/byte_rows.hpp):
+    ByteRows(codes, low, step, partitions, rows, width): a segment of rows kept as bytes; holds the three buffers.
+    score_byte_rows(jobs, num_threads): a job is (segments, queries, scores, num_queries, stride): float32 queries
+        [partitions, num_queries, width], and float32 scores [partitions, num_queries, stride] to be written.
+
 Memory and files:
     Arena(nbytes, pinned): page-aligned writable memory, zero-filled, `nbytes` rounded up to pages; a buffer of uint8.
         `pinned` page-locks it when a CUDA device is there. The memory lives as long as any view of it.
@@ -62,6 +67,7 @@ from kvstore.errors import MissingDependencyError
 try:
     from kvstore._native import (
         Arena,
+        ByteRows,
         Calibration,
         DecodePlan,
         DirectFile,
@@ -91,6 +97,7 @@ try:
         record_bound,
         scatter_rows,
         seal_extent,
+        score_byte_rows,
         split_planes,
     )
 except ImportError as error:
@@ -100,6 +107,7 @@ except ImportError as error:
 
 __all__ = [
     "Arena",
+    "ByteRows",
     "Calibration",
     "DecodePlan",
     "DirectFile",
@@ -129,5 +137,6 @@ __all__ = [
     "record_bound",
     "scatter_rows",
     "seal_extent",
+    "score_byte_rows",
     "split_planes",
 ]

@@ -21,5 +21,6 @@ void bind_device(pybind11::module_& module);
 void bind_decode(pybind11::module_& module);
 void bind_encode(pybind11::module_& module);
 void bind_put(pybind11::module_& module);
+void bind_index(pybind11::module_& module);
 
 }  // namespace kv::bindings

@@ -12,4 +12,5 @@ PYBIND11_MODULE(_native, module) {
   kv::bindings::bind_decode(module);
   kv::bindings::bind_encode(module);
   kv::bindings::bind_put(module);
+  kv::bindings::bind_index(module);
 }

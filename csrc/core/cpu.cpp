@@ -37,6 +37,7 @@ const CpuFeatures& cpu_features() noexcept {
     found.has_vector_clmul = __builtin_cpu_supports("vpclmulqdq") != 0 &&
                              __builtin_cpu_supports("avx512f") != 0 &&
                              __builtin_cpu_supports("avx512dq") != 0;
+    found.has_vnni = __builtin_cpu_supports("avx512vnni") != 0;
     found.simd_level = detected_level();
 #endif
     return found;

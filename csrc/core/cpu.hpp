@@ -10,6 +10,7 @@
 #define KV_X86 1
 #define KV_TARGET_CRC __attribute__((target("sse4.2")))
 #define KV_TARGET_CLMUL __attribute__((target("avx512f,avx512dq,vpclmulqdq")))
+#define KV_TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 #define KV_TARGET_AVX2 __attribute__((target("avx2,bmi2,popcnt")))
 #define KV_TARGET_AVX512                                                                          \
   __attribute__((                                                                                 \
@@ -28,6 +29,7 @@ enum class SimdLevel : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 struct CpuFeatures {
   bool has_crc32c = false;                      ///< SSE4.2
   bool has_vector_clmul = false;                ///< VPCLMULQDQ, AVX-512 F and DQ
+  bool has_vnni = false;                        ///< AVX-512 VNNI
   SimdLevel simd_level = SimdLevel::kBaseline;  ///< kAvx512 means F, BW, DQ, VL, VBMI and VBMI2
 };
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from kvstore.errors import ShapeError
 
+_LARGEST = 1e30
+"""Of a row's elements: beyond it, differences and products leave what float32 holds."""
+
 
 class PartitionedIndex(Protocol):
     """Equally many rows in every partition; a row's number is the order in which it was added."""
@@ -25,22 +28,27 @@ class PartitionedIndex(Protocol):
             ShapeError: another number of partitions or elements.
         """
 
-    def scores(self, queries: Tensor) -> Tensor:
-        """Inner products of `[num_partitions, num_queries, width]` float32 queries with all rows.
+    def scores(self, queries: Tensor, end: int | None = None) -> Tensor:
+        """Inner products of `[num_partitions, num_queries, width]` float32 queries with the rows.
+
+        Args:
+            queries: one group per partition.
+            end: only rows below this number; None for all.
 
         Returns:
-            [num_partitions, num_queries, num_rows] float32.
+            [num_partitions, num_queries, min(end, num_rows)] float32.
         """
 
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def search(self, queries: Tensor, k: int, end: int | None = None) -> tuple[Tensor, Tensor]:
         """Find the rows with the largest inner products.
 
         Args:
             queries: [num_partitions, num_queries, width] float32.
             k: rows wanted per query.
+            end: only rows below this number, such as those that were there when the question was asked; None for all.
 
         Returns:
-            (scores, rows): `[num_partitions, num_queries, min(k, num_rows)]` float32 and int64, best first.
+            (scores, rows): `[num_partitions, num_queries, min(k, end, num_rows)]` float32 and int64, best first.
         """
 
 
@@ -63,7 +71,7 @@ class MatrixIndex:
 
     def add(self, rows: Tensor) -> None:
         """See `PartitionedIndex`."""
-        check_partitions(rows, self._rows)
+        check_partitions(rows, self._rows.shape[0], self._rows.shape[2])
         needed = self._num_rows + rows.shape[1]
         if needed > self._rows.shape[1]:
             grown = torch.empty(self._rows.shape[0], max(needed, 2 * self._rows.shape[1]), self._rows.shape[2])
@@ -72,20 +80,30 @@ class MatrixIndex:
         self._rows[:, self._num_rows : needed] = rows
         self._num_rows = needed
 
-    def scores(self, queries: Tensor) -> Tensor:
+    def scores(self, queries: Tensor, end: int | None = None) -> Tensor:
         """See `PartitionedIndex`."""
-        check_partitions(queries, self._rows)
-        return torch.bmm(queries, self._rows[:, : self._num_rows].transpose(1, 2))
+        check_partitions(queries, self._rows.shape[0], self._rows.shape[2])
+        return torch.bmm(queries, self._rows[:, : rows_below(end, self._num_rows)].transpose(1, 2))
 
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def search(self, queries: Tensor, k: int, end: int | None = None) -> tuple[Tensor, Tensor]:
         """See `PartitionedIndex`."""
-        found = self.scores(queries).topk(min(k, self._num_rows), dim=-1)
+        scores = self.scores(queries, end)
+        found = scores.topk(min(k, scores.shape[-1]), dim=-1)
         return found.values, found.indices
 
 
-def check_partitions(rows: Tensor, wanted: Tensor) -> None:
-    """Raise `ShapeError` unless `rows` has the partitions and the width of `wanted`, as float32."""
-    if rows.dim() != 3 or rows.shape[0] != wanted.shape[0] or rows.shape[2] != wanted.shape[2]:
-        raise ShapeError(
-            f"rows are [{wanted.shape[0]}, n, {wanted.shape[2]}] float32; got {list(rows.shape)} {rows.dtype}"
-        )
+def rows_below(end: int | None, num_rows: int) -> int:
+    """How many of `num_rows` rows have numbers below `end`."""
+    return num_rows if end is None else min(max(end, 0), num_rows)
+
+
+def check_partitions(rows: Tensor, num_partitions: int, width: int) -> None:
+    """Raise `ShapeError` unless `rows` is `[num_partitions, n, width]` float32."""
+    if rows.dim() != 3 or rows.shape[0] != num_partitions or rows.shape[2] != width or rows.dtype != torch.float32:
+        raise ShapeError(f"rows are [{num_partitions}, n, {width}] float32; got {list(rows.shape)} {rows.dtype}")
+
+
+def check_finite(rows: Tensor) -> None:
+    """Raise `ShapeError` when an element is no number, infinite or too large: it would spoil its whole segment."""
+    if rows.numel() and not float(rows.abs().amax()) <= _LARGEST:
+        raise ShapeError(f"rows of an index hold finite numbers up to {_LARGEST}")

@@ -12,7 +12,7 @@ NATIVE = Path(__file__).parent
 CSRC = NATIVE.parents[1] / "csrc"
 LIBRARY = [
     path
-    for part in ("core", "elements", "entropy", "planes", "basis", "codec", "io")
+    for part in ("core", "elements", "entropy", "planes", "basis", "codec", "io", "index")
     for path in sorted(CSRC.glob(f"{part}/*.cpp"))
 ]
 FUZZ_TARGETS = [NATIVE / "fuzz" / f"{name}.cpp" for name in ("sample", "decoding", "encoding")]

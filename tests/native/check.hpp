@@ -26,4 +26,6 @@
 
 /// Returns a checksum of all bytes made, which must not depend on the machine.
 unsigned test_codec();
+/// The same for the index, continued from `seed`.
+unsigned test_index(unsigned seed);
 void test_io();

@@ -5,7 +5,7 @@
 #include "check.hpp"
 
 int main() {
-  std::printf("%08x\n", test_codec());
+  std::printf("%08x\n", test_index(test_codec()));
   test_io();
   return 0;
 }

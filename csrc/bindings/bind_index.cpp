@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// Byte rows and their scores for Python.
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <vector>
+
+#include "bindings/bind.hpp"
+#include "bindings/buffers.hpp"
+#include "index/byte_rows.hpp"
+
+namespace py = pybind11;
+using py::literals::operator""_a;
+
+namespace kv::bindings {
+namespace {
+
+// Rows whose memory Python owns; it is held as long as this object lives.
+class HeldByteRows {
+ public:
+  HeldByteRows(const py::buffer& codes,
+               const py::buffer& low,
+               const py::buffer& step,
+               std::size_t partitions,
+               std::size_t rows,
+               std::size_t width)
+      : codes_(codes, false),
+        low_(low, false),
+        step_(step, false),
+        rows_(codes_.readable(), low_.readable(), step_.readable(), partitions, rows, width) {}
+
+  [[nodiscard]] const ByteRows& rows() const noexcept { return rows_; }
+
+ private:
+  HeldBuffer codes_;
+  HeldBuffer low_;
+  HeldBuffer step_;
+  ByteRows rows_;
+};
+
+// Segments, queries, scores, queries per partition, columns of the scores.
+using Job =
+    std::tuple<std::vector<const HeldByteRows*>, py::buffer, py::buffer, std::size_t, std::size_t>;
+
+void score(const std::vector<Job>& asked, std::size_t num_threads) {
+  std::vector<HeldBuffer> held;
+  std::vector<ScoreJob> jobs;
+  held.reserve(2 * asked.size());
+  jobs.reserve(asked.size());
+  for (const auto& [segments, queries, scores, num_queries, stride] : asked) {
+    const ConstBytes from = held.emplace_back(queries, false).readable();
+    const Bytes to = held.emplace_back(scores, true).writable();
+    ScoreJob job{{},
+                 reinterpret_cast<const float*>(from.data()),
+                 reinterpret_cast<float*>(to.data()),
+                 num_queries,
+                 stride};
+    std::size_t rows = 0;
+    for (const HeldByteRows* segment : segments) {
+      KV_EXPECT(segment != nullptr, ShapeError, "a segment is None");
+      const ByteRows& found = segment->rows();
+      const std::size_t lines = found.partitions() * num_queries;
+      KV_EXPECT(num_queries <= from.size() && stride <= to.size() &&
+                    from.size() == lines * found.width() * sizeof(float) &&
+                    to.size() == lines * stride * sizeof(float),
+                ShapeError, "queries or scores do not fit the rows of a segment");
+      rows += found.rows();
+      job.segments.push_back(&found);
+    }
+    KV_EXPECT(rows <= stride, ShapeError, "there are more rows than columns for their scores");
+    jobs.push_back(std::move(job));
+  }
+  const py::gil_scoped_release released;
+  score_byte_rows(jobs, num_threads);
+}
+
+}  // namespace
+
+void bind_index(py::module_& module) {
+  py::class_<HeldByteRows>(module, "ByteRows")
+      .def(py::init<const py::buffer&, const py::buffer&, const py::buffer&, std::size_t,
+                    std::size_t, std::size_t>(),
+           "codes"_a, "low"_a, "step"_a, "partitions"_a, "rows"_a, "width"_a);
+  module.def("score_byte_rows", &score, "jobs"_a, "num_threads"_a);
+}
+
+}  // namespace kv::bindings
