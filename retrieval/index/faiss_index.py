@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FAISS index: exact inner products over 8-bit rows. The only module that imports faiss."""
+"""The FAISS index: exact inner products over 8-bit rows."""
 
 from __future__ import annotations
 
