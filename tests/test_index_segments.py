@@ -13,12 +13,13 @@ from torch import Tensor
 
 from kvstore.errors import ShapeError
 from kvstore.retrieval.index.byte_rows import ByteCoding
+from kvstore.retrieval.index.choice import choose_index
 from kvstore.retrieval.index.coding import Coding
 from kvstore.retrieval.index.float_rows import FloatCoding
-from kvstore.retrieval.index.oracle import best_rows, exact_scores
+from kvstore.retrieval.index.oracle import best_rows, exact_scores, recall
 from kvstore.retrieval.index.reduced_rows import ReducedCoding
 from kvstore.retrieval.index.segmented import SegmentedIndex
-from kvstore.retrieval.index.snapshot import search_together
+from kvstore.retrieval.index.snapshot import best_columns, search_together
 
 PARTITIONS, WIDTH, SEGMENT = 2, 12, 32
 CODINGS: dict[str, tuple[Coding, float]] = {
@@ -131,6 +132,20 @@ def test_rows_keep_their_scores_when_others_are_removed(name: str) -> None:
     assert bool(after[:, :, ~left].isneginf().all())
 
 
+@pytest.mark.parametrize("columns", [1, 63, 64, 255, 256, 257, 2000, 2047, 2048])
+@pytest.mark.parametrize("k", [0, 1, 7])
+def test_the_best_columns_are_those_of_a_full_sort(columns: int, k: int) -> None:
+    scores = torch.randint(-50, 50, (2, 3, columns), generator=torch.Generator().manual_seed(columns)).float()
+    scores[:, :, ::3] = float("-inf")
+    k = min(k, columns)
+
+    values, places = best_columns(scores, k)
+
+    assert torch.equal(values, scores.sort(dim=-1, descending=True).values[..., :k])
+    assert torch.equal(scores.gather(-1, places), values)
+    assert all(len(set(row)) == k for row in places.flatten(0, 1).tolist())
+
+
 def test_several_indices_are_searched_at_once() -> None:
     indices = [small(), small(), SegmentedIndex(PARTITIONS, 7, FloatCoding(), SEGMENT)]
     widths = [WIDTH, WIDTH, 7]
@@ -225,6 +240,33 @@ def test_directions_weighed_by_queries_miss_less_of_their_scores() -> None:
     weighed = ReducedCoding.fitted(rows, 4, FloatCoding(), queries)
 
     assert error(weighed) < 0.1 * error(plain)
+
+
+def test_the_chosen_index_is_exact_while_it_is_small_and_then_a_byte_per_element() -> None:
+    rows, queries = rows_of(2000), rows_of(2, seed=1)
+    index = choose_index(PARTITIONS, WIDTH)
+    index.add(rows[:, :1023])
+    assert torch.equal(index.scores(queries), torch.bmm(queries, rows[:, :1023].transpose(1, 2)))
+    index.add(rows[:, 1023:])
+    assert [part.dtype for part in index.dump()[0].rows.parts] == [torch.uint8, torch.float32, torch.float32]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_rows_on_a_gpu_are_found_and_removed_as_on_the_cpu() -> None:
+    rows, queries = rows_of(40_000), rows_of(2, seed=1)
+    index = choose_index(PARTITIONS, WIDTH, torch.device("cuda"))
+    for part in rows.split(7000, dim=1):
+        index.add(part)
+    index.remove(torch.arange(0, 20_000))
+    index.remove(torch.tensor([39_999]))
+
+    scores, found = index.search(queries, 32, 39_000)
+
+    assert found.device.type == "cuda"
+    expected = best_rows(rows, queries, 32, 39_000, range(20_000))
+    assert recall(found.cpu(), expected[1]) > 0.95
+    torch.testing.assert_close(scores.cpu(), expected[0], atol=2e-2, rtol=2e-2)
 
 
 def test_wrong_rows_are_refused_and_leave_the_index_as_it_was() -> None:

@@ -15,6 +15,8 @@ from kvstore.retrieval.index.coding import Asked, Coding
 from kvstore.retrieval.index.partitions import check_partitions, rows_below
 from kvstore.retrieval.index.segment import Segment
 
+_RUN_COLUMNS = 64
+
 
 # Not slotted: what is derived is kept beside the fields.
 @dataclass(frozen=True)
@@ -150,9 +152,8 @@ class Question:
     def best(self, k: int) -> tuple[Tensor, Tensor]:
         """Scores and numbers of the best `k` rows, best first."""
         living = self.columns if self.dead is None else int((~self.dead).sum())
-        found = self.finished().topk(min(k, living), dim=-1)
-        rows = found.indices if self.numbers is None else self.numbers.to(found.indices.device)[found.indices]
-        return found.values, rows
+        scores, columns = best_columns(self.finished(), min(k, living))
+        return scores, columns if self.numbers is None else self.numbers.to(columns.device)[columns]
 
 
 def search_together(
@@ -176,6 +177,24 @@ def search_together(
     for coding, asked in by_coding.items():
         coding.score(asked)
     return [question.best(k) for question in questions]
+
+
+def best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` largest along the last dimension and their places, largest first.
+
+    The `k` largest are in the `k` runs with the largest maxima, and maxima cost a quarter of torch's `topk` of it all.
+    """
+    whole = scores.shape[-1] // _RUN_COLUMNS
+    if whole < 4 * k:
+        found = scores.topk(k, dim=-1)
+        return found.values, found.indices
+    runs = scores[..., : whole * _RUN_COLUMNS].unflatten(-1, (whole, _RUN_COLUMNS)).amax(dim=-1)
+    places = torch.arange(_RUN_COLUMNS, device=scores.device)
+    columns = (runs.topk(k, dim=-1, sorted=False).indices[..., None] * _RUN_COLUMNS + places).flatten(-2)
+    rest = torch.arange(whole * _RUN_COLUMNS, scores.shape[-1], device=scores.device)
+    columns = torch.cat([columns, rest.expand(*columns.shape[:-1], -1)], dim=-1)
+    found = scores.gather(-1, columns).topk(k, dim=-1)
+    return found.values, columns.gather(-1, found.indices)
 
 
 def _marks(marks: Tensor | None, count: int) -> Tensor:
