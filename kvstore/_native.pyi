@@ -105,6 +105,9 @@ class EncodePlan:
 class ByteRows:
     def __init__(self, codes: Buffer, low: Buffer, step: Buffer, partitions: int, rows: int, width: int) -> None: ...
 
+def encode_byte_rows(
+    rows: Buffer, codes: Buffer, low: Buffer, step: Buffer, partitions: int, num_rows: int, width: int
+) -> None: ...
 def score_byte_rows(
     jobs: Sequence[tuple[Sequence[ByteRows], Buffer, Buffer, int, int]], num_threads: int
 ) -> None: ...

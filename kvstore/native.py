@@ -30,6 +30,7 @@ Records (kvstore.codec is their face):
 
 Rows of an index (csrc/index/byte_rows.hpp):
     ByteRows(codes, low, step, partitions, rows, width): a segment of rows kept as bytes; holds the three buffers.
+    encode_byte_rows(rows, codes, low, step, partitions, num_rows, width): the codes of float32 rows, and their ranges.
     score_byte_rows(jobs, num_threads): a job is (segments, queries, scores, num_queries, stride): float32 queries
         [partitions, num_queries, width], and float32 scores [partitions, num_queries, stride] to be written.
 
@@ -88,6 +89,7 @@ try:
         decode_rows,
         device_gather_rows,
         device_scatter_rows,
+        encode_byte_rows,
         encode_record,
         gather_rows,
         limit_simd,
@@ -128,6 +130,7 @@ __all__ = [
     "decode_rows",
     "device_gather_rows",
     "device_scatter_rows",
+    "encode_byte_rows",
     "encode_record",
     "gather_rows",
     "limit_simd",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,6 +214,29 @@ def test_memory_is_a_byte_per_element_and_grows_without_peaks() -> None:
     assert max(peaks) <= 1024 * row * 4 + index.num_rows // 1024 * row * 8
     sealed = [sum(part.nbytes for part in segment.rows.parts) for segment in index.dump()[:-1]]
     assert set(sealed) == {1024 * row + 8 * row}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell peaks of memory")
+def test_a_long_stream_takes_the_memory_that_is_stated_and_no_more_on_the_way() -> None:
+    partitions, width, segments = 4, 128, 200
+    index = SegmentedIndex(partitions, width)
+    rows = torch.randn(partitions, 1000, width)
+    index.add(torch.cat([rows] * 3, dim=1))  # what is allocated once, by torch and for a tail
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before, stated = resident_nbytes("VmRSS"), index.nbytes
+    for _ in range(segments):
+        index.add(rows)
+    grown = index.nbytes - stated
+
+    assert grown == pytest.approx(segments * 1000 * partitions * width, rel=0.05)
+    assert resident_nbytes("VmRSS") - before <= 1.1 * grown + (8 << 20)
+    assert resident_nbytes("VmHWM") - before <= 1.1 * grown + (16 << 20)
+
+
+def resident_nbytes(field: str) -> int:
+    """Memory of this process, now or at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
 def test_reduced_rows_find_what_lies_in_few_directions() -> None:

@@ -38,6 +38,22 @@ class HeldByteRows {
   ByteRows rows_;
 };
 
+void encode(const py::buffer& rows,
+            const py::buffer& codes,
+            const py::buffer& low,
+            const py::buffer& step,
+            std::size_t partitions,
+            std::size_t num_rows,
+            std::size_t width) {
+  const HeldBuffer from(rows, false);
+  const HeldBuffer to(codes, true);
+  const HeldBuffer lows(low, true);
+  const HeldBuffer steps(step, true);
+  const py::gil_scoped_release released;
+  encode_byte_rows(from.readable(), to.writable(), lows.writable(), steps.writable(), partitions,
+                   num_rows, width);
+}
+
 // Segments, queries, scores, queries per partition, columns of the scores.
 using Job =
     std::tuple<std::vector<const HeldByteRows*>, py::buffer, py::buffer, std::size_t, std::size_t>;
@@ -81,6 +97,8 @@ void bind_index(py::module_& module) {
       .def(py::init<const py::buffer&, const py::buffer&, const py::buffer&, std::size_t,
                     std::size_t, std::size_t>(),
            "codes"_a, "low"_a, "step"_a, "partitions"_a, "rows"_a, "width"_a);
+  module.def("encode_byte_rows", &encode, "rows"_a, "codes"_a, "low"_a, "step"_a, "partitions"_a,
+             "num_rows"_a, "width"_a);
   module.def("score_byte_rows", &score, "jobs"_a, "num_threads"_a);
 }
 

@@ -60,6 +60,18 @@ class ByteRows {
   std::size_t width_;
 };
 
+/// Makes codes of `[partitions, rows, width]` elements, all finite and below 1e30 in size.
+///
+/// Each channel of a partition gets 255 equal steps from its smallest to its largest element.
+/// @throws ShapeError like ByteRows, also when `rows` has another size.
+void encode_byte_rows(ConstBytes rows,
+                      Bytes codes,
+                      Bytes low,
+                      Bytes step,
+                      std::size_t partitions,
+                      std::size_t num_rows,
+                      std::size_t width);
+
 /// What one index is asked.
 struct ScoreJob {
   std::vector<const ByteRows*> segments;  ///< rows one behind the other

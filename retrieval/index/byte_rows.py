@@ -5,18 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from kvstore.native import ByteRows as NativeRows
-from kvstore.native import score_byte_rows
+from kvstore.native import encode_byte_rows, score_byte_rows
 from kvstore.retrieval.index.coding import Asked
+from kvstore.retrieval.index.lasting import lasting, lasting_copy
 
 BLOCK_ROWS = 16
 GROUP_CHANNELS = 4
-_STEPS = 255
 
 
 def codes_shape(num_partitions: int, num_rows: int, width: int) -> tuple[int, ...]:
@@ -72,10 +73,14 @@ class ByteCoding:
 
     def seal(self, rows: Tensor) -> ByteRows:
         """See `Coding`."""
-        low = rows.amin(dim=1)
-        step = (rows.amax(dim=1) - low) / _STEPS
-        codes = ((rows - low[:, None]) / step.where(step > 0, 1)[:, None]).round().clamp(0, _STEPS).to(torch.uint8)
-        return ByteRows(_blocks(codes), low, step, rows.shape[1])
+        partitions, num_rows, width = rows.shape
+        shape = codes_shape(partitions, num_rows, width)
+        channels = (partitions, width)
+        pages = lasting((prod(shape) + 8 * prod(channels),), torch.uint8)
+        codes, low, step = pages.split([prod(shape), 4 * prod(channels), 4 * prod(channels)])
+        parts = (codes.view(shape), low.view(torch.float32).view(channels), step.view(torch.float32).view(channels))
+        encode_byte_rows(rows.contiguous().numpy().data, *(part.numpy().data for part in parts), *rows.shape)
+        return ByteRows(*parts, num_rows)
 
     def score(self, asked: Sequence[Asked]) -> None:
         """See `Coding`; by the native scorer, on as many threads as torch uses."""
@@ -93,9 +98,9 @@ class ByteCoding:
 
 
 def _blocks(codes: Tensor) -> Tensor:
-    """`[num_partitions, num_rows, width]` uint8 in the order of `codes_shape`."""
+    """`[num_partitions, num_rows, width]` uint8 in the order of `codes_shape`, in memory of its own."""
     partitions, rows, width = codes.shape
     shape = codes_shape(partitions, rows, width)
     padded = torch.zeros(partitions, shape[1] * BLOCK_ROWS, shape[2] * GROUP_CHANNELS, dtype=torch.uint8)
     padded[:, :rows, :width] = codes
-    return padded.view(partitions, shape[1], BLOCK_ROWS, shape[2], GROUP_CHANNELS).transpose(2, 3).contiguous()
+    return lasting_copy(padded.view(partitions, shape[1], BLOCK_ROWS, shape[2], GROUP_CHANNELS).transpose(2, 3))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvstore.errors import ConfigError
 from kvstore.retrieval.index.coding import Asked
+from kvstore.retrieval.index.lasting import lasting_copy
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
@@ -70,6 +71,8 @@ class FloatCoding:
         if self.dtype is not torch.float32:
             largest = torch.finfo(self.dtype).max
             rows = rows.clamp(-largest, largest)
+        if self.device.type == "cpu":
+            return FloatRows(lasting_copy(rows.to(self.dtype)))
         return FloatRows(rows.to(self.device, self.dtype, copy=True).contiguous())
 
     def score(self, asked: Sequence[Asked]) -> None:

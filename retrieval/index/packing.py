@@ -28,6 +28,7 @@ from kvstore.native import crc32c
 from kvstore.retrieval.index.byte_rows import ByteRows, codes_shape
 from kvstore.retrieval.index.coding import SealedRows
 from kvstore.retrieval.index.float_rows import FLOAT_DTYPES, FloatRows
+from kvstore.retrieval.index.lasting import lasting_copy
 from kvstore.retrieval.index.segment import Segment
 
 _HEADER = struct.Struct("<4sHBBIIIIQQ")
@@ -124,8 +125,10 @@ def unpack(data: bytes | bytearray | memoryview) -> Segment:
     parts = []
     for shape, dtype in shapes:
         nbytes = prod(shape) * dtype.itemsize
-        # A copy in torch's own memory, which is aligned to cache lines.
-        parts.append(torch.frombuffer(bytearray(view[start : start + nbytes]), dtype=dtype).reshape(shape).clone())
+        # A copy, which is aligned to cache lines.
+        parts.append(
+            lasting_copy(torch.frombuffer(bytearray(view[start : start + nbytes]), dtype=dtype).reshape(shape))
+        )
         start += nbytes
     numbers = parts.pop(0) if flags & _HAS_NUMBERS else None
     dead = parts.pop(0) if flags & _HAS_DEAD else None

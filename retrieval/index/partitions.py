@@ -105,5 +105,8 @@ def check_partitions(rows: Tensor, num_partitions: int, width: int) -> None:
 
 def check_finite(rows: Tensor) -> None:
     """Raise `ShapeError` when an element is no number, infinite or too large: it would spoil its whole segment."""
-    if rows.numel() and not float(rows.abs().amax()) <= _LARGEST:
+    if not rows.numel():
+        return
+    low, high = torch.aminmax(rows)  # makes no copy, and is no number where an element is none
+    if not -_LARGEST <= float(low) <= float(high) <= _LARGEST:
         raise ShapeError(f"rows of an index hold finite numbers up to {_LARGEST}")

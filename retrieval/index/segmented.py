@@ -14,11 +14,10 @@ from kvstore.errors import ConfigError, ShapeError
 from kvstore.retrieval.index.byte_rows import ByteCoding
 from kvstore.retrieval.index.coding import Coding
 from kvstore.retrieval.index.float_rows import FloatRows
+from kvstore.retrieval.index.lasting import lasting
 from kvstore.retrieval.index.partitions import check_finite, check_partitions
 from kvstore.retrieval.index.segment import SEGMENT_ROWS, Segment
 from kvstore.retrieval.index.snapshot import Body, Snapshot
-
-_FIRST_TAIL_ROWS = 64
 
 
 class SegmentedIndex:
@@ -155,18 +154,11 @@ class SegmentedIndex:
     def _add(self, rows: Tensor) -> None:
         while rows.shape[1]:
             now = self._snapshot
-            taken = min(self._segment_rows - now.tail_rows, rows.shape[1])
-            new, rows = rows[:, :taken], rows[:, taken:]
-            if taken == self._segment_rows:
-                self._seal(now, new.to(now.tail.device))
-                continue
-            needed = now.tail_rows + taken
-            tail = now.tail
-            if needed > tail.shape[1]:
-                room = min(max(needed, 2 * tail.shape[1], _FIRST_TAIL_ROWS), self._segment_rows)
-                tail = torch.empty(tail.shape[0], room, tail.shape[2], device=tail.device)
-                tail[:, : now.tail_rows] = now.tail[:, : now.tail_rows]
-            tail[:, now.tail_rows : needed] = new  # readers see none of it until the next line
+            tail = now.tail if now.tail.shape[1] else self._room(now.tail)
+            needed = min(now.tail_rows + rows.shape[1], self._segment_rows)
+            taken = needed - now.tail_rows
+            tail[:, now.tail_rows : needed] = rows[:, :taken]  # readers see none of it until the snapshot says so
+            rows = rows[:, taken:]
             dead = now.tail_dead
             if dead is not None:
                 dead = torch.cat([dead, torch.zeros(taken, dtype=torch.bool)])
@@ -175,6 +167,11 @@ class SegmentedIndex:
                 self._seal(grown, tail)
             else:
                 self._snapshot = grown
+
+    def _room(self, like: Tensor) -> Tensor:
+        """Room for a whole tail; memory is taken only as rows come."""
+        shape = (like.shape[0], self._segment_rows, like.shape[2])
+        return lasting(shape, like.dtype) if like.device.type == "cpu" else like.new_empty(shape)
 
     def _seal(self, now: Snapshot, rows: Tensor) -> None:
         first, end = now.body.end, now.body.end + self._segment_rows

@@ -36,14 +36,23 @@ kv::ConstBytes bytes_of(const std::vector<float>& values) {
   return {reinterpret_cast<const std::uint8_t*>(values.data()), values.size() * sizeof(float)};
 }
 
+kv::Bytes writable(std::vector<float>& values) {
+  return {reinterpret_cast<std::uint8_t*>(values.data()), values.size() * sizeof(float)};
+}
+
 unsigned scores_checksum(const Sizes& sizes, std::size_t num_threads, unsigned seed) {
   std::mt19937 random(7);
   Buffer codes(codes_nbytes(sizes));
-  for (std::uint8_t& code : codes) {
-    code = static_cast<std::uint8_t>(random());
+  const std::vector<float> elements =
+      fractions(sizes.partitions * sizes.rows * sizes.width, random);
+  std::vector<float> low(sizes.partitions * sizes.width);
+  std::vector<float> step(low.size());
+  kv::encode_byte_rows(bytes_of(elements), {codes.data(), codes.size()}, writable(low),
+                       writable(step), sizes.partitions, sizes.rows, sizes.width);
+  for (std::size_t at = 0; at < low.size(); ++at) {
+    const float first = elements[at / sizes.width * sizes.rows * sizes.width + at % sizes.width];
+    CHECK(first >= low[at] && first <= low[at] + 255.001F * step[at] + 1e-5F);
   }
-  const std::vector<float> low = fractions(sizes.partitions * sizes.width, random);
-  const std::vector<float> step = fractions(sizes.partitions * sizes.width, random);
   const std::size_t lines = sizes.partitions * sizes.num_queries;
   const std::vector<float> queries = fractions(lines * sizes.width, random);
   const kv::ByteRows rows({codes.data(), codes.size()}, bytes_of(low), bytes_of(step),
@@ -72,7 +81,7 @@ unsigned test_index(unsigned seed) {
   const unsigned alone = scores_checksum(large, 1, seed);
   CHECK(alone == scores_checksum(large, 4, seed));
   const Buffer codes(64);
-  const std::vector<float> low(1);
+  std::vector<float> low(1);
   const kv::ConstBytes code_bytes(codes.data(), codes.size());
   const auto made = [&](std::size_t partitions, std::size_t rows, std::size_t width) {
     return kv::ByteRows(code_bytes, bytes_of(low), bytes_of(low), partitions, rows, width);
@@ -81,6 +90,10 @@ unsigned test_index(unsigned seed) {
   CHECK_THROWS(made(1, 17, 1), kv::ShapeError);
   CHECK_THROWS(made(1, 16, 2), kv::ShapeError);
   CHECK_THROWS(made(std::size_t{1} << 60, std::size_t{1} << 60, std::size_t{1} << 60),
+               kv::ShapeError);
+  Buffer target(64);
+  CHECK_THROWS(kv::encode_byte_rows(bytes_of(low), {target.data(), 64}, writable(low),
+                                    writable(low), 1, 2, 1),
                kv::ShapeError);
   return alone;
 }
