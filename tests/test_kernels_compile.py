@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Triton kernel compiles to a GPU's binary, which the interpreter cannot tell; no GPU is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KERNELS = {"_rotate_gather_kernel", "_best_similarity_kernel"}
+SHARED_NBYTES = 99 << 10  # what the smallest GPU of interest gives a program: sm_86, sm_89
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+_LAUNCHES = """
+import json, sys, torch
+from kvstore.kernels import maxsim_triton, rotate_gather_triton
+from tests.compiled_kernels import compiling
+
+with compiling(int(sys.argv[1])) as taken:
+    for dtype in (torch.float32, torch.bfloat16):
+        starts = torch.tensor([0, 8], dtype=torch.int32)
+        plane, rows = torch.ones(2, 2, 16, 128, dtype=dtype), torch.ones(2, 16, 128, dtype=dtype)
+        rotate_gather_triton.rotate_gather(plane, plane, starts[:1], starts, rows[0], rows[0], rows, rows)
+        maxsim_triton.best_similarity(rows[0], rows[0], starts)
+print(json.dumps(taken))
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_and_fit(capability: int, tmp_path: Path) -> None:
+    # A process of its own: in this one, Triton interprets.
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environ |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", _LAUNCHES, str(capability)]
+    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    taken = json.loads(done.stdout)
+    assert taken.keys() == KERNELS
+    assert max(taken.values()) <= SHARED_NBYTES, taken
