@@ -8,7 +8,9 @@ import importlib.util
 
 from torch import Tensor
 
-from kvstore.kernels import reference
+from kvstore.kernels import paged_reference, reference
+from kvstore.kernels.paged_reference import Rotation
+from kvstore.kernels.parts_reference import Part
 
 
 def rotate_gather(
@@ -37,6 +39,25 @@ def best_similarity(question: Tensor, rows: Tensor, row_starts: Tensor) -> Tenso
 
         return twin.best_similarity(question, rows, row_starts)
     return reference.best_similarity(question, rows, row_starts)
+
+
+def attend_rows(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    *,
+    rotation: Rotation | None,
+    bias: Tensor | None,
+    scale: float,
+) -> Part:
+    """Attend to rows of a pool where they lie; see `kvstore.kernels.paged_reference.attend_rows`."""
+    if _takes_triton(keys):
+        from kvstore.kernels import attend_rows_triton as twin  # imported here: Triton is optional, and slow to load
+
+        if max(keys.shape[3], values.shape[3]) <= twin.MAX_DIM:
+            return twin.attend_rows(query, keys, values, rows, rotation=rotation, bias=bias, scale=scale)
+    return paged_reference.attend_rows(query, keys, values, rows, rotation=rotation, bias=bias, scale=scale)
 
 
 def _takes_triton(operand: Tensor) -> bool:

@@ -20,8 +20,8 @@ def attend_part(query: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | N
         query: [batch, num_heads, num_queries, key_dim].
         keys: [batch, kv_heads, num_keys, key_dim]; num_heads is a multiple of kv_heads, num_keys may be 0.
         values: [batch, kv_heads, num_keys, value_dim].
-        mask: [batch or 1, kv_heads or 1, num_queries, num_keys] bool, True where a query may look; None lets every
-            query see all.
+        mask: [batch or 1, kv_heads or 1, num_queries or 1, num_keys] bool, True where a query may look, or float32,
+            added to the logits; None lets every query see all.
         scale: multiplies the logits.
 
     Returns:
@@ -29,7 +29,8 @@ def attend_part(query: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | N
     """
     logits = _grouped_logits(query, keys, scale)
     if mask is not None:
-        logits = logits.masked_fill(~mask[:, :, None], float("-inf"))
+        wide = mask[:, :, None]
+        logits = logits.masked_fill(~wide, float("-inf")) if mask.dtype is torch.bool else logits + wide
     return _part(logits, values.float())
 
 

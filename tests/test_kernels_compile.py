@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-KERNELS = {"_rotate_gather_kernel", "_best_similarity_kernel"}
+KERNELS = {
+    "_attend_rows_kernel",
+    "_best_similarity_kernel",
+    "_merge_splits_kernel",
+    "_rotate_gather_kernel",
+}
 SHARED_NBYTES = 99 << 10  # what the smallest GPU of interest gives a program: sm_86, sm_89
 
 if importlib.util.find_spec("triton") is None:
@@ -21,8 +26,9 @@ if importlib.util.find_spec("triton") is None:
 
 _LAUNCHES = """
 import json, sys, torch
-from kvstore.kernels import maxsim_triton, rotate_gather_triton
+from kvstore.kernels import attend_rows_triton, maxsim_triton, rotate_gather_triton
 from tests.compiled_kernels import compiling
+from tests.paged_pools import Geometry, make_case
 
 with compiling(int(sys.argv[1])) as taken:
     for dtype in (torch.float32, torch.bfloat16):
@@ -30,11 +36,19 @@ with compiling(int(sys.argv[1])) as taken:
         plane, rows = torch.ones(2, 2, 16, 128, dtype=dtype), torch.ones(2, 16, 128, dtype=dtype)
         rotate_gather_triton.rotate_gather(plane, plane, starts[:1], starts, rows[0], rows[0], rows, rows)
         maxsim_triton.best_similarity(rows[0], rows[0], starts)
+    for dtype, dim, half, num_queries in (
+        (torch.bfloat16, 128, 64, 1), (torch.bfloat16, 256, 32, 16), (torch.float32, 256, 128, 16)
+    ):
+        shape = {"group": 4, "key_dim": dim, "value_dim": dim, "half": half, "num_rows": 200, "has_bias": True}
+        case = make_case(Geometry(num_queries=num_queries, dtype=dtype, **shape))
+        attend_rows_triton.attend_rows(
+            case.query, case.keys, case.values, case.rows, rotation=case.rotation, bias=case.bias, scale=case.scale
+        )
 print(json.dumps(taken))
 """
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, pytest.param(90, marks=pytest.mark.slow)])
 def test_kernels_compile_and_fit(capability: int, tmp_path: Path) -> None:
     # A process of its own: in this one, Triton interprets.
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
