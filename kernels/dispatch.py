@@ -8,9 +8,10 @@ import importlib.util
 
 from torch import Tensor
 
-from kvstore.kernels import paged_reference, reference
+from kvstore.kernels import paged_reference, reference, scoring_reference
 from kvstore.kernels.paged_reference import Rotation
 from kvstore.kernels.parts_reference import Part
+from kvstore.kernels.scoring_reference import Agreement
 
 
 def rotate_gather(
@@ -58,6 +59,15 @@ def attend_rows(
         if max(keys.shape[3], values.shape[3]) <= twin.MAX_DIM:
             return twin.attend_rows(query, keys, values, rows, rotation=rotation, bias=bias, scale=scale)
     return paged_reference.attend_rows(query, keys, values, rows, rotation=rotation, bias=bias, scale=scale)
+
+
+def score_units(lifted: Tensor, summaries: Tensor, is_eligible: Tensor | None, agreement: Agreement) -> Tensor:
+    """Score all units of all partitions; see `kvstore.kernels.scoring_reference.score_units`."""
+    if _takes_triton(summaries):
+        from kvstore.kernels import scoring_triton as twin  # imported here: Triton is optional, and slow to load
+
+        return twin.score_units(lifted, summaries, is_eligible, agreement)
+    return scoring_reference.score_units(lifted, summaries, is_eligible, agreement)
 
 
 def _takes_triton(operand: Tensor) -> bool:

@@ -16,8 +16,11 @@ ROOT = Path(__file__).parents[1]
 KERNELS = {
     "_attend_rows_kernel",
     "_best_similarity_kernel",
+    "_logits_kernel",
     "_merge_splits_kernel",
     "_rotate_gather_kernel",
+    "_shares_kernel",
+    "_sum_kernel",
 }
 SHARED_NBYTES = 99 << 10  # what the smallest GPU of interest gives a program: sm_86, sm_89
 
@@ -26,7 +29,8 @@ if importlib.util.find_spec("triton") is None:
 
 _LAUNCHES = """
 import json, sys, torch
-from kvstore.kernels import attend_rows_triton, maxsim_triton, rotate_gather_triton
+from kvstore.kernels import attend_rows_triton, maxsim_triton, rotate_gather_triton, scoring_triton
+from kvstore.kernels.scoring_reference import Agreement
 from tests.compiled_kernels import compiling
 from tests.paged_pools import Geometry, make_case
 
@@ -36,6 +40,8 @@ with compiling(int(sys.argv[1])) as taken:
         plane, rows = torch.ones(2, 2, 16, 128, dtype=dtype), torch.ones(2, 16, 128, dtype=dtype)
         rotate_gather_triton.rotate_gather(plane, plane, starts[:1], starts, rows[0], rows[0], rows, rows)
         maxsim_triton.best_similarity(rows[0], rows[0], starts)
+        for group, num_asking in (("sum", 1), ("softmax_mean", 80)):
+            scoring_triton.score_units(torch.ones(2, num_asking, 128, dtype=dtype), rows, None, Agreement(group))
     for dtype, dim, half, num_queries in (
         (torch.bfloat16, 128, 64, 1), (torch.bfloat16, 256, 32, 16), (torch.float32, 256, 128, 16)
     ):
