@@ -8,7 +8,7 @@ import importlib.util
 
 from torch import Tensor
 
-from kvstore.kernels import paged_reference, reference, scoring_reference
+from kvstore.kernels import paged_reference, reference, scoring_reference, summary_reference
 from kvstore.kernels.paged_reference import Rotation
 from kvstore.kernels.parts_reference import Part
 from kvstore.kernels.scoring_reference import Agreement
@@ -68,6 +68,16 @@ def score_units(lifted: Tensor, summaries: Tensor, is_eligible: Tensor | None, a
 
         return twin.score_units(lifted, summaries, is_eligible, agreement)
     return scoring_reference.score_units(lifted, summaries, is_eligible, agreement)
+
+
+def summarise_rows(keys: Tensor, rows: Tensor, *, rotation: Rotation | None, kind: str) -> Tensor:
+    """Summarise units where they lie; see `kvstore.kernels.summary_reference.summarise_rows`."""
+    if _takes_triton(keys):
+        from kvstore.kernels import summary_triton as twin  # imported here: Triton is optional, and slow to load
+
+        if rows.shape[2] <= twin.MAX_ROWS:
+            return twin.summarise_rows(keys, rows, rotation=rotation, kind=kind)
+    return summary_reference.summarise_rows(keys, rows, rotation=rotation, kind=kind)
 
 
 def _takes_triton(operand: Tensor) -> bool:

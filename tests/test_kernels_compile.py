@@ -21,6 +21,7 @@ KERNELS = {
     "_rotate_gather_kernel",
     "_shares_kernel",
     "_sum_kernel",
+    "_summary_kernel",
 }
 SHARED_NBYTES = 99 << 10  # what the smallest GPU of interest gives a program: sm_86, sm_89
 
@@ -29,19 +30,19 @@ if importlib.util.find_spec("triton") is None:
 
 _LAUNCHES = """
 import json, sys, torch
-from kvstore.kernels import attend_rows_triton, maxsim_triton, rotate_gather_triton, scoring_triton
+from kvstore.kernels import attend_rows_triton, maxsim_triton, rotate_gather_triton, scoring_triton, summary_triton
 from kvstore.kernels.scoring_reference import Agreement
 from tests.compiled_kernels import compiling
 from tests.paged_pools import Geometry, make_case
 
 with compiling(int(sys.argv[1])) as taken:
-    for dtype in (torch.float32, torch.bfloat16):
-        starts = torch.tensor([0, 8], dtype=torch.int32)
-        plane, rows = torch.ones(2, 2, 16, 128, dtype=dtype), torch.ones(2, 16, 128, dtype=dtype)
-        rotate_gather_triton.rotate_gather(plane, plane, starts[:1], starts, rows[0], rows[0], rows, rows)
-        maxsim_triton.best_similarity(rows[0], rows[0], starts)
-        for group, num_asking in (("sum", 1), ("softmax_mean", 80)):
-            scoring_triton.score_units(torch.ones(2, num_asking, 128, dtype=dtype), rows, None, Agreement(group))
+    dtype = torch.bfloat16
+    starts = torch.tensor([0, 8], dtype=torch.int32)
+    plane, rows = torch.ones(2, 2, 16, 128, dtype=dtype), torch.ones(2, 16, 128, dtype=dtype)
+    rotate_gather_triton.rotate_gather(plane, plane, starts[:1], starts, rows[0], rows[0], rows, rows)
+    maxsim_triton.best_similarity(rows[0], rows[0], starts)
+    for group, num_asking in (("sum", 1), ("softmax_mean", 80)):
+        scoring_triton.score_units(torch.ones(2, num_asking, 128, dtype=dtype), rows, None, Agreement(group))
     for dtype, dim, half, num_queries in (
         (torch.bfloat16, 128, 64, 1), (torch.bfloat16, 256, 32, 16), (torch.float32, 256, 128, 16)
     ):
@@ -50,6 +51,9 @@ with compiling(int(sys.argv[1])) as taken:
         attend_rows_triton.attend_rows(
             case.query, case.keys, case.values, case.rows, rotation=case.rotation, bias=case.bias, scale=case.scale
         )
+    units = case.rows.view(2, 1, 200)
+    summary_triton.summarise_rows(case.keys, units, rotation=case.rotation, kind="cuboid_mean")
+    summary_triton.summarise_rows(case.keys, units, rotation=None, kind="mean")
 print(json.dumps(taken))
 """
 
