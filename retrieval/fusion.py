@@ -65,3 +65,41 @@ class ReciprocalRank:
             ranks.masked_fill_(each.isneginf(), each.shape[1] - 1)  # of no known rank: all are last alike
             fused += (self.weights[number] if self.weights else 1.0) / (self.offset + 1 + ranks)
         return fused.masked_fill_(scores[0].isneginf(), float("-inf"))
+
+
+@dataclass(frozen=True, slots=True)
+class StandardScores:
+    """Sum of scores in standard deviations from the mean over all units; nothing is sorted.
+
+    A view in which few units stand out puts those few far above the rest, and counts there; one in which all units are
+    much alike decides among the others.
+
+    Source: the comparison of normalisations by Montague and Aslam (CIKM 2001), there named ZMUV.
+
+    Args:
+        weights: one per view; empty for equal ones.
+    """
+
+    weights: tuple[float, ...] = ()
+
+    def fuse(self, scores: Sequence[Tensor]) -> Tensor:
+        """See `Fusion`; views of single partitions count in all of them."""
+        if len(scores) == 1:
+            return scores[0]
+        weights = self.weights or (1.0,) * len(scores)
+        return sum(
+            (weight * _standardised(each) for weight, each in zip(weights, scores, strict=True)),
+            start=torch.zeros_like(scores[0]),
+        ).masked_fill_(scores[0].isneginf(), float("-inf"))
+
+
+def _standardised(scores: Tensor) -> Tensor:
+    if scores.shape[1] == 0:
+        return scores
+    known = scores.isfinite()
+    if not known.all():  # of no known score: all are last alike
+        lowest = scores.masked_fill(~known, float("inf")).amin(dim=1, keepdim=True).nan_to_num(posinf=0.0)
+        scores = torch.where(known, scores, lowest)
+    centred = scores - scores.mean(dim=1, keepdim=True)
+    deviation = centred.square().mean(dim=1, keepdim=True).sqrt()
+    return centred / deviation.clamp_min(torch.finfo(scores.dtype).tiny)
