@@ -1,109 +1,208 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranking blocks by late interaction: latency over the number of blocks, and recall against exact scores."""
+"""What retrieval policies find on a real model: attention, planted notes, right answers; and what choosing costs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import cycle
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import torch
-from torch import Tensor
+from harness import Report, check, options
+from kvstore.retrieval.policy import Policy
+from kvstore.retrieval.registry import policies
+from kvstore.video.model import load
+from recall.answering import right_answers
+from recall.capture import Layer, capture
+from recall.choosers import ByPolicy, Chance, Chooser, Oracle, Recent
+from recall.costs import costs, index_share
+from recall.metrics import mass_recall, needle_coverage
+from recall.plot import drawing
+from recall.prompts import natural_texts, notes_in, passkey
 
-from harness import Report, alternate, check, options
-from kvstore.kernels.reference import best_similarity
-from kvstore.retrieval.index.faiss_index import FaissIndex, is_faiss_installed
-from kvstore.retrieval.index.flat import FlatIndex, SummaryIndex
-from kvstore.retrieval.maxsim import LateInteraction, MaxSimScorer
-from real_kv import add_options, corpus
-
-QUESTION_TOKENS = 12
-RULE = LateInteraction()
-NUM_QUESTIONS = 8
-TOP = 5
-JITTER = 0.3
-"""Length of the noise added to a copy, over the length of the key: copies rank near their original, but not level."""
-
-
-def grown(blocks: list[Tensor], num_blocks: int) -> list[Tensor]:
-    """The given blocks, then noisy copies of them up to `num_blocks`."""
-    generator = torch.Generator().manual_seed(0)
-    found = blocks[:num_blocks]
-    for source in cycle(blocks):
-        if len(found) == num_blocks:
-            return found
-        noise = torch.randn(source.shape, generator=generator) / source.shape[-1] ** 0.5
-        found.append(source + JITTER * source.norm(dim=-1, keepdim=True) * noise)
-    raise AssertionError("cycle never ends")
+BUDGETS = (256, 512, 1024)
+NEEDLE_BUDGET = 256
+COST_BUDGET = 512
+RIVAL = "quest"
+FULL = "full attention"
 
 
-def questions_from(blocks: list[Tensor]) -> list[Tensor]:
-    """Runs of tokens of some blocks, with noise: what a question that quotes a passage looks like."""
-    generator = torch.Generator().manual_seed(1)
-    step = max(len(blocks) // NUM_QUESTIONS, 1)
-    runs = [block[:QUESTION_TOKENS] for block in blocks[::step][:NUM_QUESTIONS]]
-    return [
-        run
-        + JITTER * run.norm(dim=-1, keepdim=True) * torch.randn(run.shape, generator=generator) / run.shape[-1] ** 0.5
-        for run in runs
-    ]
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured.
+
+    Args:
+        num_tokens: of every past.
+        num_queries: tokens that look back at a natural text.
+        num_texts: natural texts.
+        depths: of the pass key, one prompt each.
+        num_covered: of these prompts, the first ones say how much of the note is read.
+        passkey_budget: tokens read when the pass key is asked for.
+        notes_budget: tokens read when one of several notes is asked for.
+        num_noted: natural texts in which several notes are planted.
+    """
+
+    num_tokens: int = 4096
+    num_queries: int = 32
+    num_texts: int = 3
+    depths: tuple[float, ...] = (0.1, 0.35, 0.6, 0.85, 0.05, 0.25, 0.5, 0.75)
+    num_covered: int = 4
+    passkey_budget: int = 128
+    notes_budget: int = 512
+    num_noted: int = 2
 
 
-def exact_scores(question: Tensor, blocks: list[Tensor], mean: Tensor) -> Tensor:
-    """Scores in float32, by the definition: best match per block above the floor, summed over the question's tokens."""
-    rows, asked = (
-        torch.nn.functional.normalize(part - mean, dim=-1).flatten(1) for part in (torch.cat(blocks), question)
-    )
-    row_starts = torch.tensor([0, *(len(block) for block in blocks)]).cumsum(0).int()
-    floor = (asked @ rows.T).topk(min(RULE.hits_per_token, len(rows)), dim=1).values[:, -1:]
-    return (best_similarity(asked, rows, row_starts) - floor).clamp_min(0).sum(dim=0)
+QUICK = Plan(num_queries=6, num_texts=1, depths=(0.35,), num_covered=1, num_noted=1)
+
+
+@dataclass
+class Found:
+    """What one chooser achieves; shares of 1, averaged over texts."""
+
+    mass: dict[int, float] = field(default_factory=dict)
+    coverage: float = 0.0
+    passkeys: float = 0.0
+    notes: float = 0.0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, help="model folder or GGUF file; the default is SmolLM2-135M-Instruct")
+    parser.add_argument("--text", type=Path, help="read this file instead of the three natural texts")
+    parser.add_argument("--policies", nargs="+", choices=sorted(retrieving()), help="only these; default: all")
+    parser.add_argument("--tokens", type=int, default=Plan().num_tokens, help="tokens of every past")
+    parser.add_argument("--plot", type=Path, help="draw recovered attention over the budget there, as SVG")
+
+
+def retrieving() -> dict[str, Policy]:
+    """The policies that choose from what lies far behind, by name."""
+    return {name: policy for name, policy in policies().items() if policy.segmenter is not None}
+
+
+def choosers(names: Sequence[str] | None) -> list[Chooser]:
+    """The policies, an oracle for each way in which they cut a text, and two that do not look."""
+    chosen = [policy for name, policy in retrieving().items() if names is None or name in names]
+    cuts = dict.fromkeys(policy.segmenter for policy in chosen if policy.segmenter is not None)
+    return [*map(ByPolicy, chosen), *map(Oracle, cuts), Recent(), Chance()]
+
+
+def baseline_of(chooser: Chooser) -> str:
+    """What a chooser is compared with: the oracle over its own units."""
+    return Oracle(chooser.segmenter).name if isinstance(chooser, ByPolicy) else chooser.name
+
+
+def measure_mass(layers: Sequence[Layer], found: Mapping[str, Found], all_choosers: Sequence[Chooser]) -> None:
+    """Add up recovered attention over texts."""
+    for chooser in all_choosers:
+        for budget, share in mass_recall(chooser, layers, BUDGETS).items():
+            mass = found[chooser.name].mass
+            mass[budget] = mass.get(budget, 0.0) + share
+
+
+def report_mass(report: Report, plan: Plan, all_choosers: Sequence[Chooser], found: Mapping[str, Found]) -> None:
+    for chooser in all_choosers:
+        for budget in BUDGETS:
+            mass = found[chooser.name].mass
+            mass[budget] /= plan.num_texts
+            base = baseline_of(chooser)
+            case = {"budget": budget, "texts": plan.num_texts, "queries": plan.num_queries}
+            report.value(
+                "attention_mass", "share", (chooser.name, mass[budget]), (base, found[base].mass[budget]), **case
+            )
+
+
+def measure_notes(settings: argparse.Namespace, plan: Plan, report: Report, found: Mapping[str, Found]) -> None:
+    """Pass keys in a filler, and several notes in natural text: are they read, and does the model answer?"""
+    language_model = load(settings.model)
+    encode = language_model.encode
+    all_choosers = choosers(settings.policies)
+    full_passkeys = full_notes = 0.0
+    for number, depth in enumerate(plan.depths):
+        prompt = passkey(encode, settings.tokens, depth, number)
+        layers = capture(language_model, prompt.ids, prompt.num_queries)
+        asks = [(ask.asks, ask.note) for ask in prompt.asks]
+        full_passkeys += share(right_answers(language_model, layers, prompt, None, 0)) / len(plan.depths)
+        for chooser in all_choosers:
+            one = found[chooser.name]
+            answers = right_answers(language_model, layers, prompt, chooser, plan.passkey_budget)
+            one.passkeys += share(answers) / len(plan.depths)
+            if number < plan.num_covered:
+                one.coverage += needle_coverage(chooser, layers, asks, NEEDLE_BUDGET) / plan.num_covered
+    texts = natural_texts(encode, settings.tokens, 0, settings.text)
+    noted = list(texts.values())[: plan.num_noted]
+    for text in noted:
+        prompt = notes_in(encode, text.ids, settings.tokens)
+        layers = capture(language_model, prompt.ids, prompt.num_queries)
+        full_notes += share(right_answers(language_model, layers, prompt, None, 0)) / len(noted)
+        for chooser in all_choosers:
+            answers = right_answers(language_model, layers, prompt, chooser, plan.notes_budget)
+            found[chooser.name].notes += share(answers) / len(noted)
+    check(full_passkeys > 0 and full_notes > 0, "the model answers nothing with full attention")
+    for chooser in all_choosers:
+        one, base = found[chooser.name], baseline_of(chooser)
+        case = {"budget": NEEDLE_BUDGET, "prompts": plan.num_covered}
+        report.value("needle_coverage", "share", (chooser.name, one.coverage), (base, found[base].coverage), **case)
+        case = {"budget": plan.passkey_budget, "prompts": len(plan.depths)}
+        report.value("passkey", "right answers", (chooser.name, one.passkeys), (FULL, full_passkeys), **case)
+        case = {"budget": plan.notes_budget, "texts": len(noted)}
+        report.value("notes", "right answers", (chooser.name, one.notes), (FULL, full_notes), **case)
+
+
+def report_costs(report: Report, chosen: Mapping[str, Policy], layers: Sequence[Layer]) -> dict[str, float]:
+    """Report what choosing costs; returns microseconds in one layer by policy."""
+    found = {name: costs(policy, layers, COST_BUDGET) for name, policy in chosen.items()}
+    rival = RIVAL if RIVAL in found else next(iter(found))
+    for name, one in found.items():
+        case = {"budget": COST_BUDGET}
+        report.latency("select, one layer", (name, one.layer), (rival, found[rival].layer), **case)
+        report.latency("select, all layers", (name, one.token), (rival, found[rival].token), **case)
+        against = ("what a token reads", one.read_nbytes)
+        report.value("moved", "bytes/token", (name, one.moved_nbytes), against, policy=name, **case)
+        report.value("index", "of KV", (name, index_share(chosen[name], layers[-1])), ("KV", 1.0))
+    return {name: one.layer.median_s * 1e6 for name, one in found.items()}
+
+
+def share(answers: Sequence[bool]) -> float:
+    """Right ones of all."""
+    return sum(answers) / len(answers)
+
+
+def table(found: Mapping[str, Found], layer_us: Mapping[str, float], plan: Plan) -> str:
+    """All choosers side by side, by the attention that the middle budget recovers."""
+    head = ["", *(f"mass@{budget}" for budget in BUDGETS), f"needle@{NEEDLE_BUDGET}"]
+    head += [f"passkey@{plan.passkey_budget}", f"notes@{plan.notes_budget}", "us/layer"]
+    rows = [head]
+    for name, one in sorted(found.items(), key=lambda item: -item[1].mass[BUDGETS[1]]):
+        shares = [*(one.mass[budget] for budget in BUDGETS), one.coverage, one.passkeys, one.notes]
+        rows.append([name, *(f"{each:.3f}" for each in shares), f"{layer_us[name]:.0f}" if name in layer_us else ""])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Measure over the token keys of a real stream, grown with noisy copies where it is too short."""
+    """Capture each text once, then let every policy choose from it."""
     settings = options("retrieval", __doc__, add_options)
-    sizes = [64, 512] if settings.quick else [64, 512, 4096]
-    kv = corpus(settings, 16 if settings.quick else max(sizes))
-    if is_faiss_installed():
-        import faiss  # its OpenMP threads are set apart from torch's
-
-        faiss.omp_set_num_threads(settings.threads)
-    layers = list(RULE.layers(kv.layout.spec.num_layers))
-    keys = [
-        kv.layout.keys(slot)[layers, :, :count].permute(2, 0, 1, 3).flatten(2).float()
-        for slot, count in zip(kv.slots, kv.num_tokens, strict=True)
-    ]
-    mean = torch.cat(keys).mean(dim=0)
-    makers: dict[str, Callable[[int], SummaryIndex]] = {"torch": FlatIndex}
-    if is_faiss_installed():
-        makers["faiss"] = FaissIndex
-    report = Report(settings, {"origin": kv.origin})
-    for size in sizes:
-        blocks = grown(keys, size)
-        questions = questions_from(blocks)
-        scorers = {
-            name: MaxSimScorer(make(blocks[0][0].numel()), mean, RULE.hits_per_token) for name, make in makers.items()
-        }
-        for scorer in scorers.values():
-            scorer.add(enumerate(blocks))
-        case = {"blocks": size, "tokens": sum(len(block) for block in blocks), "question_tokens": QUESTION_TOKENS}
-        for name, scorer in scorers.items():
-            hits = 0
-            for question in questions:
-                exact = set(exact_scores(question, blocks, mean).topk(TOP).indices.tolist())
-                hits += len(exact & set(scorer.rank(question, size).blocks[:TOP].tolist()))
-            recall = hits / (TOP * len(questions))
-            check(recall > 0.5, f"{name} finds {recall:.2f} of the exact top {TOP}")
-            report.value(f"recall@{TOP}", "share", (name, recall), ("exact scores", 1.0), **case)
-        asked = cycle(questions)
-        timings = alternate({name: ranker(scorer, asked, size) for name, scorer in scorers.items()})
-        for name, timing in timings.items():
-            report.latency("rank", (name, timing), ("torch", timings["torch"]), **case)
+    plan = QUICK if settings.quick else Plan()
+    if settings.text is not None:
+        plan = dataclasses.replace(plan, num_texts=1, num_noted=1)
+    all_choosers = choosers(settings.policies)
+    found = {chooser.name: Found() for chooser in all_choosers}
+    language_model = load(settings.model)
+    report = Report(settings, {"model": language_model.path.stem, "past": settings.tokens})
+    texts = natural_texts(language_model.encode, settings.tokens, plan.num_queries, settings.text)
+    layers: list[Layer] = []
+    for prompt in list(texts.values())[: plan.num_texts]:
+        layers = capture(language_model, prompt.ids, prompt.num_queries)
+        measure_mass(layers, found, all_choosers)
+    report_mass(report, plan, all_choosers, found)
+    chosen = {name: policy for name, policy in retrieving().items() if name in found}
+    layer_us = report_costs(report, chosen, layers)
+    measure_notes(settings, plan, report, found)
+    print(table(found, layer_us, plan))
+    if settings.plot is not None:
+        settings.plot.write_text(drawing({name: one.mass for name, one in found.items()}), encoding="utf-8")
     report.write()
-
-
-def ranker(scorer: MaxSimScorer, asked: cycle[Tensor], num_blocks: int) -> Callable[[], object]:
-    """A call that ranks all blocks for the next question."""
-    return lambda: scorer.rank(next(asked), num_blocks)
 
 
 if __name__ == "__main__":
