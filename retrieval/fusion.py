@@ -74,26 +74,31 @@ class StandardScores:
     A view in which few units stand out puts those few far above the rest, and counts there; one in which all units are
     much alike decides among the others.
 
-    Source: the comparison of normalisations by Montague and Aslam (CIKM 2001), there named ZMUV.
+    Source: the comparison of normalisations by Montague and Aslam (CIKM 2001), there named ZMUV. That neighbours count
+    is ours.
 
     Args:
         weights: one per view; empty for equal ones.
+        neighbours: one per view: which share of the scores right before and behind a unit is added to its own, for
+            units in the order of the stream; empty for none.
     """
 
     weights: tuple[float, ...] = ()
+    neighbours: tuple[float, ...] = ()
 
     def fuse(self, scores: Sequence[Tensor]) -> Tensor:
-        """See `Fusion`; views of single partitions count in all of them."""
+        """See `Fusion`; a view of one partition counts in all of them."""
         if len(scores) == 1:
             return scores[0]
         weights = self.weights or (1.0,) * len(scores)
-        return sum(
-            (weight * _standardised(each) for weight, each in zip(weights, scores, strict=True)),
-            start=torch.zeros_like(scores[0]),
-        ).masked_fill_(scores[0].isneginf(), float("-inf"))
+        shares = self.neighbours or (0.0,) * len(scores)
+        fused = torch.zeros_like(scores[0])
+        for weight, share, each in zip(weights, shares, scores, strict=True):
+            fused += weight * _standardised(each, share)
+        return fused.masked_fill_(scores[0].isneginf(), float("-inf"))
 
 
-def _standardised(scores: Tensor) -> Tensor:
+def _standardised(scores: Tensor, share: float) -> Tensor:
     if scores.shape[1] == 0:
         return scores
     known = scores.isfinite()
@@ -101,5 +106,9 @@ def _standardised(scores: Tensor) -> Tensor:
         lowest = scores.masked_fill(~known, float("inf")).amin(dim=1, keepdim=True).nan_to_num(posinf=0.0)
         scores = torch.where(known, scores, lowest)
     centred = scores - scores.mean(dim=1, keepdim=True)
+    if share:
+        alone = share * centred
+        centred[:, 1:] += alone[:, :-1]
+        centred[:, :-1] += alone[:, 1:]
     deviation = centred.square().mean(dim=1, keepdim=True).sqrt()
     return centred / deviation.clamp_min(torch.finfo(scores.dtype).tiny)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our default: pages by the keys that were looked at, compared both where they stand and for what they say."""
+"""Our default: small pages, compared both where they stand and for what they say."""
 
 from kvstore.retrieval.fusion import StandardScores
 from kvstore.retrieval.policy import Policy
+from kvstore.retrieval.scorers.bound import Bound
 from kvstore.retrieval.scorers.dot import Dot
 from kvstore.retrieval.segmenters.pages import Pages
-from kvstore.retrieval.summarisers.attended import Attended
+from kvstore.retrieval.summarisers.bounds import CuboidMean
+from kvstore.retrieval.summarisers.mean import Mean
 from kvstore.retrieval.tokens import Space
 from kvstore.retrieval.triggers.trigger import EveryStep
 from kvstore.retrieval.view import View
@@ -13,14 +15,14 @@ from kvstore.retrieval.view import View
 POLICY = Policy(
     name="auto",
     source="ours; docs/retrieval.md has the measurements",
-    segmenter=Pages(16),
+    segmenter=Pages(8),
     views=(
         # What attention will pay: each KV head for itself, at the positions where it reads.
-        View(Attended(), Dot(), Space.ROTATED),
-        # What answers the question, although few heads look at it: the whole layer, wherever the page stands.
-        View(Attended(), Dot(), Space.FAR, is_shared=True),
+        View(CuboidMean(), Bound(), Space.ROTATED),
+        # What a page says, wherever it stands: the whole layer together, with what stands around it.
+        View(Mean(), Dot(), Space.FAR, is_shared=True),
     ),
-    fusion=StandardScores(weights=(1.0, 1.25)),
+    fusion=StandardScores(neighbours=(0.0, 0.25)),
     trigger=EveryStep(),
     full_layers=2,
 )
