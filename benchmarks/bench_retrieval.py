@@ -10,16 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness import Report, check, options
+from kvstore.engines.loading import LanguageModel
 from kvstore.retrieval.policy import Policy
+from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.registry import policies
 from kvstore.video.model import load
 from recall.answering import right_answers
 from recall.capture import Layer, capture
-from recall.choosers import ByPolicy, Chance, Chooser, Oracle, Recent
-from recall.costs import costs, index_share
+from recall.choosers import ByPolicy, Chance, Chooser, Oracle, Recent, prepared
+from recall.costs import Costs, costs, index_share
 from recall.metrics import mass_recall, needle_coverage
 from recall.plot import drawing
-from recall.prompts import natural_texts, notes_in, passkey
+from recall.prompts import Prompt, natural_texts, notes_in, passkey
 
 BUDGETS = (256, 512, 1024)
 NEEDLE_BUDGET = 256
@@ -64,6 +66,7 @@ class Found:
     coverage: float = 0.0
     passkeys: float = 0.0
     notes: float = 0.0
+    costs: Costs | None = None
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -91,12 +94,14 @@ def baseline_of(chooser: Chooser) -> str:
     return Oracle(chooser.segmenter).name if isinstance(chooser, ByPolicy) else chooser.name
 
 
-def measure_mass(layers: Sequence[Layer], found: Mapping[str, Found], all_choosers: Sequence[Chooser]) -> None:
-    """Add up recovered attention over texts."""
+def measure_text(layers: Sequence[Layer], found: Mapping[str, Found], all_choosers: Sequence[Chooser]) -> None:
+    """Add up recovered attention over texts, and note what choosing costs in the latest one."""
     for chooser in all_choosers:
-        for budget, share in mass_recall(chooser, layers, BUDGETS).items():
-            mass = found[chooser.name].mass
-            mass[budget] = mass.get(budget, 0.0) + share
+        chooses, one = prepared(chooser, layers), found[chooser.name]
+        for budget, share in mass_recall(chooses, layers, BUDGETS).items():
+            one.mass[budget] = one.mass.get(budget, 0.0) + share
+        if isinstance(chooser, ByPolicy):
+            one.costs = costs(chooses, layers, COST_BUDGET)
 
 
 def report_mass(report: Report, plan: Plan, all_choosers: Sequence[Chooser], found: Mapping[str, Found]) -> None:
@@ -121,21 +126,23 @@ def measure_notes(settings: argparse.Namespace, plan: Plan, report: Report, foun
         prompt = passkey(encode, settings.tokens, depth, number)
         layers = capture(language_model, prompt.ids, prompt.num_queries)
         asks = [(ask.asks, ask.note) for ask in prompt.asks]
-        full_passkeys += share(right_answers(language_model, layers, prompt, None, 0)) / len(plan.depths)
+        full_passkeys += share(everything(language_model, layers, prompt)) / len(plan.depths)
         for chooser in all_choosers:
-            one = found[chooser.name]
-            answers = right_answers(language_model, layers, prompt, chooser, plan.passkey_budget)
+            chooses, one = prepared(chooser, layers), found[chooser.name]
+            read = (chooses, chooser.position, plan.passkey_budget)
+            answers = right_answers(language_model, layers, prompt, *read)
             one.passkeys += share(answers) / len(plan.depths)
             if number < plan.num_covered:
-                one.coverage += needle_coverage(chooser, layers, asks, NEEDLE_BUDGET) / plan.num_covered
+                one.coverage += needle_coverage(chooses, layers, asks, NEEDLE_BUDGET) / plan.num_covered
     texts = natural_texts(encode, settings.tokens, 0, settings.text)
     noted = list(texts.values())[: plan.num_noted]
     for text in noted:
         prompt = notes_in(encode, text.ids, settings.tokens)
         layers = capture(language_model, prompt.ids, prompt.num_queries)
-        full_notes += share(right_answers(language_model, layers, prompt, None, 0)) / len(noted)
+        full_notes += share(everything(language_model, layers, prompt)) / len(noted)
         for chooser in all_choosers:
-            answers = right_answers(language_model, layers, prompt, chooser, plan.notes_budget)
+            read = (prepared(chooser, layers), chooser.position, plan.notes_budget)
+            answers = right_answers(language_model, layers, prompt, *read)
             found[chooser.name].notes += share(answers) / len(noted)
     check(full_passkeys > 0 and full_notes > 0, "the model answers nothing with full attention")
     for chooser in all_choosers:
@@ -148,18 +155,23 @@ def measure_notes(settings: argparse.Namespace, plan: Plan, report: Report, foun
         report.value("notes", "right answers", (chooser.name, one.notes), (FULL, full_notes), **case)
 
 
-def report_costs(report: Report, chosen: Mapping[str, Policy], layers: Sequence[Layer]) -> dict[str, float]:
+def everything(language_model: LanguageModel, layers: Sequence[Layer], prompt: Prompt) -> list[bool]:
+    """Which notes the model says with full attention."""
+    return right_answers(language_model, layers, prompt, None, PositionPolicy.ORIGINAL, 0)
+
+
+def report_costs(report: Report, found: Mapping[str, Found], layers: Sequence[Layer]) -> dict[str, float]:
     """Report what choosing costs; returns microseconds in one layer by policy."""
-    found = {name: costs(policy, layers, COST_BUDGET) for name, policy in chosen.items()}
-    rival = RIVAL if RIVAL in found else next(iter(found))
-    for name, one in found.items():
+    measured = {name: one.costs for name, one in found.items() if one.costs is not None}
+    rival = RIVAL if RIVAL in measured else next(iter(measured))
+    for name, one in measured.items():
         case = {"budget": COST_BUDGET}
-        report.latency("select, one layer", (name, one.layer), (rival, found[rival].layer), **case)
-        report.latency("select, all layers", (name, one.token), (rival, found[rival].token), **case)
+        report.latency("select, one layer", (name, one.layer), (rival, measured[rival].layer), **case)
+        report.latency("select, all layers", (name, one.token), (rival, measured[rival].token), **case)
         against = ("what a token reads", one.read_nbytes)
         report.value("moved", "bytes/token", (name, one.moved_nbytes), against, policy=name, **case)
-        report.value("index", "of KV", (name, index_share(chosen[name], layers[-1])), ("KV", 1.0))
-    return {name: one.layer.median_s * 1e6 for name, one in found.items()}
+        report.value("index", "of KV", (name, index_share(policies()[name], layers[-1])), ("KV", 1.0))
+    return {name: one.layer.median_s * 1e6 for name, one in measured.items()}
 
 
 def share(answers: Sequence[bool]) -> float:
@@ -194,10 +206,9 @@ def main() -> None:
     layers: list[Layer] = []
     for prompt in list(texts.values())[: plan.num_texts]:
         layers = capture(language_model, prompt.ids, prompt.num_queries)
-        measure_mass(layers, found, all_choosers)
+        measure_text(layers, found, all_choosers)
     report_mass(report, plan, all_choosers, found)
-    chosen = {name: policy for name, policy in retrieving().items() if name in found}
-    layer_us = report_costs(report, chosen, layers)
+    layer_us = report_costs(report, found, layers)
     measure_notes(settings, plan, report, found)
     print(table(found, layer_us, plan))
     if settings.plot is not None:

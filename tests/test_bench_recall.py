@@ -18,7 +18,7 @@ with pytest.MonkeyPatch.context() as patch:
     import bench_retrieval
     from recall.answering import Past
     from recall.capture import SINK_TOKENS, WINDOW_TOKENS, Layer, layer_of, received_attention
-    from recall.choosers import ByPolicy, Chance, Chooser, Oracle, Recent
+    from recall.choosers import ByPolicy, Chance, Chooser, Oracle, Recent, prepared
     from recall.costs import costs, index_share
     from recall.metrics import FULL_LAYERS, covered, mass_recall, needle_coverage, recovered
     from recall.plot import drawing
@@ -77,14 +77,14 @@ def test_no_chooser_surpasses_the_oracle_and_a_budget_for_everything_recovers_ev
     by_policy = [ByPolicy(policy_named(name)) for name in ("quest", "auto")]
     every: list[Chooser] = [*by_policy, Recent(), Chance()]
     for chooser in every:
-        found = mass_recall(chooser, LAYERS, (32, MIDDLE))
+        found = mass_recall(prepared(chooser, LAYERS), LAYERS, (32, MIDDLE))
         assert found[MIDDLE] == pytest.approx(1, abs=1e-5)
         page = chooser.segmenter if isinstance(chooser, ByPolicy) else Pages(1)
-        assert found[32] <= mass_recall(Oracle(page), LAYERS, (32,))[32] + 1e-3
+        assert found[32] <= mass_recall(prepared(Oracle(page), LAYERS), LAYERS, (32,))[32] + 1e-3
 
 
 def test_the_oracle_of_single_tokens_recovers_the_best_of_them() -> None:
-    found = mass_recall(Oracle(Pages(1)), LAYERS, (8,))[8]
+    found = mass_recall(prepared(Oracle(Pages(1)), LAYERS), LAYERS, (8,))[8]
     best = sum(
         float(layer.attention[head, :, token].sum(0).topk(8).values.sum())
         for layer in LAYERS[FULL_LAYERS:]
@@ -97,8 +97,8 @@ def test_the_oracle_of_single_tokens_recovers_the_best_of_them() -> None:
 def test_notes_are_covered_by_recent_tokens_if_they_are_recent() -> None:
     end = SINK_TOKENS + MIDDLE
     asks = [(slice(0, NUM_QUERIES), slice(end - 8, end)), (slice(0, 1), slice(end - 40, end - 24))]
-    assert needle_coverage(Recent(), LAYERS, asks, 8) == pytest.approx(3 / 4)
-    assert needle_coverage(Recent(), LAYERS, asks, 32) == pytest.approx((3 + 0.5) / 4)
+    assert needle_coverage(prepared(Recent(), LAYERS), LAYERS, asks, 8) == pytest.approx(3 / 4)
+    assert needle_coverage(prepared(Recent(), LAYERS), LAYERS, asks, 32) == pytest.approx((3 + 0.5) / 4)
 
 
 @pytest.mark.parametrize("position", list(PositionPolicy))
@@ -129,7 +129,7 @@ def test_constant_far_keys_are_met_by_queries_a_window_away() -> None:
 
 def test_costs_count_what_is_read_and_what_is_new() -> None:
     policy = policy_named("quest")
-    found = costs(policy, LAYERS, budget=MIDDLE)
+    found = costs(prepared(ByPolicy(policy), LAYERS), LAYERS, budget=MIDDLE)
     assert found.read_nbytes == 2 * 2 * MIDDLE * (16 + 16) * 2  # layers, heads, tokens, elements, bytes
     assert found.moved_nbytes == 0
     assert index_share(policy, LAYERS[0]) == pytest.approx(2 * 16 / 16 / 32)

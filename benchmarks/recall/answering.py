@@ -16,7 +16,7 @@ from kvstore.kernels.reference import attend
 from kvstore.retrieval.positions import PositionPolicy, place
 from kvstore.retrieval.tokens import LayerQuery, Rotate
 from recall.capture import SINK_TOKENS, WINDOW_TOKENS, Layer
-from recall.choosers import Choose, Chooser
+from recall.choosers import Choose
 from recall.metrics import FULL_LAYERS
 from recall.prompts import Prompt
 
@@ -25,7 +25,12 @@ Seen = tuple[tuple[Tensor, ...], Tensor]
 
 
 def right_answers(
-    language_model: LanguageModel, layers: Sequence[Layer], prompt: Prompt, chooser: Chooser | None, budget: int
+    language_model: LanguageModel,
+    layers: Sequence[Layer],
+    prompt: Prompt,
+    chooses: Sequence[Choose] | None,
+    position: PositionPolicy,
+    budget: int,
 ) -> list[bool]:
     """Say for each note of a prompt whether greedy decoding would say it.
 
@@ -36,12 +41,13 @@ def right_answers(
         language_model: what the prompt was captured with.
         layers: the captured prompt.
         prompt: with notes.
-        chooser: None sees everything in all layers.
+        chooses: who chooses in each layer; None sees everything in all.
+        position: where what was chosen is read.
         budget: tokens to choose, per layer and KV head.
     """
     behind = prompt.ids[len(prompt.ids) - prompt.num_queries :]
     model = language_model.model
-    with torch.inference_mode(), _reading(model, layers, chooser, budget):
+    with torch.inference_mode(), _reading(model, layers, chooses, position, budget):
         positions = torch.arange(layers[0].num_past, len(prompt.ids), device=language_model.device)
         rows = position_rows(model)
         hidden = decoder_of(model)(
@@ -58,12 +64,13 @@ def right_answers(
 
 
 @contextmanager
-def _reading(model: Any, layers: Sequence[Layer], chooser: Chooser | None, budget: int) -> Iterator[None]:
+def _reading(
+    model: Any, layers: Sequence[Layer], chooses: Sequence[Choose] | None, position: PositionPolicy, budget: int
+) -> Iterator[None]:
     """Let every attention module read from a captured past."""
     with ExitStack() as undo:
         for number, (module, layer) in enumerate(zip(attention_modules(model), layers, strict=True)):
-            choose = chooser.over(number, layer) if chooser is not None and number >= FULL_LAYERS else None
-            position = chooser.position if chooser is not None else PositionPolicy.ORIGINAL
+            choose = chooses[number] if chooses is not None and number >= FULL_LAYERS else None
             module.forward = _Reader(module, layer, choose, position, budget)
             undo.callback(delattr, module, "forward")
         yield

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,6 +37,11 @@ class Chooser(Protocol):
 
     def over(self, number: int, layer: Layer) -> Choose:
         """Look at layer `number`, and be ready to choose from it."""
+
+
+def prepared(chooser: Chooser, layers: Sequence[Layer]) -> list[Choose]:
+    """Look at all layers of a text, once for all that is asked of them."""
+    return [chooser.over(number, layer) for number, layer in enumerate(layers)]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from harness import Timing
 from kvstore.retrieval.policy import Policy
 from recall.capture import Layer
-from recall.choosers import ByPolicy
+from recall.choosers import Choose
 from recall.metrics import FULL_LAYERS, asking
 
 ELEMENT_NBYTES = 2
@@ -36,9 +36,8 @@ class Costs:
     moved_nbytes: float
 
 
-def costs(policy: Policy, layers: Sequence[Layer], budget: int) -> Costs:
+def costs(chooses: Sequence[Choose], layers: Sequence[Layer], budget: int) -> Costs:
     """Let every query of a captured text choose, layer by layer."""
-    memories = [ByPolicy(policy).over(number, layer) for number, layer in enumerate(layers)]
     run = layers[0].run
     token_nbytes = ELEMENT_NBYTES * (run.keys.shape[2] + run.values.shape[2])
     seconds: list[list[float]] = []
@@ -48,7 +47,7 @@ def costs(policy: Policy, layers: Sequence[Layer], budget: int) -> Costs:
     for token in range(num_queries):
         seconds.append([])
         chosen = []
-        for choose, layer in list(zip(memories, layers, strict=True))[FULL_LAYERS:]:
+        for choose, layer in list(zip(chooses, layers, strict=True))[FULL_LAYERS:]:
             query = asking(layer, token)
             began = time.perf_counter()
             chosen.append(choose(query, budget))

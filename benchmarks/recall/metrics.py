@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvstore.retrieval.tokens import LayerQuery
 from recall.capture import Layer
-from recall.choosers import Chooser
+from recall.choosers import Choose
 
 FULL_LAYERS = 2
 """The first layers read everything, whatever a policy says: attention is not sparse there."""
@@ -41,7 +41,7 @@ def asking(layer: Layer, token: int) -> LayerQuery:
     return LayerQuery(query.query[:, :, one], query.positions[:, one], query.rotate, query.far_position)
 
 
-def mass_recall(chooser: Chooser, layers: Sequence[Layer], budgets: Sequence[int]) -> dict[int, float]:
+def mass_recall(chooses: Sequence[Choose], layers: Sequence[Layer], budgets: Sequence[int]) -> dict[int, float]:
     """Share of the attention to the middle that goes to what is read, by budget in tokens.
 
     Over all layers but the full ones, all queries and all query heads together: a head that looks elsewhere counts
@@ -49,8 +49,7 @@ def mass_recall(chooser: Chooser, layers: Sequence[Layer], budgets: Sequence[int
     """
     found = dict.fromkeys(budgets, 0.0)
     paid = 0.0
-    for number, layer in enumerate(layers[FULL_LAYERS:], FULL_LAYERS):
-        choose = chooser.over(number, layer)
+    for choose, layer in list(zip(chooses, layers, strict=True))[FULL_LAYERS:]:
         paid += float(layer.attention.sum())
         for token in range(layer.query.query.shape[2]):
             query = asking(layer, token)
@@ -61,21 +60,20 @@ def mass_recall(chooser: Chooser, layers: Sequence[Layer], budgets: Sequence[int
 
 
 def needle_coverage(
-    chooser: Chooser, layers: Sequence[Layer], asks: Sequence[tuple[slice, slice]], budget: int
+    chooses: Sequence[Choose], layers: Sequence[Layer], asks: Sequence[tuple[slice, slice]], budget: int
 ) -> float:
     """Share of planted notes' tokens that are read when they are asked for.
 
     Averaged over layers but the full ones, KV heads, and the tokens that ask.
 
     Args:
-        chooser: who chooses.
+        chooses: who chooses in each layer.
         layers: of a text with notes in its middle.
         asks: (which of the queries ask, numbers of the note's tokens), for each note.
         budget: tokens.
     """
     found = []
-    for number, layer in enumerate(layers[FULL_LAYERS:], FULL_LAYERS):
-        choose = chooser.over(number, layer)
+    for choose, layer in list(zip(chooses, layers, strict=True))[FULL_LAYERS:]:
         for tokens, note in asks:
             found += [covered(choose(asking(layer, token), budget), note) for token in range(tokens.start, tokens.stop)]
     return float(torch.tensor(found).mean())
