@@ -98,8 +98,8 @@ try:
         probe_record,
         record_bound,
         scatter_rows,
-        seal_extent,
         score_byte_rows,
+        seal_extent,
         split_planes,
     )
 except ImportError as error:

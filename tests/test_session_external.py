@@ -40,7 +40,7 @@ def read(attached: Attached) -> None:
 @pytest.mark.parametrize("block", [4, 12])
 def test_a_block_that_an_external_retriever_insists_on_is_read(name: str, block: int, tmp_path: Path) -> None:
     model = make_model()
-    config = settings(policy(name, full_layers=0), window=24, sinks=4, budget=2 * BLOCK_TOKENS)
+    config = settings(policy(name, full_layers=0, recent_tokens=0), window=24, sinks=4, budget=2 * BLOCK_TOKENS)
     with attached_stream(tmp_path, model, config) as attached:
         read(attached)
         attached.question(QUESTION, external=[ExtraScores(about(block), weight=100.0)])

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvstore.errors import CorruptRecordError
 from kvstore.layout import BlockLayout
 from kvstore.retrieval.fusion import ExtraScores
+from kvstore.retrieval.index.choice import choose_index
 from kvstore.retrieval.memory import LayerMemory, Selection
 from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.summary import received_of
@@ -57,7 +58,7 @@ class StreamMemory:
         self._layout = BlockLayout(header.spec, header.block_tokens)
         spec = header.spec
         self._layers = [
-            LayerMemory(policy, spec.kv_heads, spec.key_dim, layer=layer) for layer in range(spec.num_layers)
+            LayerMemory(policy, spec.kv_heads, spec.key_dim, choose_index, layer) for layer in range(spec.num_layers)
         ]
         self._known = 0
         self.damaged: dict[int, str] = {}

@@ -2,6 +2,7 @@
 """Our default: small pages, compared both where they stand and for what they say."""
 
 from kvstore.retrieval.fusion import StandardScores
+from kvstore.retrieval.policies.maxsim import POLICY as MAXSIM
 from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.scorers.bound import Bound
 from kvstore.retrieval.scorers.dot import Dot
@@ -9,7 +10,8 @@ from kvstore.retrieval.segmenters.pages import Pages
 from kvstore.retrieval.summarisers.bounds import CuboidMean
 from kvstore.retrieval.summarisers.mean import Mean
 from kvstore.retrieval.tokens import Space
-from kvstore.retrieval.triggers.trigger import EveryStep
+from kvstore.retrieval.triggers.ahead import Ahead
+from kvstore.retrieval.triggers.stride import Stride
 from kvstore.retrieval.view import View
 
 POLICY = Policy(
@@ -23,6 +25,9 @@ POLICY = Policy(
         View(Mean(), Dot(), Space.FAR, is_shared=True),
     ),
     fusion=StandardScores(neighbours=(0.0, 0.25)),
-    trigger=EveryStep(),
+    # Neighbouring tokens ask for much the same; what is chosen for the next one comes while this one is computed.
+    trigger=Ahead(Stride(4)),
     full_layers=2,
+    recent_tokens=512,
+    beyond=MAXSIM,
 )
