@@ -14,6 +14,7 @@ from kvstore.engines.loading import LanguageModel
 from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.registry import policies
+from kvstore.retrieval.segmenters.pages import Pages
 from kvstore.video.model import load
 from recall.answering import right_answers
 from recall.capture import Layer, capture
@@ -28,6 +29,7 @@ NEEDLE_BUDGET = 256
 COST_BUDGET = 512
 RIVAL = "quest"
 FULL = "full attention"
+ORACLE = Oracle(Pages(16))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Plan:
         passkey_budget: tokens read when the pass key is asked for.
         notes_budget: tokens read when one of several notes is asked for.
         num_noted: natural texts in which several notes are planted.
+        num_notes: in each of them.
     """
 
     num_tokens: int = 4096
@@ -53,9 +56,10 @@ class Plan:
     passkey_budget: int = 128
     notes_budget: int = 512
     num_noted: int = 2
+    num_notes: int = 5
 
 
-QUICK = Plan(num_queries=6, num_texts=1, depths=(0.35,), num_covered=1, num_noted=1)
+QUICK = Plan(num_queries=6, num_texts=1, depths=(0.35,), num_covered=1, num_noted=1, num_notes=2)
 
 
 @dataclass
@@ -83,15 +87,20 @@ def retrieving() -> dict[str, Policy]:
 
 
 def choosers(names: Sequence[str] | None) -> list[Chooser]:
-    """The policies, an oracle for each way in which they cut a text, and two that do not look."""
+    """The policies, an oracle, and two that do not look."""
     chosen = [policy for name, policy in retrieving().items() if names is None or name in names]
-    cuts = dict.fromkeys(policy.segmenter for policy in chosen if policy.segmenter is not None)
-    return [*map(ByPolicy, chosen), *map(Oracle, cuts), Recent(), Chance()]
+    return [*map(ByPolicy, chosen), ORACLE, Recent(), Chance()]
+
+
+def oracles(all_choosers: Sequence[Chooser]) -> list[Chooser]:
+    """One for each way in which policies cut a text."""
+    cuts = dict.fromkeys(chooser.segmenter for chooser in all_choosers if isinstance(chooser, ByPolicy))
+    return [Oracle(cut) for cut in cuts if cut != ORACLE.segmenter]
 
 
 def baseline_of(chooser: Chooser) -> str:
-    """What a chooser is compared with: the oracle over its own units."""
-    return Oracle(chooser.segmenter).name if isinstance(chooser, ByPolicy) else chooser.name
+    """What a chooser's recovered attention is compared with: that of the oracle over its own units."""
+    return (Oracle(chooser.segmenter) if isinstance(chooser, ByPolicy) else ORACLE).name
 
 
 def measure_text(layers: Sequence[Layer], found: Mapping[str, Found], all_choosers: Sequence[Chooser]) -> None:
@@ -137,7 +146,7 @@ def measure_notes(settings: argparse.Namespace, plan: Plan, report: Report, foun
     texts = natural_texts(encode, settings.tokens, 0, settings.text)
     noted = list(texts.values())[: plan.num_noted]
     for text in noted:
-        prompt = notes_in(encode, text.ids, settings.tokens)
+        prompt = notes_in(encode, text.ids, settings.tokens, plan.num_notes)
         layers = capture(language_model, prompt.ids, prompt.num_queries)
         full_notes += share(everything(language_model, layers, prompt)) / len(noted)
         for chooser in all_choosers:
@@ -146,12 +155,12 @@ def measure_notes(settings: argparse.Namespace, plan: Plan, report: Report, foun
             found[chooser.name].notes += share(answers) / len(noted)
     check(full_passkeys > 0 and full_notes > 0, "the model answers nothing with full attention")
     for chooser in all_choosers:
-        one, base = found[chooser.name], baseline_of(chooser)
+        one, oracle = found[chooser.name], found[ORACLE.name]
         case = {"budget": NEEDLE_BUDGET, "prompts": plan.num_covered}
-        report.value("needle_coverage", "share", (chooser.name, one.coverage), (base, found[base].coverage), **case)
+        report.value("needle_coverage", "share", (chooser.name, one.coverage), (ORACLE.name, oracle.coverage), **case)
         case = {"budget": plan.passkey_budget, "prompts": len(plan.depths)}
         report.value("passkey", "right answers", (chooser.name, one.passkeys), (FULL, full_passkeys), **case)
-        case = {"budget": plan.notes_budget, "texts": len(noted)}
+        case = {"budget": plan.notes_budget, "texts": len(noted), "notes": plan.num_notes}
         report.value("notes", "right answers", (chooser.name, one.notes), (FULL, full_notes), **case)
 
 
@@ -199,18 +208,19 @@ def main() -> None:
     if settings.text is not None:
         plan = dataclasses.replace(plan, num_texts=1, num_noted=1)
     all_choosers = choosers(settings.policies)
-    found = {chooser.name: Found() for chooser in all_choosers}
+    with_oracles = [*all_choosers, *oracles(all_choosers)]
+    found = {chooser.name: Found() for chooser in with_oracles}
     language_model = load(settings.model)
     report = Report(settings, {"model": language_model.path.stem, "past": settings.tokens})
     texts = natural_texts(language_model.encode, settings.tokens, plan.num_queries, settings.text)
     layers: list[Layer] = []
     for prompt in list(texts.values())[: plan.num_texts]:
         layers = capture(language_model, prompt.ids, prompt.num_queries)
-        measure_text(layers, found, all_choosers)
-    report_mass(report, plan, all_choosers, found)
+        measure_text(layers, found, with_oracles)
+    report_mass(report, plan, with_oracles, found)
     layer_us = report_costs(report, found, layers)
     measure_notes(settings, plan, report, found)
-    print(table(found, layer_us, plan))
+    print(table({chooser.name: found[chooser.name] for chooser in all_choosers}, layer_us, plan))
     if settings.plot is not None:
         settings.plot.write_text(drawing({name: one.mass for name, one in found.items()}), encoding="utf-8")
     report.write()

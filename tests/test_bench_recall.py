@@ -22,7 +22,7 @@ with pytest.MonkeyPatch.context() as patch:
     from recall.costs import costs, index_share
     from recall.metrics import FULL_LAYERS, covered, mass_recall, needle_coverage, recovered
     from recall.plot import drawing
-    from recall.prompts import NOTES, natural_texts, notes_in, passkey
+    from recall.prompts import natural_texts, notes_in, passkey
 
 NUM_QUERIES = 3
 MIDDLE = 128
@@ -137,7 +137,7 @@ def test_costs_count_what_is_read_and_what_is_new() -> None:
 
 def test_prompts_say_where_notes_are_and_what_is_asked() -> None:
     text = natural_texts(letters, 1500, 4, None)["reference"].ids
-    for prompt in (passkey(letters, 1500, 0.99, 1), notes_in(letters, text, 1500)):
+    for prompt in (passkey(letters, 1500, 0.99, 1), notes_in(letters, text, 1500, 3)):
         num_past = len(prompt.ids) - prompt.num_queries
         behind = [*prompt.ids[num_past:], prompt.next_id]
         for ask in prompt.asks:
@@ -147,7 +147,7 @@ def test_prompts_say_where_notes_are_and_what_is_asked() -> None:
             assert answer
             assert set(answer) <= set(prompt.ids[ask.note])
             assert ask.asks.stop <= prompt.num_queries
-    assert len(prompt.asks) == NOTES
+    assert len(prompt.asks) == 3
 
 
 def test_the_plot_has_a_line_and_a_label_for_everybody() -> None:
@@ -158,7 +158,8 @@ def test_the_plot_has_a_line_and_a_label_for_everybody() -> None:
 
 def test_each_policy_is_compared_with_the_oracle_over_its_own_units() -> None:
     every = bench_retrieval.choosers(["quest", "arkvale"])
-    names = [chooser.name for chooser in every]
+    names = [chooser.name for chooser in (*every, *bench_retrieval.oracles(every))]
+    assert len(set(names)) == len(names)
     assert all(bench_retrieval.baseline_of(chooser) in names for chooser in every)
     assert bench_retrieval.baseline_of(every[0]) != bench_retrieval.baseline_of(every[1])
     assert "streaming_llm" not in bench_retrieval.retrieving()

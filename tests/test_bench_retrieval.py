@@ -58,6 +58,7 @@ def test_every_row_of_a_text_has_its_baseline(capsys: pytest.CaptureFixture[str]
     language_model = LanguageModel(make_model(num_hidden_layers=4), None, Path("tiny"))
     layers = capture(language_model, token_ids(NUM_PAST + 3)[0].tolist(), 3)
     every = bench_retrieval.choosers(["quest", "auto"])
+    every += bench_retrieval.oracles(every)
     found = {chooser.name: Found() for chooser in every}
     report = Report(argparse.Namespace(bench="retrieval", threads=1, json=None))
     bench_retrieval.measure_text(layers, found, every)

@@ -17,9 +17,6 @@ from recall.capture import SINK_TOKENS, WINDOW_TOKENS
 
 Encode = Callable[[str], list[int]]
 
-NOTES = 5
-"""Notes planted in one text."""
-
 _FACTS = Path(__file__).resolve().parents[2] / "examples" / "demo_facts.json"
 _TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about "
@@ -104,15 +101,16 @@ def passkey(encode: Encode, num_tokens: int, depth: float, seed: int) -> Prompt:
     return Prompt(ids[:-1], asks.stop, (ask,), ids[-1])
 
 
-def notes_in(encode: Encode, text: Sequence[int], num_past: int) -> Prompt:
+def notes_in(encode: Encode, text: Sequence[int], num_past: int, num_notes: int) -> Prompt:
     """Plant notes evenly over a text, and say each again at its end, up to the answer and with it.
 
     Args:
         encode: the tokenizer.
         text: token ids, at least `num_past`.
         num_past: tokens before the first note is said again.
+        num_notes: how many.
     """
-    facts = json.loads(_FACTS.read_text(encoding="utf-8"))["planted"][:NOTES]
+    facts = json.loads(_FACTS.read_text(encoding="utf-8"))["planted"][:num_notes]
     notes = [encode(f"\n\n{fact['sentence']}\n\n") for fact in facts]
     rest = num_past - sum(len(note) for note in notes)
     first, end = SINK_TOKENS, rest - WINDOW_TOKENS
@@ -121,7 +119,7 @@ def notes_in(encode: Encode, text: Sequence[int], num_past: int) -> Prompt:
     asks = []
     taken = 0
     for number, (fact, note) in enumerate(zip(facts, notes, strict=True)):
-        place = first + int((end - first) * (number + 0.5) / NOTES)
+        place = first + int((end - first) * (number + 0.5) / num_notes)
         ids += text[taken:place]
         taken = place
         cue = encode(f"\n\n{fact['sentence'][: fact['sentence'].rindex(fact['answer'])].rstrip()}")
