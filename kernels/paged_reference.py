@@ -113,7 +113,7 @@ def gather_rows(plane: Tensor, rows: Tensor, seen: Tensor, rotation: Rotation | 
     """
     at = rows.masked_fill(rows.lt(0) | rows.ge(plane.shape[0] * plane.shape[2]), 0).long()
     heads = torch.arange(plane.shape[1], device=plane.device).view(-1, *[1] * (rows.dim() - 1))
-    found = plane[at // plane.shape[2], heads, at % plane.shape[2]].masked_fill(~seen[..., None], 0)
+    found = plane[at // plane.shape[2], heads, at % plane.shape[2]].masked_fill_(~seen[..., None], 0)
     if rotation is None:
         return found
     half = rotation.cos.shape[1]
