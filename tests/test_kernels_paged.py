@@ -7,12 +7,14 @@ import dataclasses
 import importlib.util
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from kvstore.kernels import dispatch, paged_reference
 from kvstore.kernels.paged_reference import Rotation, attend_rows, page_rows
 from kvstore.kernels.parts_reference import Part, merge_parts
 from tests.paged_pools import BLOCK_TOKENS, NUM_SLOTS, Case, Geometry, geometries, make_case
@@ -23,15 +25,18 @@ interpreted = pytest.mark.skipif(HAS_GPU, reason="the kernels are compiled in th
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
+def arguments(case: Case) -> dict[str, Any]:
+    return {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
+
+
 def reference(case: Case) -> Part:
-    return attend_rows(**{field.name: getattr(case, field.name) for field in dataclasses.fields(case)})
+    return attend_rows(**arguments(case))
 
 
 def twin(case: Case) -> Part:
     from kvstore.kernels import attend_rows_triton
 
-    arguments = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
-    return attend_rows_triton.attend_rows(**arguments)
+    return attend_rows_triton.attend_rows(**arguments(case))
 
 
 each_form = pytest.mark.parametrize(
@@ -153,6 +158,40 @@ def test_parts_of_the_rows_merge_to_the_whole(attend: Callable[[Case], Part]) ->
     case = make_case(Geometry(num_rows=90, num_queries=2, has_bias=True))
     parts = [attend(case.of_rows(slice(*ends))) for ends in ((0, 0), (0, 1), (1, 70), (70, 90))]
     close(merge_parts(parts), reference(case), 2e-5)
+
+
+@needs_triton
+@interpreted
+@pytest.mark.parametrize("num_splits", [1, 16, 17, 40])
+def test_any_number_of_splits_merges(num_splits: int) -> None:
+    from kvstore.kernels.merge_splits_triton import merge_splits
+
+    chance = torch.Generator().manual_seed(num_splits)
+    outs, sums = (
+        torch.randn(num_splits, 2, 3, 2, 5, generator=chance),
+        torch.randn(num_splits, 2, 3, 2, generator=chance),
+    )
+    sums = (40 * sums).masked_fill(torch.rand(sums.shape, generator=chance) < 0.3, -math.inf)
+    sums[:, 0, 1] = -math.inf
+    outs = outs.masked_fill(sums.isneginf()[..., None], 0)
+    close(merge_splits(outs, sums), merge_parts(list(zip(outs, sums, strict=True))), 1e-5)
+
+
+def test_dispatch_attends_on_the_cpu_by_the_reference() -> None:
+    case = make_case(Geometry(num_rows=9))
+    for found, wanted in zip(dispatch.attend_rows(**arguments(case)), reference(case), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")
+def test_dispatch_attends_on_a_gpu_by_the_twin_but_to_wide_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = make_case(Geometry(key_dim=300, num_rows=9)).to(torch.float32, "cuda")
+    close(dispatch.attend_rows(**arguments(wide)), reference(wide), 1e-5)
+    case = make_case(Geometry(num_rows=9)).to(torch.float32, "cuda")
+    wanted = reference(case)
+    monkeypatch.delattr(paged_reference, "attend_rows")
+    close(dispatch.attend_rows(**arguments(case)), wanted, 1e-5)
 
 
 def test_pages_are_runs_inside_a_slot() -> None:
