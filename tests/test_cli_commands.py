@@ -21,7 +21,7 @@ for _module in ("av", "PIL", "tesserocr", "transformers"):
 from kvstore.cli import streams  # noqa: E402
 from kvstore.cli.interrupt import Interruptible  # noqa: E402
 from kvstore.cli.main import main  # noqa: E402
-from kvstore.store import Store  # noqa: E402
+from kvstore.store import FetchReport, FetchRequest, Outcome, Store  # noqa: E402
 from tests.cli_runs import (  # noqa: E402
     ENVIRONMENT,
     Done,
@@ -145,7 +145,16 @@ def test_ask_prints_one_json_object(folder: Path, ingested: Path, command: Comma
 def test_blocks_that_cannot_be_searched_are_counted(
     folder: Path, ingested: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Store, "summaries", lambda *_: {})
+    fetch = Store.fetch
+
+    def torn(self: Store, requests: list[FetchRequest], timeout_s: float | None = None) -> FetchReport:
+        report = fetch(self, requests, timeout_s)
+        for number, request in enumerate(requests):
+            if request.layers is None:  # as blocks are read to be searched
+                report.outcomes[number], report.reasons[number] = Outcome.DAMAGED, "its first plane is torn"
+        return report
+
+    monkeypatch.setattr(Store, "fetch", torn)
     words = ("ask", "Where?", "--store", ingested, "--stream", "s", "--model", folder / "model", "--policy", "rekv")
     answer = json.loads(command(*words, "--json").out)
     assert answer["num_unsearched"] == len(answer["damaged"]) > 9

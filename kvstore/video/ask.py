@@ -204,7 +204,7 @@ class Asker:
                 attend=first.computed_s(recalled),
             ),
             bytes_read=dict(load.bytes_read),
-            policy=view.config.policy.name,
+            policy=view.policy.name,
             tokens_in_stream=view.num_tokens,
             tokens_attended=recall.num_attended_tokens,
             damaged=[
