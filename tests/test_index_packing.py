@@ -136,3 +136,8 @@ def test_segments_that_do_not_fit_the_index_are_refused() -> None:
     for other in (SegmentedIndex(2, 10, FloatCoding(), 32), SegmentedIndex(2, 9, segment_rows=32)):
         with pytest.raises(ShapeError):
             other.load([first], 32)
+    whole, tail = index_of(ByteCoding(), 40, []).dump()
+    with pytest.raises(ShapeError, match="missing"):
+        SegmentedIndex(2, 10, segment_rows=32).load([whole, tail], 41)
+    with pytest.raises(ShapeError, match="missing"):
+        SegmentedIndex(2, 10, segment_rows=64).load([index_of(ByteCoding(), 32, list(range(20))).dump()[0]], 32)

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from kvstore.errors import ConfigError, ShapeError
 from kvstore.retrieval.index.byte_rows import ByteCoding
-from kvstore.retrieval.index.coding import Coding
+from kvstore.retrieval.index.coding import Coding, SealedRows
 from kvstore.retrieval.index.float_rows import FloatRows
 from kvstore.retrieval.index.lasting import lasting
 from kvstore.retrieval.index.partitions import check_finite, check_partitions
 from kvstore.retrieval.index.segment import SEGMENT_ROWS, Segment
 from kvstore.retrieval.index.snapshot import Body, Snapshot
+
+_Form = list[tuple[tuple[int, ...], torch.dtype]]
 
 
 class SegmentedIndex:
@@ -123,16 +125,21 @@ class SegmentedIndex:
         Raises:
             ShapeError: a segment does not fit behind the one before it, or has another shape or coding.
         """
+        forms: dict[int, _Form] = {}
         with self._writing:
             for segment in segments:
                 if segment.end > num_rows:
                     raise ShapeError(f"rows {segment.first} to {segment.end} are beyond the {num_rows} of the index")
-                self._load(segment)
+                self._load(segment, forms)
             now = self._snapshot
             if now.num_rows < num_rows:
-                self._snapshot = replace(now, body=Body(now.body.segments, num_rows - now.tail_rows))
+                if now.tail_rows:
+                    raise ShapeError(
+                        f"{num_rows - now.num_rows} rows of the tail behind {now.num_rows} others are missing"
+                    )
+                self._snapshot = replace(now, body=Body(now.body.segments, num_rows))
 
-    def _load(self, segment: Segment) -> None:
+    def _load(self, segment: Segment, forms: dict[int, _Form]) -> None:
         now = self._snapshot
         if now.tail_rows or segment.first < now.body.end:
             raise ShapeError(f"rows {segment.first} to {segment.end} do not follow {now.num_rows} others")
@@ -140,14 +147,16 @@ class SegmentedIndex:
         if is_tail:
             rows = segment.rows.decoded().to(now.tail.device)
             check_partitions(rows, now.tail.shape[0], now.tail.shape[2])
+            if segment.numbers is not None:
+                raise ShapeError(f"rows {segment.first} to {segment.end} are a tail, and some are missing")
             self._snapshot = replace(now, body=Body(now.body.segments, segment.first))
             self._add(rows)
             self._snapshot = replace(self._snapshot, tail_dead=segment.dead)
             return
-        expected = now.coding.seal(torch.zeros(now.tail.shape[0], segment.rows.num_rows, now.tail.shape[2]))
-        if [(part.shape, part.dtype) for part in expected.parts] != [
-            (part.shape, part.dtype) for part in segment.rows.parts
-        ]:
+        count = segment.rows.num_rows
+        if count not in forms:
+            forms[count] = _form(now.coding.seal(torch.zeros(now.tail.shape[0], count, now.tail.shape[2])))
+        if _form(segment.rows) != forms[count]:
             raise ShapeError(f"rows {segment.first} to {segment.end} are of another shape or coding than the index")
         self._snapshot = replace(now, body=Body((*now.body.segments, segment), segment.end))
 
@@ -182,3 +191,8 @@ class SegmentedIndex:
         # A tail of its own: readers of older snapshots still read the one that was sealed.
         empty = now.tail.new_empty(now.tail.shape[0], 0, now.tail.shape[2])
         self._snapshot = Snapshot(now.coding, Body(segments, end), empty)
+
+
+def _form(rows: SealedRows) -> _Form:
+    """By which rows of another shape or coding are told."""
+    return [(tuple(part.shape), part.dtype) for part in rows.parts]
