@@ -92,3 +92,13 @@ def resident_nbytes(field: str) -> int:
     """Memory of this process, now or at its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+
+def test_rows_that_are_left_out_give_their_memory_back() -> None:
+    index = SegmentedIndex(2, 64)
+    index.add(torch.randn(2, 1024, 64))
+    index.remove(torch.arange(24, 1024))
+
+    (left,) = index.dump()
+
+    assert sum(part.untyped_storage().nbytes() for part in left.rows.parts) <= 3 * 4096

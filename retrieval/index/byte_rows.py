@@ -52,7 +52,8 @@ class ByteRows:
         """See `SealedRows`."""
         codes, low, step = self.parts
         rows = codes.transpose(2, 3).flatten(1, 2)[:, wanted]
-        return ByteRows(_blocks(rows.flatten(2)), low, step, wanted.shape[0])
+        # Copies, because a view would keep the pages of all rows.
+        return ByteRows(_blocks(rows.flatten(2)), low.clone(), step.clone(), wanted.shape[0])
 
 
 @dataclass(frozen=True, slots=True)
