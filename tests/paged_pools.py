@@ -35,7 +35,7 @@ class Geometry:
 @st.composite
 def geometries(draw: st.DrawFn) -> Geometry:
     kv_heads = draw(st.integers(1, 3))
-    key_dim = draw(st.sampled_from([32, 48, 80, 128, 192, 256]))
+    key_dim = draw(st.sampled_from([32, 33, 48, 80, 128, 192, 256]))
     return Geometry(
         kv_heads=kv_heads,
         group=draw(st.sampled_from([1, 2, 3, 7, 16])),

@@ -122,6 +122,16 @@ def test_halves_are_summed_in_float32(summarise: Summarise, kind: str, dtype: to
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+@needs_triton
+@interpreted
+@kinds
+@pytest.mark.parametrize(("key_dim", "half"), [(33, 0), (33, 8), (2, 1), (1, 0)])
+def test_keys_of_odd_width_are_summarised_whole(kind: str, key_dim: int, half: int) -> None:
+    keys, rows, rotation = units_of(Geometry(key_dim=key_dim, half=half), 5)
+    wanted = summary_reference.summarise_rows(keys, rows, rotation=rotation, kind=kind)
+    torch.testing.assert_close(twin(keys, rows, rotation=rotation, kind=kind), wanted, atol=1e-5, rtol=1e-5)
+
+
 @each_form
 @kinds
 def test_a_unit_of_no_rows_is_nought(summarise: Summarise, kind: str) -> None:
