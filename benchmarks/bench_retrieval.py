@@ -49,9 +49,9 @@ class Plan:
     """
 
     num_tokens: int = 4096
-    num_queries: int = 32
+    num_queries: int = 24
     num_texts: int = 3
-    depths: tuple[float, ...] = (0.1, 0.35, 0.6, 0.85, 0.05, 0.25, 0.5, 0.75)
+    depths: tuple[float, ...] = (0.1, 0.35, 0.6, 0.85, 0.2, 0.75)
     num_covered: int = 4
     passkey_budget: int = 128
     notes_budget: int = 512
@@ -103,26 +103,25 @@ def baseline_of(chooser: Chooser) -> str:
     return (Oracle(chooser.segmenter) if isinstance(chooser, ByPolicy) else ORACLE).name
 
 
-def measure_text(layers: Sequence[Layer], found: Mapping[str, Found], all_choosers: Sequence[Chooser]) -> None:
-    """Add up recovered attention over texts, and note what choosing costs in the latest one."""
+def measure_text(
+    layers: Sequence[Layer], found: Mapping[str, Found], all_choosers: Sequence[Chooser], num_texts: int
+) -> None:
+    """Add one text's part of the recovered attention, and note what choosing costs in it."""
     for chooser in all_choosers:
         chooses, one = prepared(chooser, layers), found[chooser.name]
-        for budget, share in mass_recall(chooses, layers, BUDGETS).items():
-            one.mass[budget] = one.mass.get(budget, 0.0) + share
+        for budget, mass in mass_recall(chooses, layers, BUDGETS).items():
+            one.mass[budget] = one.mass.get(budget, 0.0) + mass / num_texts
         if isinstance(chooser, ByPolicy):
             one.costs = costs(chooses, layers, COST_BUDGET)
 
 
 def report_mass(report: Report, plan: Plan, all_choosers: Sequence[Chooser], found: Mapping[str, Found]) -> None:
     for chooser in all_choosers:
+        base = baseline_of(chooser)
         for budget in BUDGETS:
-            mass = found[chooser.name].mass
-            mass[budget] /= plan.num_texts
-            base = baseline_of(chooser)
             case = {"budget": budget, "texts": plan.num_texts, "queries": plan.num_queries}
-            report.value(
-                "attention_mass", "share", (chooser.name, mass[budget]), (base, found[base].mass[budget]), **case
-            )
+            mass = (chooser.name, found[chooser.name].mass[budget])
+            report.value("attention_mass", "share", mass, (base, found[base].mass[budget]), **case)
 
 
 def measure_notes(settings: argparse.Namespace, plan: Plan, report: Report, found: Mapping[str, Found]) -> None:
@@ -216,8 +215,8 @@ def main() -> None:
     layers: list[Layer] = []
     for prompt in list(texts.values())[: plan.num_texts]:
         layers = capture(language_model, prompt.ids, prompt.num_queries)
-        measure_text(layers, found, with_oracles)
-    report_mass(report, plan, with_oracles, found)
+        measure_text(layers, found, with_oracles, plan.num_texts)
+    report_mass(report, plan, all_choosers, found)
     layer_us = report_costs(report, found, layers)
     measure_notes(settings, plan, report, found)
     print(table({chooser.name: found[chooser.name] for chooser in all_choosers}, layer_us, plan))

@@ -58,17 +58,23 @@ def test_every_row_of_a_text_has_its_baseline(capsys: pytest.CaptureFixture[str]
     language_model = LanguageModel(make_model(num_hidden_layers=4), None, Path("tiny"))
     layers = capture(language_model, token_ids(NUM_PAST + 3)[0].tolist(), 3)
     every = bench_retrieval.choosers(["quest", "auto"])
-    every += bench_retrieval.oracles(every)
-    found = {chooser.name: Found() for chooser in every}
+    with_oracles = [*every, *bench_retrieval.oracles(every)]
+    found = {chooser.name: Found() for chooser in with_oracles}
     report = Report(argparse.Namespace(bench="retrieval", threads=1, json=None))
-    bench_retrieval.measure_text(layers, found, every)
-    bench_retrieval.report_mass(report, Plan(num_texts=1), every, found)
+    for _ in range(2):
+        bench_retrieval.measure_text(layers, found, with_oracles, 2)
+    bench_retrieval.report_mass(report, Plan(num_texts=2), every, found)
     layer_us = bench_retrieval.report_costs(report, found, layers)
 
     assert set(layer_us) == {"quest", "auto"}
     rows = [row for row in report.rows if row.metric == "attention_mass" and row.case["what"] == "auto"]
     assert [row.case["budget"] for row in rows] == list(BUDGETS)
     assert all(0 < row.ratio <= 1.001 for row in rows)
+    assert {row.baseline for row in rows} == {bench_retrieval.baseline_of(every[0])}
+    assert every[0].name == "auto"
+    whats = [(row.case["what"], row.case["budget"]) for row in report.rows if row.metric == "attention_mass"]
+    assert len(set(whats)) == len(whats)
+    assert all(row.value <= 1.001 for row in report.rows if row.metric == "attention_mass")
     report.write()
     table = bench_retrieval.table(found, layer_us, Plan())
     assert all(any(line.startswith(name) for line in table.splitlines()) for name in (*found, Chance().name))
