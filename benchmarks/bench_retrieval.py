@@ -49,7 +49,7 @@ class Plan:
     """
 
     num_tokens: int = 4096
-    num_queries: int = 24
+    num_queries: int = 32
     num_texts: int = 3
     depths: tuple[float, ...] = (0.1, 0.35, 0.6, 0.85, 0.2, 0.75)
     num_covered: int = 4
