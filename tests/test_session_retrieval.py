@@ -28,7 +28,8 @@ BUDGET = 4 * BLOCK_TOKENS
 def choices(monkeypatch: pytest.MonkeyPatch) -> Choices:
     """Record what `Branch` attends to."""
     seen = Choices()
-    attend_to = Branch._attend_to
+    attend_to: Any = Branch.attend_to
+    attend_to_difference: Any = Branch.attend_to_difference
 
     def recording(
         self: Branch, attending: Any, reading: Reading, layers: range, estimate: Estimate | None = None
@@ -39,9 +40,18 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> Choices:
             for layer in layers:
                 seen.by_layer[layer] = lists * (2 // len(lists))
                 seen.estimates[layer] = estimate
-        return attend_to(self, attending, reading, layers, estimate)
+        had: frozenset[int] = attend_to(self, attending, reading, layers, estimate)
+        return had
 
-    monkeypatch.setattr(Branch, "_attend_to", recording)
+    def recording_difference(self: Branch, layer: int, reading: Reading) -> frozenset[int] | None:
+        had: frozenset[int] | None = attend_to_difference(self, layer, reading)
+        if had is not None:
+            lists = [[*far.tolist(), *reading.near.tolist()] for far in reading.far]
+            seen.by_layer[layer] = lists * (2 // len(lists))
+        return had
+
+    monkeypatch.setattr(Branch, "attend_to", recording)
+    monkeypatch.setattr(Branch, "attend_to_difference", recording_difference)
     return seen
 
 

@@ -15,7 +15,7 @@ from kvstore.retrieval.positions import Placement, PositionPolicy, place
 from kvstore.retrieval.tokens import Rotate
 from kvstore.session.attention_inputs import AttentionInputs, ContextRule
 from kvstore.session.context import LayerContext
-from kvstore.session.past import PastTokens
+from kvstore.session.past import Difference, PastTokens
 from kvstore.session.residency import Residency
 
 _JOINED = frozenset(
@@ -196,6 +196,17 @@ class Attending:
             bias = torch.cat([bias.expand(joined.shape[0], -1), estimate.counts.log().to(bias.device)], dim=1)
             self._placed[layer] = replace(placed, bias=bias)
         self.contexts[layer].set_past(joined[None], values[None])
+
+    def replace_rows(self, layer: int, difference: Difference) -> None:
+        """Put other tokens in rows of one layer's past, whose order says nothing where positions are the original ones.
+
+        Args:
+            layer: layer index.
+            difference: from `PastReader.read_difference`.
+        """
+        keys = self._rotated(difference.keys[None, None], difference.positions[:, None])[0, 0]
+        device = keys.device
+        self.contexts[layer].replace(difference.heads.to(device), difference.rows.to(device), keys, difference.values)
 
     def inputs(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> AttentionInputs:
         """Append new tokens to one layer's tail and return what its attention kernel needs.

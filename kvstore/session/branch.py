@@ -6,22 +6,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from kvstore.errors import ConfigError, ShapeError
-from kvstore.retrieval.estimates import Estimate
 from kvstore.retrieval.fusion import ExtraScores
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.selection import Ranking, select
 from kvstore.session.attending import Attending
-from kvstore.session.attention_inputs import AttentionInputs, ContextRule
+from kvstore.session.attention_inputs import AttentionInputs
+from kvstore.session.branch_past import BranchPast
 from kvstore.session.choosing import LayerChoices
 from kvstore.session.late_ranking import LateRanking
-from kvstore.session.past import PastTokens, Reading
+from kvstore.session.past import Reading
 from kvstore.session.recall import Recall, cite
 from kvstore.session.stream_memory import StreamMemory
 from kvstore.session.view import StreamView
@@ -36,7 +35,7 @@ class _Phase(StrEnum):
     ANSWER = "answer"
 
 
-class Branch(Attending):
+class Branch(BranchPast):
     """One question. Its own tokens live in the contexts only, in any batch size, and are numbered from 0.
 
     The engine runs the question through the model between `begin_recall` and `end_recall`, then the prompt and the
@@ -55,27 +54,10 @@ class Branch(Attending):
     """
 
     def __init__(self, view: StreamView, *, continues: bool, external: Sequence[ExtraScores] = ()) -> None:
+        super().__init__(view, view.policy, continues=continues)
         policy = view.policy
-        far = view.config.window_tokens
-        super().__init__(view.residency, view.rotate, policy.position, far, view.rows)
-        self._view = view
-        self._policy = policy
-        self._entries = list(view.entries)
-        # Copies: the stream may go on, and its open slots with it, while the question is being answered.
-        self._open_planes = [
-            [(keys.clone(), values.clone()) for keys, values in view.open_planes(layer)]
-            for layer in range(view.num_layers)
-        ]
-        self._open_positions = [rows.positions for rows in view.open_rows]
-        self._end = view.end_position
-        self._num_stored = self._entries[-1].first_token + self._entries[-1].num_tokens if self._entries else 0
         self.first_token = view.num_tokens if continues else 0
-        self._tail_start = self._end if continues else 0
-        self._recent_first = view.first_block_within(policy.recent_tokens)
-        self._sinks = tuple(self._entries[: min(view.num_sink_blocks, self._recent_first)])
-        self._recent = self._entries[self._recent_first :]
         self._sizes = [entry.num_tokens for entry in self._entries]
-        self._firsts = torch.tensor([entry.first_token for entry in self._entries], dtype=torch.int64)
         self._excluded = frozenset((*range(len(self._sinks)), *range(self._recent_first, len(self._entries))))
         self._scout = Attending(view.residency, view.rotate, PositionPolicy.CONSECUTIVE, 0, view.rows)
         self._scout_keys: dict[int, Tensor] = {}
@@ -92,7 +74,6 @@ class Branch(Attending):
         self._votes: Counter[int] = Counter()
         self._phase = _Phase.ANSWER
         self._has_selected = False
-        self.recall = Recall()
 
     @property
     def num_tokens(self) -> int:
@@ -134,7 +115,7 @@ class Branch(Attending):
         self._votes.clear()
         self.recall = Recall()
         if self._phase is _Phase.SCOUT:
-            self._attend_to(self._scout, Reading.of(self._sinks, (), ()), range(len(self.contexts)))
+            self.attend_to(self._scout, Reading.of(self._sinks, (), ()), range(len(self.contexts)))
 
     def end_recall(self) -> None:
         """End the pass over the question; for policies with one list, select and load now.
@@ -183,7 +164,7 @@ class Branch(Attending):
         if self._choices is not None:
             self._extend_chosen(layer, query, positions)
         elif not self._has_selected and layer == 0:  # no pass came before: there was nothing to choose
-            self._attend_to(self, Reading.of(self._sinks, (), self._recent), range(len(self.contexts)))
+            self.attend_to(self, Reading.of(self._sinks, (), self._recent), range(len(self.contexts)))
             self._has_selected = True
         return self.inputs(layer, query, keys, values, positions)
 
@@ -220,14 +201,14 @@ class Branch(Attending):
     def _select_for_all(self) -> None:
         late = self._search
         if not isinstance(late, LateRanking):  # nothing to choose by
-            self._attend_to(self, Reading.of(self._sinks, (), self._recent), range(len(self.contexts)))
+            self.attend_to(self, Reading.of(self._sinks, (), self._recent), range(len(self.contexts)))
             return
         question = torch.stack([self._scout_keys[layer].transpose(0, 1).flatten(1) for layer in late.layers], dim=1)
         ranking = late.rank(question.float().cpu(), len(self._entries))
         ranking = ranking.fused(self._external, len(self._entries))
         chosen = self._choose(ranking)
         reading = Reading.of((*self._sinks, *chosen), (), self._recent)
-        attended = self._attend_to(self, reading, range(len(self.contexts)))
+        attended = self.attend_to(self, reading, range(len(self.contexts)))
         self._prefetch(ranking, chosen)
         scored = list(zip(ranking.blocks.tolist(), ranking.scores.tolist(), strict=True))
         self.recall.spans = cite(scored, self._entries, attended)
@@ -248,7 +229,9 @@ class Branch(Attending):
         chosen = self._choices.choose(layer, query[0], positions[:, 0] + self._end - self._tail_start, is_first)
         if chosen is not None:
             reading = Reading.of(self._sinks, chosen.tokens, self._recent)
-            had = self._attend_to(self, reading, range(layer, layer + 1), chosen.estimate)
+            had = self.attend_to_difference(layer, reading) if chosen.estimate is None else None
+            if had is None:
+                had = self.attend_to(self, reading, range(layer, layer + 1), chosen.estimate)
             self._votes.update(had - self._excluded)
         if layer == len(self.contexts) - 1:
             self.recall.speculation = self._choices.speculation
@@ -259,41 +242,3 @@ class Branch(Attending):
         num_layers = len(self.contexts)
         scored = [(block, count / num_layers) for block, count in self._votes.most_common()]
         self.recall.spans = cite(scored, self._entries, frozenset(self._votes))
-
-    def _attend_to(
-        self, attending: Attending, reading: Reading, layers: range, estimate: Estimate | None = None
-    ) -> frozenset[int]:
-        """Bring tokens and make them the past of some layers; returns the blocks that they are in."""
-        is_answer = attending is self
-        past = self._view.reader.read(
-            reading,
-            self._entries,
-            self._firsts,
-            self._view.positions_of,
-            layers,
-            self.recall.load,
-            self._view.config.load_timeout_s,
-        )
-        placed = attending.place_past(
-            past,
-            self._open_positions if is_answer else [],
-            num_stored=self._num_stored,
-            end=self._end,
-            tail_start=self._tail_start,
-        )
-        if is_answer:
-            placed = replace(placed, context=self._context_rule(past))
-        for layer in layers:
-            attending.set_past(layer, past, self._open_planes[layer] if is_answer else [], placed, estimate)
-        if is_answer:
-            self.recall.num_attended_tokens = max(self.recall.num_attended_tokens, placed.positions.shape[2])
-        return past.blocks
-
-    def _context_rule(self, past: PastTokens) -> ContextRule | None:
-        """The rule for what was retrieved, if the policy has one: the rows between sinks and window."""
-        temperature, scale = self._policy.context_temperature, self._policy.context_scale
-        if temperature == 1 and scale == 1:
-            return None
-        num_sinks = sum(entry.num_tokens for entry in self._sinks)
-        first = int((past.numbers[0] >= 0).logical_and(past.numbers[0] < num_sinks).sum())
-        return ContextRule(slice(first, past.num_far), temperature, scale)

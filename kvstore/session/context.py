@@ -54,6 +54,22 @@ class LayerContext:
 
     @torch.inference_mode(False)
     @torch.no_grad()
+    def replace(self, heads: Tensor, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put other tokens in the place of some of the past, in all sequences.
+
+        Args:
+            heads: [num_replaced] int64: KV head of each.
+            rows: [num_replaced] int64: its row of the past.
+            keys: [num_replaced, key_dim], at their positions.
+            values: [num_replaced, value_dim].
+        """
+        assert self._keys is not None, "there is a past"
+        assert self._values is not None, "of both"
+        self._keys[:, heads, rows] = keys
+        self._values[:, heads, rows] = values
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append new tokens to the tail.
 

@@ -54,6 +54,29 @@ class PastTokens:
     blocks: frozenset[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Rows of a past that are to hold other tokens.
+
+    Args:
+        numbers: [num_lists, num_rows] int64: the token of each row afterwards.
+        heads: [num_replaced] int64: KV head of each.
+        rows: [num_replaced] int64: its row.
+        positions: [position rows, num_replaced] int64.
+        keys: [num_replaced, key_dim].
+        values: [num_replaced, value_dim].
+        blocks: indices of the blocks that the new tokens are in.
+    """
+
+    numbers: Tensor
+    heads: Tensor
+    rows: Tensor
+    positions: Tensor
+    keys: Tensor
+    values: Tensor
+    blocks: frozenset[int]
+
+
 class PastReader:
     """Loads blocks and gathers rows of them, block table in hand; a block that cannot be had is left out.
 
@@ -118,6 +141,59 @@ class PastReader:
         if named and not bool(had.all()):
             return self._without(numbers, present & had[where], at, num_far, pieces, blocks)
         return PastTokens(numbers, at * present, num_far, *pieces, blocks)
+
+    def read_difference(
+        self,
+        reading: Reading,
+        held: Tensor,
+        entries: Sequence[Entry],
+        firsts: Tensor,
+        positions: Callable[[Entry], Tensor],
+        layer: int,
+        report: LoadReport,
+        timeout_s: float | None = None,
+    ) -> Difference | None:
+        """Bring what a selection reads and the one before it did not: most of it is the same (FreeKV, LServe).
+
+        Args:
+            reading: the new selection.
+            held: [num_lists, num_rows] int64: token of each row that the layer attends to.
+            entries: see `read`, as are the others.
+            firsts: likewise.
+            positions: likewise.
+            layer: the only one.
+            report: likewise.
+            timeout_s: likewise.
+
+        Returns:
+            None where lists have other lengths, or a block cannot be had: then all has to be read.
+        """
+        wanted = _table(reading)[0]
+        if wanted.shape != held.shape or bool((wanted < 0).any()) or bool((held < 0).any()):
+            return None
+        stream = (int(firsts[-1]) if len(entries) else 0) + self._residency.pool.layout.block_tokens
+        apart = torch.arange(wanted.shape[0])[:, None] * stream  # lists are compared in one go
+        leaves = ~torch.isin(held + apart, wanted + apart)
+        comes = ~torch.isin(wanted + apart, held + apart)
+        lists, rows = leaves.nonzero(as_tuple=True)
+        tokens = wanted[comes]  # as many of each list as leave it, in the same order of lists
+        changed = held.clone()
+        changed[leaves] = tokens
+        few = Reading((tokens,), tokens[:0])
+        past = self.read(few, entries, firsts, positions, range(layer, layer + 1), report, timeout_s)
+        if past.numbers.shape[1] != tokens.shape[0]:
+            return None
+        keys, values = past.keys[layer], past.values[layer]
+        heads = lists
+        if wanted.shape[0] == 1:
+            kv_heads = keys.shape[0]
+            heads = torch.arange(kv_heads).repeat_interleave(tokens.shape[0])
+            rows, at = rows.repeat(kv_heads), past.positions.repeat(1, 1, kv_heads)
+            keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+        else:
+            each = torch.arange(tokens.shape[0])
+            keys, values, at = keys[lists, each], values[lists, each], past.positions
+        return Difference(changed, heads, rows, at[:, 0], keys, values, past.blocks)
 
     def _positions(
         self, named: Sequence[Entry], positions: Callable[[Entry], Tensor], report: LoadReport

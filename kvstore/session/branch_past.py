@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The past of a question: brings the tokens that it reads, places them, and replaces those that it reads no more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvstore.retrieval.estimates import Estimate
+from kvstore.retrieval.policy import Policy
+from kvstore.retrieval.positions import PositionPolicy
+from kvstore.session.attending import Attending
+from kvstore.session.attention_inputs import ContextRule
+from kvstore.session.past import PastTokens, Reading
+from kvstore.session.recall import Recall
+from kvstore.session.view import StreamView
+
+
+class BranchPast(Attending):
+    """Contexts over a stream as it was when the question began.
+
+    Args:
+        view: the stream.
+        policy: where what is read is placed.
+        continues: number the question's tokens on from the stream's end.
+    """
+
+    def __init__(self, view: StreamView, policy: Policy, *, continues: bool) -> None:
+        super().__init__(view.residency, view.rotate, policy.position, view.config.window_tokens, view.rows)
+        self._view = view
+        self._policy = policy
+        self._entries = list(view.entries)
+        # Copies: the stream may go on, and its open slots with it, while the question is being answered.
+        self._open_planes = [
+            [(keys.clone(), values.clone()) for keys, values in view.open_planes(layer)]
+            for layer in range(view.num_layers)
+        ]
+        self._open_positions = [rows.positions for rows in view.open_rows]
+        self._end = view.end_position
+        self._num_stored = self._entries[-1].first_token + self._entries[-1].num_tokens if self._entries else 0
+        self._tail_start = self._end if continues else 0
+        self._recent_first = view.first_block_within(policy.recent_tokens)
+        self._sinks = tuple(self._entries[: min(view.num_sink_blocks, self._recent_first)])
+        self._recent = self._entries[self._recent_first :]
+        self._firsts = torch.tensor([entry.first_token for entry in self._entries], dtype=torch.int64)
+        self._held: dict[int, Tensor] = {}
+        """By layer, where the order of rows says nothing: which token each row of the past holds."""
+        self.recall = Recall()
+
+    def attend_to(
+        self, attending: Attending, reading: Reading, layers: range, estimate: Estimate | None = None
+    ) -> frozenset[int]:
+        """Bring tokens and make them the past of some layers; returns the blocks that they are in."""
+        is_answer = attending is self
+        past = self._view.reader.read(
+            reading,
+            self._entries,
+            self._firsts,
+            self._view.positions_of,
+            layers,
+            self.recall.load,
+            self._view.config.load_timeout_s,
+        )
+        placed = attending.place_past(
+            past,
+            self._open_positions if is_answer else [],
+            num_stored=self._num_stored,
+            end=self._end,
+            tail_start=self._tail_start,
+        )
+        if is_answer:
+            placed = replace(placed, context=self._context_rule(past))
+        for layer in layers:
+            attending.set_past(layer, past, self._open_planes[layer] if is_answer else [], placed, estimate)
+            if is_answer and self._policy.position is PositionPolicy.ORIGINAL and estimate is None:
+                self._held[layer] = past.numbers
+            elif is_answer:
+                self._held.pop(layer, None)
+        if is_answer:
+            self.recall.num_attended_tokens = max(self.recall.num_attended_tokens, placed.positions.shape[2])
+        return past.blocks
+
+    def attend_to_difference(self, layer: int, reading: Reading) -> frozenset[int] | None:
+        """Like `attend_to`, by replacing what one layer does not read any more; None where that cannot be done."""
+        held = self._held.get(layer)
+        if held is None:
+            return None
+        view = self._view
+        difference = view.reader.read_difference(
+            reading,
+            held,
+            self._entries,
+            self._firsts,
+            view.positions_of,
+            layer,
+            self.recall.load,
+            view.config.load_timeout_s,
+        )
+        if difference is None:
+            return None
+        self._held[layer] = difference.numbers
+        self.replace_rows(layer, difference)
+        return difference.blocks
+
+    def _context_rule(self, past: PastTokens) -> ContextRule | None:
+        """The rule for what was retrieved, if the policy has one: the rows between sinks and window."""
+        temperature, scale = self._policy.context_temperature, self._policy.context_scale
+        if temperature == 1 and scale == 1:
+            return None
+        num_sinks = sum(entry.num_tokens for entry in self._sinks)
+        first = int((past.numbers[0] >= 0).logical_and(past.numbers[0] < num_sinks).sum())
+        return ContextRule(slice(first, past.num_far), temperature, scale)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that select again read only what changed: answers are those of reading everything, to the last bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvstore.retrieval.triggers.ahead import Ahead
+from kvstore.retrieval.triggers.stride import Stride
+from kvstore.retrieval.triggers.trigger import EveryStep, Trigger
+from kvstore.session.branch import Branch
+from kvstore.session.past import Reading
+from tests.tiny_models import BLOCK_TOKENS, attached_stream, make_model, policy, settings, token_ids
+
+STREAM = token_ids(160)
+PROMPT = token_ids(5, seed=7)
+BUDGET = 5 * BLOCK_TOKENS
+
+
+def answers(path: Path, name: str, trigger: Trigger) -> list[torch.Tensor]:
+    """Logits of a prompt and of a dozen decoded tokens."""
+    model: Any = make_model()
+    rule = policy(name, trigger=trigger, full_layers=0, recent_tokens=16, beyond=None)
+    with attached_stream(path, model, settings(rule, window=24, sinks=4, budget=BUDGET)) as attached:
+        model(STREAM)
+        attached.session.commit()
+        cache = attached.question()
+        seen = [model(PROMPT, past_key_values=cache).logits]
+        seen += [model(token_ids(1, seed=seed), past_key_values=cache).logits for seed in range(12)]
+        assert {place.pins for place in attached.session.view.residency._places.values()} <= {0, 1}
+        return seen
+
+
+@pytest.mark.parametrize("name", ["auto", "quest", "arkvale", "shadowkv", "livevlm"])
+@pytest.mark.parametrize("trigger", [EveryStep(), Ahead(Stride(2))])
+def test_a_difference_answers_as_everything_does(
+    name: str, trigger: Trigger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend: Any = Branch.attend_to_difference
+    differences = []
+
+    def counted(self: Branch, layer: int, reading: Reading) -> Any:
+        had = attend(self, layer, reading)
+        differences.append(had is not None)
+        return had
+
+    monkeypatch.setattr(Branch, "attend_to_difference", counted)
+    some = answers(tmp_path / "some", name, trigger)
+    assert sum(differences) > 5, "a difference was enough"
+    monkeypatch.setattr(Branch, "attend_to_difference", lambda *_: None)
+    everything = answers(tmp_path / "all", name, trigger)
+    for had, wanted in zip(some, everything, strict=True):
+        torch.testing.assert_close(had, wanted, atol=1e-5, rtol=1e-5)
