@@ -92,7 +92,7 @@ class LayerChoices:
             return None if _are_equal(made, had) and not is_first else made
         had = self._take_waiting(state)
         self._note(state.selection, made)
-        self._prefetch(made)
+        self._prefetch(layer, made)
         state.waiting = made
         return had
 
@@ -137,10 +137,12 @@ class LayerChoices:
             if had is not None:
                 self.speculation.num_had += int(torch.isin(units, had.units[number]).sum())
 
-    def _prefetch(self, made: Selection) -> None:
-        """Have the blocks of a selection brought to memory before it is read."""
+    def _prefetch(self, layer: int, made: Selection) -> None:
+        """Have the blocks of a selection brought to memory before it is read, as far as the device has them not."""
         blocks = (torch.searchsorted(self._firsts, torch.cat(made.tokens), right=True) - 1).unique().tolist()
-        self.view.store.prefetch([self.entries[block].key for block in blocks])
+        missing = self.view.residency.missing([self.entries[block].key for block in blocks], layer)
+        if missing:
+            self.view.store.prefetch(missing)
 
 
 def _are_equal(made: Selection, had: Selection | None) -> bool:

@@ -78,6 +78,10 @@ class Residency:
         """Blocks that may be loaded together, beside those that are pinned."""
         return self._pool.num_free + sum(place.pins == 0 for place in self._places.values())
 
+    def missing(self, keys: Sequence[BlockKey], layer: int) -> list[BlockKey]:
+        """Those of the blocks that a layer would have to load."""
+        return [key for key in keys if (place := self._places.get(key)) is None or layer not in place.layers]
+
     def slot_of(self, key: BlockKey) -> int:
         """The slot of a block that is loaded."""
         return self._places[key].slot_idx
