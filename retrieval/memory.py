@@ -122,7 +122,9 @@ class LayerMemory:
         Args:
             query: its queries.
             budget_tokens: most tokens to read, per KV head.
-            end: units that hold a token from here on are not chosen: they are attended to anyway. None for all.
+            end: tokens from here on are not chosen: they are attended to anyway. Of a unit on both sides, a page that
+                begins before the recent window or a cluster, what comes before is; such a unit is never estimated, for
+                its mean holds both. None for all.
             extra: scores of other retrievers, fused with the policy's own by reciprocal rank.
 
         Raises:
@@ -131,17 +133,19 @@ class LayerMemory:
         scores = self.score(query)
         if extra:
             scores = self._fused(scores, extra)
-        if end is not None:
-            scores = scores.masked_fill(self.table.ends > end, float("-inf"))
-        sizes = self.table.sizes if scores.shape[0] == self._kv_heads else self.table.sizes[:1]
-        chosen = self._selector.select(scores, sizes.expand_as(scores), budget_tokens)
+        whole = self.table.sizes
+        sizes = whole if end is None else self.table.sizes_before(end)
+        if scores.shape[0] == 1:  # one list: of tables that differ, the largest counts
+            sizes, whole = sizes.amax(dim=0, keepdim=True), whole.amax(dim=0, keepdim=True)
+        scores = scores.masked_fill(sizes == 0, float("-inf"))
+        chosen = self._selector.select(scores, sizes.where(sizes > 0, whole).expand_as(scores), budget_tokens)
         estimated: tuple[Tensor, ...] = ()
         if self._policy.estimated_share:
-            estimated = self._next_best(scores.masked_fill(chosen, float("-inf")))
+            estimated = self._next_best(scores.masked_fill(chosen | (sizes < whole), float("-inf")))
         units = tuple(row.nonzero()[:, 0] for row in chosen)
         is_guessed = self._estimates is not None and any(each.shape[0] for each in estimated)
         estimate = self._estimates.of(estimated) if self._estimates is not None and is_guessed else None
-        return Selection(self.table.tokens_of(units), units, scores, estimated, estimate)
+        return Selection(self.table.tokens_of(units, end), units, scores, estimated, estimate)
 
     def score(self, query: LayerQuery) -> Tensor:
         """Fused scores of all units: `[kv_heads, num_units]`, or `[1, num_units]` where heads select together."""

@@ -23,6 +23,7 @@ class UnitTable:
         self._kv_heads = kv_heads
         self._tokens = _Growing()
         self._starts = _Growing()
+        self._sizes = _Growing()
         self._ends = _Growing()
         self._num_tables = 0
 
@@ -39,14 +40,23 @@ class UnitTable:
     @property
     def sizes(self) -> Tensor:
         """Tokens of each unit: `[num_tables, num_units]` int64; `num_tables` is 1 or `kv_heads`."""
-        starts = self._starts.used
-        ends = torch.full_like(starts[:, :1], self.num_tokens)
-        return torch.cat([starts, ends], dim=1).diff(dim=1)
+        return self._sizes.used
 
     @property
     def ends(self) -> Tensor:
         """Number behind the last token of each unit: `[num_tables, num_units]` int64."""
         return self._ends.used
+
+    def sizes_before(self, end: int) -> Tensor:
+        """Tokens of each unit that come before token `end`: `[num_tables, num_units]` int64."""
+        sizes = self.sizes.clone()
+        table, unit = (self.ends > end).nonzero(as_tuple=True)
+        count = sizes[table, unit]
+        of_unit = torch.repeat_interleave(torch.arange(count.shape[0]), count)
+        places = (self._starts.used[table, unit] - (count.cumsum(0) - count))[of_unit] + torch.arange(of_unit.shape[0])
+        is_before = self._tokens.used[table[of_unit], places] < end
+        sizes[table, unit] = torch.zeros_like(count).index_add_(0, of_unit, is_before.long())
+        return sizes
 
     def add(self, units: Sequence[Units]) -> None:
         """Append units, one `Units` for all heads or one for each.
@@ -65,13 +75,15 @@ class UnitTable:
             return
         self._tokens.add(torch.stack([each.tokens for each in units]))
         self._starts.add(torch.stack([each.starts[:-1] + base for each in units]))
+        self._sizes.add(torch.stack([each.sizes for each in units]))
         self._ends.add(torch.stack([each.tokens[each.starts[1:] - 1] + 1 for each in units]))
 
-    def tokens_of(self, units: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def tokens_of(self, units: Sequence[Tensor], end: int | None = None) -> tuple[Tensor, ...]:
         """Tokens of chosen units, ascending.
 
         Args:
             units: [num_chosen] int64 each: for all KV heads together, or for each.
+            end: only tokens before this one; None for all.
 
         Returns:
             As many as `units`, or one per KV head where tables differ: `[num_tokens]` int64.
@@ -85,7 +97,7 @@ class UnitTable:
             count = sizes[table, chosen]
             places = torch.repeat_interleave(self._starts.used[table, chosen] - (count.cumsum(0) - count), count)
             tokens = self._tokens.used[table, places + torch.arange(places.shape[0])]
-            found.append(tokens.sort().values)
+            found.append((tokens if end is None else tokens[tokens < end]).sort().values)
         return tuple(found)
 
     def best_of_blocks(self, scores: Tensor, block_starts: Tensor) -> Tensor:
