@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from kvstore.errors import ConfigError
 from kvstore.retrieval.memory import LayerMemory
 from kvstore.retrieval.registry import policy_named
 from kvstore.retrieval.selectors.adaptive import Adaptive
-from kvstore.retrieval.selectors.budget import Selector, TokenBudget
+from kvstore.retrieval.selectors.budget import Selector, TokenBudget, most_that_fit
 from kvstore.retrieval.selectors.counted import TopShare, TopUnits
 from kvstore.retrieval.selectors.ladder import Ladder
 from kvstore.retrieval.selectors.mass import CumulativeMass
@@ -236,3 +237,13 @@ def test_runs_are_chosen_whole_by_the_mean_of_what_may_be_chosen() -> None:
 def test_what_makes_no_sense_is_refused(make) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ConfigError):
         make()
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=40), st.integers(1, 200))
+def test_no_more_units_fit_than_the_bound_says(sizes: list[int], budget: int) -> None:
+    num_fitting = sum(total <= budget for total in accumulate(sorted(sizes)))
+    assert max(1, num_fitting) <= most_that_fit(torch.tensor([sizes]), budget) <= len(sizes)
+
+
+def test_one_short_page_hardly_moves_the_bound() -> None:
+    assert most_that_fit(torch.tensor([[16] * 100 + [1]]), 64) == 5

@@ -46,12 +46,26 @@ class TokenBudget:
         return take_best(scores, sizes, budget_tokens, scores.shape[1])
 
 
+def most_that_fit(sizes: Tensor, budget_tokens: int) -> int:
+    """Bound how many units of a partition a budget holds, at least 1: what is beyond need not be sorted.
+
+    One short page at the end of a stream must not make it sixteen times as many.
+
+    Args:
+        sizes: [num_partitions, num_units] int64, of one unit at least.
+        budget_tokens: most tokens to read.
+    """
+    low, high = (int(size) for size in sizes.aminmax())
+    num_short = int((sizes < high).sum(dim=1).max()) if low < high else 0
+    return min(sizes.shape[1], max(1, min(budget_tokens // low, num_short + budget_tokens // high)))
+
+
 def take_best(scores: Tensor, sizes: Tensor, budget_tokens: int, most: int) -> Tensor:
     """Take up to `most` units of each partition by the rule of `TokenBudget`; see `Selector` for the rest."""
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     if budget_tokens <= 0 or scores.shape[1] == 0 or most <= 0:
         return chosen
-    most = min(scores.shape[1], most, max(1, budget_tokens // int(sizes.min())))
+    most = min(most, most_that_fit(sizes, budget_tokens))
     best = scores.topk(most, dim=1)
     fits = sizes.gather(1, best.indices).cumsum(1) <= budget_tokens
     fits[:, 0] = True

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvstore.errors import ConfigError
+from kvstore.retrieval.selectors.budget import most_that_fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class CumulativeMass:
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         if budget_tokens <= 0 or scores.shape[1] == 0:
             return chosen
-        most = min(scores.shape[1], max(1, budget_tokens // int(sizes.min())))
+        most = most_that_fit(sizes, budget_tokens)
         if self.scale is None:
             shares = scores.masked_fill(scores.isneginf(), 0)
             shares = shares / shares.sum(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
