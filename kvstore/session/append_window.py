@@ -12,7 +12,6 @@ from kvstore.retrieval.tokens import LayerQuery
 from kvstore.session.attending import Attending, PlacedPast
 from kvstore.session.past import Reading
 from kvstore.session.residency import LoadReport
-from kvstore.session.stream_memory import StreamMemory
 from kvstore.session.view import StreamView
 from kvstore.store import Entry
 
@@ -36,6 +35,8 @@ class AppendWindow(Attending):
         self._first = 0
         self._firsts = torch.empty(0, dtype=torch.int64)
         self._placed_past: PlacedPast | None = None
+        # Its own: questions cut what is pending into units, and know blocks of the window.
+        self._memory = view.new_memory(config.policy) if self.retrieves else None
         self.is_stale = True
         """Whether the contexts are not those of the coming forward."""
 
@@ -105,9 +106,8 @@ class AppendWindow(Attending):
 
     def _retrieve(self, layer: int, query: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Tokens between sinks and window that a layer's queries ask for."""
-        view = self._view
-        memory = view.search(view.config.policy)
-        assert isinstance(memory, StreamMemory), "late interaction does not retrieve while appending"
+        view, memory = self._view, self._memory
+        assert memory is not None, "asked by the caller"
         if layer == 0:
             memory.refresh(view.num_sink_blocks, view.entries[: self._first])
         request = LayerQuery(

@@ -198,9 +198,13 @@ class StreamView:
             if policy.late is not None:
                 found = LateRanking(self.store, self.header, policy.late)
             else:
-                found = StreamMemory(self.store, self.header, policy, self.rotate, self.positions_of)
+                found = self.new_memory(policy)
             self._searches[policy] = found
         return found
+
+    def new_memory(self, policy: Policy) -> StreamMemory:
+        """What a policy with views selects from, of nobody else."""
+        return StreamMemory(self.store, self.header, policy, self.rotate, self.positions_of)
 
     def note_sinks(self) -> None:
         """Count the leading blocks that begin within `sink_tokens`."""

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streams that retrieve while they grow: what is stored depends on the stream alone, not on who asked meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvstore.retrieval.segmenters.pages import Pages
+from tests.session_oracle import stored
+from tests.tiny_models import attached_stream, make_model, policy, settings, token_ids
+
+PARTS = token_ids(160).split(20, dim=1)
+CONFIG = settings(policy("infllm", segmenter=Pages(12)), window=24, sinks=4, budget=32)
+
+
+def stored_after(path: Path, questions_after: tuple[int, ...] = (), sessions: tuple[int, ...] = (8,)) -> list[Tensor]:
+    """Keys of every layer, after some appends in each session and a question after some of them."""
+    model, done = make_model(), 0
+    for count in sessions:
+        with attached_stream(path, model, CONFIG) as attached:
+            for part in PARTS[done : done + count]:
+                model(part)
+                if done in questions_after:
+                    model(token_ids(5, seed=3), past_key_values=attached.question())
+                done += 1
+            attached.session.commit(partial=done == len(PARTS))
+            attached.session.flush()
+            if done == len(PARTS):
+                return [stored(attached, layer)[0] for layer in range(3)]
+    raise AssertionError("not all was appended")
+
+
+@pytest.mark.parametrize("after", [(3,), (2, 3, 6)])
+def test_a_question_leaves_nothing_in_what_is_appended_later(after: tuple[int, ...], tmp_path: Path) -> None:
+    for asked, alone in zip(stored_after(tmp_path / "a", after), stored_after(tmp_path / "b"), strict=True):
+        assert torch.equal(asked, alone)
+
+
+def test_a_resumed_stream_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+    resumed = stored_after(tmp_path / "a", (1,), sessions=(2, 2, 4))  # whole blocks are stored after each
+    for had, alone in zip(resumed, stored_after(tmp_path / "b"), strict=True):
+        assert torch.equal(had, alone)
