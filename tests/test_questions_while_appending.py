@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from kvstore.errors import ConfigError
 from kvstore.retrieval.segmenters.pages import Pages
 from tests.session_oracle import stored
 from tests.tiny_models import attached_stream, make_model, policy, settings, token_ids
@@ -44,3 +46,14 @@ def test_a_resumed_stream_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> 
     resumed = stored_after(tmp_path / "a", (1,), sessions=(2, 2, 4))  # whole blocks are stored after each
     for had, alone in zip(resumed, stored_after(tmp_path / "b"), strict=True):
         assert torch.equal(had, alone)
+
+
+def test_what_was_computed_under_another_budget_has_another_name(tmp_path: Path) -> None:
+    other = replace(CONFIG, budget_tokens=8)
+    assert other.prefill != CONFIG.prefill
+    blind = settings(policy("quest"), window=24, sinks=4, budget=32)
+    assert blind.prefill == replace(blind, budget_tokens=8).prefill, "questions name nothing"
+    with attached_stream(tmp_path, make_model(), CONFIG) as attached:
+        attached.model(PARTS[0])
+    with pytest.raises(ConfigError, match="made otherwise"), attached_stream(tmp_path, make_model(), other):
+        pass

@@ -69,7 +69,9 @@ class SessionConfig:
     @property
     def prefill(self) -> str:
         """How keys and values of an appended token come about: a part of every block's name."""
-        retrieval = self.policy.name if self.policy.retrieves_while_appending else "none"
+        retrieval = "none"
+        if self.policy.retrieves_while_appending:  # what is read of the past decides what comes behind it
+            retrieval = f"{self.policy.name},{self.budget_tokens}"
         return f"window={self.window_tokens};sinks={self.sink_tokens};retrieval={retrieval}"
 
 
