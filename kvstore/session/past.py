@@ -131,7 +131,8 @@ class PastReader:
             found = [number for number in part if named[number].key not in loaded.lost]
             try:
                 slots = torch.full((len(named),), -1, dtype=torch.int64)
-                slots[found] = torch.tensor([self._residency.slot_of(named[number].key) for number in found])
+                for number in found:
+                    slots[number] = self._residency.slot_of(named[number].key)
                 self._gather(pieces, present & (slots[where] >= 0) if named else present, slots[where], row)
             finally:
                 self._residency.unpin([named[number].key for number in found])
