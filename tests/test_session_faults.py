@@ -174,30 +174,6 @@ def test_a_stream_whose_entries_lie_about_their_sizes_is_refused(
             pass
 
 
-@pytest.mark.parametrize("name", ["maxsim", "rekv", "quest", "infllm", "retroinfer", "ape"])
-def test_a_question_whose_blocks_are_all_lost_is_answered_from_nothing(
-    name: str, filled: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make_model()
-    fetch = Store.fetch
-
-    def losing(self: Store, requests: list[FetchRequest], timeout_s: float | None = None) -> FetchReport:
-        report = fetch(self, requests, timeout_s)
-        if timeout_s is not None:  # a question's, not the search's
-            report.outcomes[:] = [Outcome.MISS] * len(requests)
-        return report
-
-    monkeypatch.setattr(Store, "fetch", losing)
-    config = replace(settings(policy(name, full_layers=0), window=16, sinks=4, budget=24), load_timeout_s=60.0)
-    with attached_stream(filled, model, config, Access.READ) as attached:
-        cache = attached.question()
-        had = [model(ids, past_key_values=cache).logits for ids in (PROMPT, PROMPT[:, :1])]
-        assert all(logits.isfinite().all() for logits in had)
-        assert attached.last.num_attended_tokens == 0
-        assert attached.last.load.lost
-        assert not attached.session.view.residency._places
-
-
 def test_a_full_pool_is_reported_and_nothing_stays_pinned(filled: Path) -> None:
     model = make_model()
     config = settings(policy("maxsim"), window=16, sinks=4, budget=1000)

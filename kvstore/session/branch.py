@@ -229,9 +229,10 @@ class Branch(BranchPast):
         chosen = self._choices.choose(layer, query[0], positions[:, 0] + self._end - self._tail_start, is_first)
         if chosen is not None:
             reading = Reading.of(self._sinks, chosen.tokens, self._recent)
-            had = self.attend_to_difference(layer, reading) if chosen.estimate is None else None
-            if had is None:
-                had = self.attend_to(self, reading, range(layer, layer + 1), chosen.estimate)
+            with self._choices.being_read(layer):
+                had = self.attend_to_difference(layer, reading) if chosen.estimate is None else None
+                if had is None:
+                    had = self.attend_to(self, reading, range(layer, layer + 1), chosen.estimate)
             self._votes.update(had - self._excluded)
         if layer == len(self.contexts) - 1:
             self.recall.speculation = self._choices.speculation

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -95,6 +96,15 @@ class LayerChoices:
         self._prefetch(layer, made)
         state.waiting = made
         return had
+
+    @contextmanager
+    def being_read(self, layer: int) -> Iterator[None]:
+        """Around the reading of what a layer chose: if it fails, the next forward chooses anew."""
+        try:
+            yield
+        except BaseException:
+            self._layers[layer] = _Layer()
+            raise
 
     def _take_waiting(self, state: _Layer) -> Selection | None:
         """What was selected ahead for this forward; None where that is nothing new."""

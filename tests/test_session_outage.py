@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions that get none of their blocks, and forwards of theirs that fail and are tried again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvstore.errors import CapacityError
+from kvstore.session.attending import Attending
+from kvstore.session.branch import Branch
+from kvstore.session.past import Reading
+from kvstore.store import Access, FetchReport, FetchRequest, Outcome, Store
+from tests.tiny_models import attached_stream, make_model, policy, settings, token_ids
+
+STREAM = token_ids(96)
+PROMPT = token_ids(7, seed=3)
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Path:
+    """A store that holds 12 blocks."""
+    model = make_model()
+    with attached_stream(tmp_path, model, settings(policy("maxsim"), window=16, sinks=4)) as attached:
+        for part in STREAM.split(32, dim=1):
+            model(part)
+        attached.session.commit()
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["maxsim", "rekv", "quest", "infllm", "retroinfer", "ape"])
+def test_a_question_whose_blocks_are_all_lost_is_answered_from_nothing(
+    name: str, filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    fetch = Store.fetch
+
+    def losing(self: Store, requests: list[FetchRequest], timeout_s: float | None = None) -> FetchReport:
+        report = fetch(self, requests, timeout_s)
+        if timeout_s is not None:  # a question's, not the search's
+            report.outcomes[:] = [Outcome.MISS] * len(requests)
+        return report
+
+    monkeypatch.setattr(Store, "fetch", losing)
+    config = replace(settings(policy(name, full_layers=0), window=16, sinks=4, budget=24), load_timeout_s=60.0)
+    with attached_stream(filled, model, config, Access.READ) as attached:
+        cache = attached.question()
+        had = [model(ids, past_key_values=cache).logits for ids in (PROMPT, PROMPT[:, :1])]
+        assert all(logits.isfinite().all() for logits in had)
+        assert attached.last.num_attended_tokens == 0
+        assert attached.last.load.lost
+        assert not attached.session.view.residency._places
+
+
+def test_a_forward_whose_read_failed_can_be_tried_again(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = make_model(), settings(policy("quest", full_layers=0), window=16, sinks=4, budget=24)
+    attend_to, had = Branch.attend_to, []
+    for failing_layer in (None, 0, 1, 2):
+
+        def failing(
+            self: Branch, attending: Attending, reading: Reading, layers: range, *args: Any, at: Any = failing_layer
+        ) -> frozenset[int]:
+            if layers.start == at:
+                raise CapacityError("no room")
+            return attend_to(self, attending, reading, layers, *args)
+
+        with attached_stream(filled, model, config, Access.READ) as attached:
+            cache = attached.question()
+            model(PROMPT, past_key_values=cache)
+            with monkeypatch.context() as patch:
+                patch.setattr(Branch, "attend_to", failing)
+                if failing_layer is not None:
+                    with pytest.raises(CapacityError):
+                        model(STREAM[:, :1], past_key_values=cache)
+            had.append(model(STREAM[:, :1], past_key_values=cache).logits)
+    assert all(torch.equal(each, had[0]) for each in had)
