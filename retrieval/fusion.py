@@ -31,7 +31,7 @@ class ExtraScores:
         weight: what the list counts; the model's own counts 1.
 
     Raises:
-        ConfigError: the weight is negative, or not a number.
+        ConfigError: the weight is negative, or a score or the weight is not a number.
     """
 
     scores: Tensor
@@ -40,6 +40,8 @@ class ExtraScores:
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:
             raise ConfigError(f"extra scores weigh {self.weight}; the weight must be a number from 0 on")
+        if bool(self.scores.isnan().any()):  # sorting would put it first
+            raise ConfigError("extra scores hold what is not a number; give -inf where nothing is known")
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ class Ranking:
         own[self.blocks] = self.scores
         # The first list counts nothing and knows everything, so that no block is excluded.
         fusion = ReciprocalRank(weights=(0.0, 1.0, *(each.weight for each in external)))
-        lists = [torch.zeros_like(own), own, *(each.scores.float() for each in external)]
+        lists = [torch.zeros_like(own), own, *(each.scores.float().cpu() for each in external)]
         return Ranking.of(fusion.fuse([each[None] for each in lists])[0])
 
     def before(self, num_blocks: int) -> Ranking:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvstore.engines.transformers import Attached
-from kvstore.errors import ShapeError
+from kvstore.errors import ConfigError, ShapeError
 from kvstore.retrieval.external import ExternalVectors
 from kvstore.retrieval.fusion import ExtraScores
 from tests.tiny_models import BLOCK_TOKENS, attached_stream, make_model, policy, settings, token_ids
@@ -68,3 +68,25 @@ def test_scores_that_are_not_one_for_each_block_are_refused(tmp_path: Path) -> N
         read(attached)
         with pytest.raises(ShapeError, match="the stream has 20 blocks"):
             attached.question(QUESTION, external=[ExtraScores(torch.zeros(3))])
+
+
+def test_scores_serve_a_question_while_the_stream_grows(tmp_path: Path) -> None:
+    model = make_model()
+    config = settings(policy("quest", full_layers=0, recent_tokens=0), window=24, sinks=4, budget=24)
+    answers = []
+    for grows in (False, True):
+        with attached_stream(tmp_path / str(grows), model, config) as attached:
+            read(attached)
+            cache = attached.question(external=[ExtraScores(about(4), weight=100.0)])
+            model(QUESTION, past_key_values=cache)
+            if grows:
+                model(token_ids(40, seed=9))
+                model(QUESTION, past_key_values=attached.question())  # it makes the new blocks known
+            answers.append(model(QUESTION[:, :1], past_key_values=cache).logits)
+    assert torch.equal(*answers)
+
+
+def test_scores_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="not a number"):
+        ExtraScores(torch.tensor([0.0, float("nan")]))
+    ExtraScores(torch.tensor([-float("inf"), float("inf")]))

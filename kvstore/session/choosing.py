@@ -133,8 +133,8 @@ class LayerChoices:
         view = self.view
         grouped = query.unflatten(0, (view.header.spec.kv_heads, -1))
         asking = LayerQuery(grouped, positions, view.rotate, view.config.window_tokens)
-        extra = self._layers[layer].extra
-        if extra is None:
+        extra, num_units = self._layers[layer].extra, self.memory.num_units(layer)
+        if extra is None or any(each.scores.shape[0] != num_units for each in extra):  # the stream has grown
             scores = [
                 (self.memory.unit_scores(layer, each.scores, self._firsts), each.weight) for each in self.external
             ]

@@ -82,9 +82,13 @@ class StreamMemory:
         """Choose tokens before number `end` for one layer; see `LayerMemory.select`."""
         return self._layers[layer].select(query, budget_tokens, end, extra)
 
+    def num_units(self, layer: int) -> int:
+        """Units of a layer, those of blocks that came after a question began included."""
+        return self._layers[layer].table.num_units
+
     def unit_scores(self, layer: int, scores: Tensor, firsts: Tensor) -> Tensor:
         """Turn scores of blocks, whose first tokens are `firsts`, to those of a layer's units: `[num_units]`."""
-        return self._layers[layer].table.best_of_blocks(scores.float(), firsts).amax(dim=0)
+        return self._layers[layer].table.best_of_blocks(scores.float().cpu(), firsts).amax(dim=0)
 
     def _add(self, entries: Sequence[Entry]) -> None:
         slots = torch.empty(len(entries), self._layout.slot_nbytes, dtype=torch.uint8)
