@@ -181,6 +181,9 @@ class Attending:
         """
         keys = torch.cat([past.keys[layer], *(plane for plane, _ in open_planes)], dim=1)
         values = torch.cat([past.values[layer], *(plane for _, plane in open_planes)], dim=1)
+        if self.contexts[layer].num_tail:  # it is rotated already: what moves is the past, since only distances count
+            held = self._placed[layer].offset
+            placed = replace(placed, positions=placed.positions + (held - placed.offset), offset=held)
         self._placed[layer] = placed
         far, near = keys[:, : placed.num_far], placed.positions[:, :, placed.num_far :]
         if near.shape[1] == 1:
