@@ -129,7 +129,7 @@ class Attending:
         present = torch.nn.functional.pad(past.numbers >= 0, (0, opened.shape[1]), value=True)
         for number, placement in enumerate(lists):
             placed[:, number, present[number]] = placement.past + (offset - placement.offset)
-        num_far = past.num_far if lists[0].num_far else 0
+        num_far = past.num_far if any(placement.num_far for placement in lists) else 0
         return PlacedPast(placed, offset, num_far, self._bias(past.numbers >= 0, opened.shape[1]))
 
     def _bias(self, present: Tensor, num_open: int) -> Tensor | None:
@@ -195,7 +195,7 @@ class Attending:
             means = estimate.value_sums / estimate.counts.clamp_min(1)[:, :, None]
             joined = torch.cat([joined, estimate.centroids.to(joined)], dim=1)
             values = torch.cat([values, means.to(values)], dim=1)
-            bias = torch.zeros(1, moved.shape[1]) if placed.bias is None else placed.bias
+            bias = joined.new_zeros(1, moved.shape[1], dtype=torch.float32) if placed.bias is None else placed.bias
             bias = torch.cat([bias.expand(joined.shape[0], -1), estimate.counts.log().to(bias.device)], dim=1)
             self._placed[layer] = replace(placed, bias=bias)
         self.contexts[layer].set_past(joined[None], values[None])
