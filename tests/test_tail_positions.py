@@ -40,7 +40,7 @@ def test_a_selection_moves_the_past_and_not_the_tail(
             model(part)
         attached.session.commit()
         monkeypatch.setattr(Attending, "place_past", recording)
-        cache = attached.question()
+        cache: Any = attached.question()
         layer.k_proj.register_forward_hook(lambda _module, _args, out: raw.append(out.view(1, 2, 16).transpose(0, 1)))
         for seed in range(8):
             model(token_ids(1, seed=seed), past_key_values=cache)
