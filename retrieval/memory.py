@@ -76,12 +76,12 @@ class LayerMemory:
     @property
     def num_pending(self) -> int:
         """Tokens that are in no unit yet: nothing selects them, so whoever added them attends to them himself."""
-        return self._pending.num_tokens if self._pending is not None else 0
+        return self._pending.num_tokens if self._pending else 0
 
     @property
     def next_token(self) -> int | None:
         """Number of the token that follows what is pending; None where nothing is."""
-        return self._pending.first + self._pending.num_tokens if self.num_pending and self._pending else None
+        return self._pending.first + self._pending.num_tokens if self._pending else None
 
     def add(self, tokens: LayerTokens, *, is_end: bool = False) -> None:
         """Take in the next tokens of the stream.
@@ -94,7 +94,7 @@ class LayerMemory:
             ShapeError: they do not follow those that are pending.
             ConfigError: keys are stored rotated, and a view compares them before RoPE.
         """
-        if self._pending is not None and self._pending.num_tokens:
+        if self._pending:
             if tokens.first != self._pending.first + self._pending.num_tokens:
                 raise ShapeError(
                     f"tokens from {tokens.first} on do not follow {self._pending.first + self._pending.num_tokens - 1}"
@@ -104,15 +104,17 @@ class LayerMemory:
 
     def close(self) -> None:
         """Cut all that is pending into units: what follows, if anything, is parted from it."""
-        if self._pending is not None and self._pending.num_tokens:
+        if self._pending:
             self._cut(self._pending, is_end=True)
 
     def _cut(self, tokens: LayerTokens, *, is_end: bool) -> None:
         units = tuple(self._segmenter.cut(tokens, is_end=is_end))
         taken = units[0].num_tokens
+        rest = tokens.part(taken, tokens.num_tokens)
         if taken:
             self._index(tokens.part(0, taken), units)
-        self._pending = tokens.part(taken, tokens.num_tokens)
+            rest = rest.copied()  # a part would hold the memory of all: that of a batch of blocks in all layers
+        self._pending = rest if rest.num_tokens else None
 
     def select(
         self, query: LayerQuery, budget_tokens: int, end: int | None = None, extra: Sequence[ExtraScores] = ()

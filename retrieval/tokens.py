@@ -97,6 +97,18 @@ class LayerTokens:
             self.rotate,
         )
 
+    def copied(self) -> LayerTokens:
+        """The same in memory of its own."""
+        return LayerTokens(
+            self.first,
+            self.keys.clone(),
+            self.values.clone(),
+            self.positions.clone(),
+            self.received.clone(),
+            self.groups.clone(),
+            self.rotate,
+        )
+
     def followed_by(self, other: LayerTokens) -> LayerTokens:
         """This run and the one behind it as one."""
         return LayerTokens(

@@ -57,3 +57,14 @@ def test_every_token_is_in_one_unit_and_a_large_budget_reads_them_all(
         assert all(each.tolist() == list(range(num_tokens)) for each in found)
     few = memory.select(query, 40).tokens
     assert all(each.diff().min() > 0 for each in few if each.shape[0] > 1)
+
+
+def test_pending_tokens_hold_no_memory_of_others() -> None:
+    tokens = layer_tokens(1003)
+    memory = LayerMemory(policy_named("quest"), 2, 16)
+    memory.add(tokens)
+    assert memory.num_pending == 1003 % 16
+    tensors = (memory._pending.keys, memory._pending.values, memory._pending.received) if memory._pending else ()
+    assert [each.untyped_storage().nbytes() for each in tensors] == [each.nbytes for each in tensors]
+    memory.close()
+    assert memory._pending is None
