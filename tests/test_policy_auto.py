@@ -48,7 +48,7 @@ def test_auto_reads_the_pages_that_fit_where_they_stand_and_with_their_neighbour
     ]
     for head in range(2):
         seen = [sum(middle_of_box(each, keys[head, page]) for each in here[head]) for page in pages]
-        scores = [a + b / 2 for a, b in zip(deviations(seen, 0.0), deviations(said, 0.5), strict=True)]
+        scores = [a + 0.75 * b for a, b in zip(deviations(seen, 0.0), deviations(said, 0.5), strict=True)]
         torch.testing.assert_close(selection.scores[head], torch.tensor(scores), rtol=1e-3, atol=1e-4)
         assert selection.units[head].tolist() == sorted(sorted(range(20), key=lambda page: -scores[page])[:5])
 

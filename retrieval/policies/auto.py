@@ -24,7 +24,7 @@ POLICY = Policy(
         # What a page says, wherever it stands: the whole layer together, with what stands around it.
         View(Mean(), Dot(), Space.FAR, is_shared=True),
     ),
-    fusion=StandardScores(weights=(1.0, 0.5), neighbours=(0.0, 0.5)),
+    fusion=StandardScores(weights=(1.0, 0.75), neighbours=(0.0, 0.5)),
     # Neighbouring tokens ask for much the same; what is chosen for the next one comes while this one is computed.
     trigger=Ahead(Stride(4)),
     full_layers=2,
