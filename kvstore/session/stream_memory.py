@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -56,12 +57,27 @@ class StreamMemory:
         self._rotate = rotate
         self._positions = positions
         self._layout = BlockLayout(header.spec, header.block_tokens)
-        spec = header.spec
+        self._policy = policy
+        self._is_torn = False
+        self._begin()
+
+    def _begin(self) -> None:
+        spec = self._header.spec
         self._layers = [
-            LayerMemory(policy, spec.kv_heads, spec.key_dim, choose_index, layer) for layer in range(spec.num_layers)
+            LayerMemory(self._policy, spec.kv_heads, spec.key_dim, choose_index, layer)
+            for layer in range(spec.num_layers)
         ]
         self._known = 0
         self.damaged: dict[int, str] = {}
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around changes: some layers may have what others have not when one fails, so all is made anew then."""
+        if self._is_torn:
+            self._begin()
+        self._is_torn = True
+        yield
+        self._is_torn = False
 
     def refresh(self, num_sink_blocks: int, entries: Sequence[Entry]) -> None:
         """Take in the stream's blocks that are not known yet.
@@ -70,11 +86,12 @@ class StreamMemory:
             num_sink_blocks: leading blocks to leave out: they are attended always.
             entries: the stream's entries from the first one on; their blocks are durable.
         """
-        self._known = max(self._known, num_sink_blocks)
-        while self._known < len(entries):
-            batch = entries[self._known : self._known + _BATCH]
-            self._add(batch)
-            self._known += len(batch)
+        with self._changing():
+            self._known = max(self._known, num_sink_blocks)
+            while self._known < len(entries):
+                batch = entries[self._known : self._known + _BATCH]
+                self._add(batch)
+                self._known += len(batch)
 
     def select(
         self, layer: int, query: LayerQuery, budget_tokens: int, end: int, extra: Sequence[ExtraScores] = ()
@@ -146,5 +163,6 @@ class StreamMemory:
 
     def close_units(self) -> None:
         """Cut what is pending into units: it is to be found although more will come."""
-        for memory in self._layers:
-            memory.close()
+        with self._changing():
+            for memory in self._layers:
+                memory.close()
