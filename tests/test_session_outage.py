@@ -79,3 +79,28 @@ def test_a_forward_whose_read_failed_can_be_tried_again(filled: Path, monkeypatc
                         model(STREAM[:, :1], past_key_values=cache)
             had.append(model(STREAM[:, :1], past_key_values=cache).logits)
     assert all(torch.equal(each, had[0]) for each in had)
+
+
+@pytest.mark.parametrize("name", ["quest", "retroinfer", "infllm"])
+@pytest.mark.parametrize("poison", [1e35, float("inf"), float("nan")])
+def test_a_block_that_cannot_be_compared_is_named_and_stops_no_question(
+    name: str, poison: float, filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, fetch = make_model(), Store.fetch
+    config = settings(policy(name, full_layers=0, recent_tokens=0), window=16, sinks=4, budget=1000)
+    with attached_stream(filled, model, config, Access.READ) as attached:
+        key = attached.session.view.entries[5].key
+
+    def poisoned(self: Store, requests: list[FetchRequest], timeout_s: float | None = None) -> FetchReport:
+        report = fetch(self, requests, timeout_s)
+        for request in requests:
+            if request.key == key and request.layers is None:
+                request.slot.view(torch.float32)[::7] = poison
+        return report
+
+    monkeypatch.setattr(Store, "fetch", poisoned)
+    with attached_stream(filled, model, config, Access.READ) as attached:
+        logits = model(PROMPT, past_key_values=attached.question()).logits
+        assert logits.isfinite().all()
+        assert list(attached.session.view.damaged) == [5]
+        assert attached.last.num_attended_tokens == 96 - 8

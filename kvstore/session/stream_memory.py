@@ -15,6 +15,7 @@ from kvstore.errors import CorruptRecordError
 from kvstore.layout import BlockLayout
 from kvstore.retrieval.fusion import ExtraScores
 from kvstore.retrieval.index.choice import choose_index
+from kvstore.retrieval.index.partitions import LARGEST
 from kvstore.retrieval.memory import LayerMemory, Selection
 from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.summary import received_of
@@ -123,12 +124,15 @@ class StreamMemory:
             except CorruptRecordError as error:
                 self.damaged[entry.index] = str(error)
                 continue
-            block = keys[number, :, :, : entry.num_tokens]
-            if not block.isfinite().all():
-                self.damaged[entry.index] = "its keys are not finite"
+            of_keys, of_values = keys[number, :, :, : entry.num_tokens], values[number, :, :, : entry.num_tokens]
+            if not _is_usable(of_keys, LARGEST):
+                self.damaged[entry.index] = "its keys are not finite, or too large to be compared"
                 continue
-            received = received_of(summaries.get(entry.index, b""), block.shape[:3])
-            rows.append(_Block(entry, block, values[number, :, :, : entry.num_tokens], positions, received))
+            if self._policy.estimated_share and not _is_usable(of_values, LARGEST):  # a sum of them reaches answers
+                self.damaged[entry.index] = "its values are not finite, or too large to be summed"
+                continue
+            received = received_of(summaries.get(entry.index, b""), of_keys.shape[:3])
+            rows.append(_Block(entry, of_keys, of_values, positions, received))
         # What a lost block parts is never one unit.
         for _, run in groupby(enumerate(rows), lambda item: item[1].entry.index - item[0]):
             self._add_run([row for _, row in run])
@@ -166,3 +170,8 @@ class StreamMemory:
         with self._changing():
             for memory in self._layers:
                 memory.close()
+
+
+def _is_usable(elements: Tensor, largest: float) -> bool:
+    low, high = elements.aminmax()  # no number where an element is none
+    return -largest <= float(low) <= float(high) <= largest

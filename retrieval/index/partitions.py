@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvstore.errors import ShapeError
 
-_LARGEST = 1e30
+LARGEST = 1e30
 """Of a row's elements: beyond it, differences and products leave what float32 holds."""
 
 
@@ -108,5 +108,5 @@ def check_finite(rows: Tensor) -> None:
     if not rows.numel():
         return
     low, high = torch.aminmax(rows)  # makes no copy, and is no number where an element is none
-    if not -_LARGEST <= float(low) <= float(high) <= _LARGEST:
-        raise ShapeError(f"rows of an index hold finite numbers up to {_LARGEST}")
+    if not -LARGEST <= float(low) <= float(high) <= LARGEST:
+        raise ShapeError(f"rows of an index hold finite numbers up to {LARGEST}")
