@@ -78,7 +78,8 @@ def test_a_forward_whose_read_failed_can_be_tried_again(filled: Path, monkeypatc
                     with pytest.raises(CapacityError):
                         model(STREAM[:, :1], past_key_values=cache)
             had.append(model(STREAM[:, :1], past_key_values=cache).logits)
-    assert all(torch.equal(each, had[0]) for each in had)
+    for each in had:
+        torch.testing.assert_close(each, had[0], atol=1e-5, rtol=1e-5)  # rows may stand in another order
 
 
 @pytest.mark.parametrize("name", ["quest", "retroinfer", "infllm"])

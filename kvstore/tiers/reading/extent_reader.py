@@ -14,7 +14,7 @@ from kvstore.native import Arena, DirectFile, IoPool
 from kvstore.tiers.extents import ExtentFiles
 from kvstore.tiers.reading.landing import Landing, Pace, Placed, Wave
 from kvstore.tiers.reading.plan import MERGE_GAP_NBYTES, Piece, Run, merge
-from kvstore.tiers.reading.staging import Staging
+from kvstore.tiers.reading.staging import Region, Staging
 
 _NUM_REGIONS = 4
 _MIN_REGION_NBYTES = 4 << 20
@@ -83,7 +83,7 @@ class ExtentReader:
             self._read_runs(parts, landing, helping, consume, fail)
         finally:
             with ExitStack() as cleanup:  # each step whatever becomes of the others: a region kept is gone for ever
-                cleanup.callback(lambda: landing.clear(is_alone=all(each.done() for each in helping)))
+                cleanup.callback(landing.clear)
                 cleanup.callback(wait, helping)
                 cleanup.callback(lambda: [each.cancel() for each in helping])
                 cleanup.callback(landing.stop)
@@ -98,18 +98,23 @@ class ExtentReader:
 
     def _read_one(self, piece: Piece, consume: Consume, fail: Fail) -> int:
         """Read with no other thread than this one."""
-        region = self._staging.acquire()
+        region = Region()
         try:
-            nbytes = piece.end - piece.start
             try:
-                self._pool.read(self._file(piece.file_id), self._staging.arena, [(piece.start, region, nbytes)])
-            except KVStoreError as error:
-                fail(piece, error)
-                return 0
-            consume([(piece, region)])
-            return nbytes
+                self._staging.take(region)
+                nbytes = piece.end - piece.start
+                op = (piece.start, region.start, nbytes)
+                try:
+                    self._pool.read(self._file(piece.file_id), self._staging.arena, [op])
+                except KVStoreError as error:
+                    fail(piece, error)
+                    return 0
+                consume([(piece, region.start)])
+                return nbytes
+            finally:
+                self._staging.release(region)
         finally:
-            self._staging.release(region)
+            self._staging.release(region)  # for good: an interrupt may have kept the first call from it
 
     def _read_runs(
         self,
@@ -145,36 +150,32 @@ class ExtentReader:
             room_nbytes = landing.room_nbytes
             if room_nbytes == 0:
                 return
-            region = self._staging.try_acquire()
-            if region is None:
-                if landing.is_busy or not may_wait:
-                    return
-                region = self._staging.acquire()
-            taken: list[Run] = []
-            starts: list[int] = []
+            wave = Wave()
+            landing.keep(wave)
+            if not self._staging.take(wave.region, may_wait=may_wait and not landing.is_busy):
+                landing.drop(wave)
+                return
             ops: list[tuple[int, int, int]] = []
-            at, end = region, region + self._staging.region_nbytes
+            at = begin = wave.region.start
             file_id = runs[0].file_id
-            with ExitStack() as unless_launched:
-                unless_launched.callback(self._staging.release, region)
-                while runs and runs[0].file_id == file_id:
-                    nbytes = runs[0].nbytes
-                    if at + nbytes > end or (taken and room_nbytes is not None and at + nbytes > region + room_nbytes):
-                        break
-                    run = runs.popleft()
-                    taken.append(run)
-                    starts.append(at)
-                    ops.append((run.start, at, nbytes))
-                    at += nbytes
-                try:
-                    ticket = self._pool.submit_read(self._file(file_id), self._staging.arena, ops)
-                except KVStoreError as error:
-                    for run in taken:
-                        for piece in run.pieces:
-                            fail(piece, error)
-                    continue
-                landing.add(Wave(taken, starts, region, ticket))
-                unless_launched.pop_all()
+            while runs and runs[0].file_id == file_id:
+                nbytes = runs[0].nbytes
+                is_full = at + nbytes > begin + self._staging.region_nbytes
+                if is_full or (ops and room_nbytes is not None and at + nbytes > begin + room_nbytes):
+                    break
+                wave.runs.append(runs.popleft())
+                wave.starts.append(at)
+                ops.append((wave.runs[-1].start, at, nbytes))
+                at += nbytes
+            try:
+                wave.ticket = self._pool.submit_read(self._file(file_id), self._staging.arena, ops)
+            except KVStoreError as error:
+                landing.drop(wave)
+                for run in wave.runs:
+                    for piece in run.pieces:
+                        fail(piece, error)
+                continue
+            landing.add(wave)
 
     def _file(self, file_id: int) -> DirectFile:
         try:
@@ -188,18 +189,18 @@ class ExtentReader:
         """Consume what comes, until nothing is there."""
         try:
             for _ in range(_MOST_JOBS):
-                job = landing.take()
+                job = landing.take(helps=True)
                 if not job:
                     return
-                self._consume(job, landing, consume)
+                self._consume(job, landing, consume, helps=True)
         finally:
             landing.end_help()
 
-    def _consume(self, job: Sequence[Placed], landing: Landing, consume: Consume) -> None:
+    def _consume(self, job: Sequence[Placed], landing: Landing, consume: Consume, *, helps: bool = False) -> None:
         try:
             consume([(placed.piece, placed.start) for placed in job])
         finally:
-            landing.done(job)
+            landing.done(job, helps=helps)
 
     def _split(self, run: Run, runs: deque[Run], fail: Fail, error: KVStoreError) -> None:
         """After a failed transfer, try each of its pieces alone: one bad sector must not take its neighbours along."""

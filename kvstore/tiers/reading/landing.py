@@ -12,6 +12,7 @@ from typing import NamedTuple
 from kvstore.errors import KVStoreError
 from kvstore.native import Ticket
 from kvstore.tiers.reading.plan import Piece, Run
+from kvstore.tiers.reading.staging import Region
 
 _BACKLOG_S = 600e-6
 """Waking a thread, and taking turns with it in Python, costs a third of this; two threads of one core gain little."""
@@ -53,23 +54,20 @@ class Pace:
 class Wave:
     """Runs of one file that are read by one submission, one behind the other in a region of memory.
 
-    Args:
-        runs: what is read.
-        starts: where each begins in memory.
-        region: number of the region.
-        ticket: of the submission.
+    `region`, to be taken, goes back when every piece in it was consumed, or cannot be; `starts` says where each of
+    `runs` begins in memory; `ticket` is that of the submission.
     """
 
     __slots__ = ("num_flying", "num_left", "num_out", "region", "runs", "starts", "ticket")
 
-    def __init__(self, runs: list[Run], starts: list[int], region: int, ticket: Ticket) -> None:
-        self.runs = runs
-        self.starts = starts
-        self.region = region
-        self.ticket = ticket
-        self.num_flying = len(runs)
-        self.num_left = sum(len(run.pieces) for run in runs)
-        self.num_out = 0  # of these, pieces in jobs that are being consumed
+    def __init__(self) -> None:
+        self.region = Region()
+        self.runs: list[Run] = []
+        self.starts: list[int] = []
+        self.ticket: Ticket | None = None
+        self.num_flying = 0  # runs
+        self.num_left = 0  # pieces
+        self.num_out = 0  # of these, pieces that helpers are consuming
 
 
 class Placed(NamedTuple):
@@ -86,10 +84,10 @@ class Landing:
     Args:
         pace: how fast they are decoded.
         most_helpers: threads beside the one that waits for the device.
-        release: called with a region when every piece in it was consumed, or cannot be.
+        release: called with a region when every piece in it was consumed, or cannot be; after an interrupt, again.
     """
 
-    def __init__(self, pace: Pace, most_helpers: int, release: Callable[[int], None]) -> None:
+    def __init__(self, pace: Pace, most_helpers: int, release: Callable[[Region], None]) -> None:
         self._lock = threading.Lock()
         self._pace = pace
         self._most_helpers = most_helpers
@@ -116,10 +114,21 @@ class Landing:
         with self._lock:
             return None if self._window_nbytes is None else max(0, self._window_nbytes - self._flying_nbytes)
 
-    def add(self, wave: Wave) -> None:
-        """Take a wave that was just submitted."""
+    def keep(self, wave: Wave) -> None:
+        """See to it from now on that the region of a wave is given back, and not before its ticket has ended."""
         with self._lock:
             self._kept.append(wave)
+
+    def drop(self, wave: Wave) -> None:
+        """Give the region of a wave back, which has not been submitted."""
+        with self._lock:
+            self._leave(wave, wave.num_left)
+
+    def add(self, wave: Wave) -> None:
+        """Let a wave that was kept and submitted land."""
+        with self._lock:
+            wave.num_flying = len(wave.runs)
+            wave.num_left = sum(len(run.pieces) for run in wave.runs)
             self._flying.append(wave)
             self._flying_nbytes += sum(run.nbytes for run in wave.runs)
 
@@ -129,23 +138,29 @@ class Landing:
             if not self._flying:
                 return
             wave = self._flying[0]
+        assert wave.ticket is not None, "added when it was submitted"
         ended = wave.ticket.wait_some()
         with self._lock:
             self._land(wave, ended)
 
-    def take(self) -> list[Placed]:
-        """Return pieces that have come, as many as make a job; none when there are none."""
+    def take(self, *, helps: bool = False) -> list[Placed]:
+        """Return pieces that have come, as many as make a job; none when there are none.
+
+        Args:
+            helps: whether the caller is a helper, which may still consume when the batch has been given up.
+        """
         with self._lock:
             if self._ready_nbytes < _MAX_JOB_NBYTES:
                 for wave in tuple(self._flying):
+                    assert wave.ticket is not None, "added when it was submitted"
                     self._land(wave, wave.ticket.wait_some(False))
-            return self._cut()
+            return self._cut(helps)
 
-    def done(self, job: Sequence[Placed]) -> None:
+    def done(self, job: Sequence[Placed], *, helps: bool = False) -> None:
         """Give back the memory of a job that was consumed, however that went."""
         with self._lock:
             for wave, num_pieces in Counter(placed.wave for placed in job).items():
-                wave.num_out -= num_pieces
+                wave.num_out -= num_pieces if helps else 0
                 self._leave(wave, num_pieces)
 
     def wants_help(self) -> bool:
@@ -174,25 +189,27 @@ class Landing:
             self._ready_nbytes = 0
             self._flying.clear()
             for wave in self._kept:
-                wave.ticket.cancel()
+                if wave.ticket is not None:
+                    wave.ticket.cancel()
 
-    def clear(self, *, is_alone: bool) -> None:
-        """After `stop`: wait until nothing is read into memory, and give it back.
+    def clear(self) -> None:
+        """After `stop`: wait until nothing is read into memory, and give it back; what a helper uses, when it is done.
 
-        Args:
-            is_alone: whether no job is being consumed; else what is in use goes back when its job is `done`.
+        Called by the thread that reads, which has no job in hand any more.
         """
         for wave in tuple(self._kept):
             try:
-                with suppress(KVStoreError):  # an error of the batch is on its way up already
-                    wave.ticket.wait()
+                if wave.ticket is not None:
+                    with suppress(KVStoreError):  # an error of the batch is on its way up already
+                        wave.ticket.wait()
             finally:
                 with self._lock:
-                    self._leave(wave, wave.num_left if is_alone else wave.num_left - wave.num_out)
+                    self._leave(wave, wave.num_left - wave.num_out)
 
     def _land(self, wave: Wave, ended: list[int]) -> None:
         if not ended:
             return
+        assert wave.ticket is not None, "added when it was submitted"
         errors = wave.ticket.errors()
         wave.num_flying -= len(ended)
         if wave.num_flying == 0 and wave in self._flying:
@@ -214,7 +231,7 @@ class Landing:
                 self._ready.append(Placed(piece, base + piece.start, wave))
                 self._ready_nbytes += piece.end - piece.start
 
-    def _cut(self) -> list[Placed]:
+    def _cut(self, helps: bool) -> list[Placed]:
         job: list[Placed] = []
         job_nbytes = self._pace.job_nbytes
         nbytes = 0
@@ -222,12 +239,12 @@ class Landing:
             placed = self._ready.popleft()
             job.append(placed)
             nbytes += placed.piece.end - placed.piece.start
-            placed.wave.num_out += 1
+            placed.wave.num_out += helps
         self._ready_nbytes -= nbytes
         return job
 
     def _leave(self, wave: Wave, num_pieces: int) -> None:
         wave.num_left -= num_pieces
         if wave.num_left == 0 and wave in self._kept:
-            self._kept.remove(wave)
             self._release(wave.region)
+            self._kept.remove(wave)  # last: an interrupt before it has `clear` release once more
