@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from kvstore.engines.transformers import Attached
 from kvstore.retrieval.memory import LayerMemory
-from kvstore.session.stream_memory import StreamMemory
 from tests.tiny_models import attached_stream, make_model, policy, settings, token_ids
 
 
@@ -20,6 +20,7 @@ def test_an_interrupted_question_can_be_asked_again(
 ) -> None:
     model, whole = make_model(), getattr(LayerMemory, method)
     left = [calls_before]
+    rule = policy("quest", full_layers=0, recent_tokens=0)
 
     def interrupted(self: LayerMemory, *args: Any, **kwargs: Any) -> None:
         whole(self, *args, **kwargs)
@@ -27,22 +28,19 @@ def test_an_interrupted_question_can_be_asked_again(
         if left[0] == -1:
             raise KeyboardInterrupt
 
-    rule = policy("quest", full_layers=0, recent_tokens=0)
+    def ask(attached: Attached, times: int = 1) -> None:
+        for _ in range(times):
+            model(token_ids(5, seed=3), past_key_values=attached.question())
+
     with attached_stream(tmp_path, model, settings(rule, window=24, sinks=4)) as attached:
         for part in token_ids(20 * 8 + 3).split(40, dim=1):
             model(part)
         attached.session.commit(partial=True)
-        num_interrupted = 0
         with monkeypatch.context() as patch:
             patch.setattr(LayerMemory, method, interrupted)
-            while not num_interrupted:  # the second question goes on where the first one was
-                try:
-                    model(token_ids(5, seed=3), past_key_values=attached.question())
-                except KeyboardInterrupt:
-                    num_interrupted += 1
-        model(token_ids(5, seed=3), past_key_values=attached.question())
+            with pytest.raises(KeyboardInterrupt):
+                ask(attached, times=3)
+        ask(attached)
         assert attached.last.num_attended_tokens == 163
-        search = attached.session.view.search(rule)
-        assert isinstance(search, StreamMemory)
-        for memory in search._layers:
+        for memory in attached.session.view.search(rule)._layers:
             assert memory.table._tokens.used.tolist() == [list(range(8, 163))]
