@@ -36,7 +36,8 @@ class Policy:
             plain attention (APE, arXiv:2502.05431).
         context_scale: multiplies their joint log-sum-exp, as the temperature does; the rule for both is in
             `kvstore.kernels.parts_reference.context_part`. 1 is plain attention.
-        retention: what is left out of a block before it is stored; None keeps everything.
+        retention: what its source leaves out before it stores; None keeps everything. Sessions store all that they are
+            given: whoever appends may apply it.
         estimated_share: of the units, those next in order whose attention is estimated from their mean key and the sum
             of their values instead of read (RetroInfer, arXiv:2505.02922).
         full_layers: first layers that attend to everything, because attention is not sparse there.
