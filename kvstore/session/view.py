@@ -131,8 +131,8 @@ class StreamView:
         self.cursor: dict[str, JSON] = {}
         self.num_sink_blocks = 0
         self._positions: dict[int, Tensor] = {}
-        self.reload()
         self._searches: dict[Policy, LateRanking | StreamMemory] = {}
+        self.reload()
 
     @property
     def policy(self) -> Policy:
@@ -189,6 +189,8 @@ class StreamView:
             raise CorruptRecordError(
                 f"stream {self.header.name!r}: its entries hold {first} tokens, {manifest.num_tokens} are announced"
             )
+        if self.entries != list(manifest.entries[: len(self.entries)]):  # rolled back, and maybe written on
+            self._positions, self._searches, self.num_sink_blocks = {}, {}, 0
         self.entries = list(manifest.entries)
         self.cursor = dict(manifest.cursor)
         self.note_sinks()
