@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from kvstore.errors import CapacityError
+from kvstore.retrieval.triggers.ahead import Ahead
+from kvstore.retrieval.triggers.trigger import EveryStep
 from kvstore.session.attending import Attending
 from kvstore.session.branch import Branch
+from kvstore.session.choosing import LayerChoices
 from kvstore.session.past import Reading
 from kvstore.store import Access, FetchReport, FetchRequest, Outcome, Store
 from tests.tiny_models import attached_stream, make_model, policy, settings, token_ids
@@ -105,3 +108,22 @@ def test_a_block_that_cannot_be_compared_is_named_and_stops_no_question(
         assert logits.isfinite().all()
         assert list(attached.session.view.damaged) == [5]
         assert attached.last.num_attended_tokens == 96 - 8
+
+
+def test_a_layer_that_reads_everything_forgets_what_waited_for_it(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    rule = policy("quest", full_layers=1, recent_tokens=0, trigger=Ahead(EveryStep()))
+    with attached_stream(filled, model, settings(rule, window=16, sinks=4, budget=24), Access.READ) as attached:
+        monkeypatch.setattr(LayerChoices, "_fits", lambda self: False)
+        cache: Any = attached.question(PROMPT)
+        for seed in range(3):
+            model(token_ids(1, seed=seed), past_key_values=cache)
+        monkeypatch.setattr(LayerChoices, "_fits", lambda self: True)
+        cache.reset()
+        with cache.branch.recalling():
+            model(PROMPT, past_key_values=cache)
+        for seed in range(3):
+            model(token_ids(1, seed=seed), past_key_values=cache)
+            assert cache.branch.contexts[0].num_past == 96

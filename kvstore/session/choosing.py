@@ -75,7 +75,7 @@ class LayerChoices:
         state, policy = self._layers[layer], self.policy
         newest = query[:, -1].float()
         if is_first or state.asked_by is None:
-            state.step, choice = 0, Choice.SELECT
+            state.step, state.waiting, choice = 0, None, Choice.SELECT
             state.is_full = layer < policy.full_layers and self._fits()
         elif state.is_full:
             choice = Choice.KEEP
