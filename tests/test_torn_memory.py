@@ -10,6 +10,7 @@ import pytest
 
 from kvstore.engines.transformers import Attached
 from kvstore.retrieval.memory import LayerMemory
+from kvstore.session.stream_memory import StreamMemory
 from tests.tiny_models import attached_stream, make_model, policy, settings, token_ids
 
 
@@ -42,5 +43,7 @@ def test_an_interrupted_question_can_be_asked_again(
                 ask(attached, times=3)
         ask(attached)
         assert attached.last.num_attended_tokens == 163
-        for memory in attached.session.view.search(rule)._layers:
+        search = attached.session.view.search(rule)
+        assert isinstance(search, StreamMemory)
+        for memory in search._layers:
             assert memory.table._tokens.used.tolist() == [list(range(8, 163))]
