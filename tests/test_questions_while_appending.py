@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, CorruptRecordError
 from kvstore.retrieval.segmenters.pages import Pages
+from kvstore.store import FetchReport, FetchRequest, Outcome, Store
 from tests.session_oracle import stored
 from tests.tiny_models import attached_stream, make_model, policy, settings, token_ids
 
@@ -46,6 +47,36 @@ def test_a_resumed_stream_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> 
     resumed = stored_after(tmp_path / "a", (1,), sessions=(2, 2, 4))  # whole blocks are stored after each
     for had, alone in zip(resumed, stored_after(tmp_path / "b"), strict=True):
         assert torch.equal(had, alone)
+
+
+def test_a_retrieved_block_that_is_lost_stops_an_append(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored must not depend on the disk; a session that opens then does not find the block, and goes on."""
+    model, fetch, lost = make_model(), Store.fetch, []
+
+    def losing(self: Store, requests: list[FetchRequest], timeout_s: float | None = None) -> FetchReport:
+        report = fetch(self, requests, timeout_s)
+        for number, request in enumerate(requests):
+            if request.key in lost:
+                report.outcomes[number], report.reasons[number] = Outcome.DAMAGED, "it fails its checksum"
+        return report
+
+    with attached_stream(tmp_path, model, CONFIG) as attached:
+        for part in PARTS[:6]:
+            model(part)
+        session = attached.session
+        window = session._window
+        pinned = {entry.key for entry in (*window._sinks(), *window.blocks)}
+        for key, place in list(session.view.residency._places.items()):
+            if key not in pinned and not place.pins:
+                session.view.residency._pool.free(session.view.residency._places.pop(key).slot_idx)
+        lost += [entry.key for entry in session.view.entries if entry.key not in pinned]
+        monkeypatch.setattr(Store, "fetch", losing)
+        with pytest.raises(CorruptRecordError, match="fails its checksum"):
+            model(PARTS[6])
+    with attached_stream(tmp_path, model, CONFIG) as attached:
+        done = attached.session.num_tokens
+        assert torch.cat(PARTS, dim=1)[:, done:].shape[1] > 20
+        model(torch.cat(PARTS, dim=1)[:, done:])
 
 
 def test_what_was_computed_under_another_budget_has_another_name(tmp_path: Path) -> None:

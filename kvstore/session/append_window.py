@@ -71,22 +71,22 @@ class AppendWindow(Attending):
             positions: [rows, 1, num_new] int64.
 
         Raises:
-            CorruptRecordError: a block of the window cannot be read: what comes next would be computed from a past
-                with a hole.
+            CorruptRecordError: a block of the window, or one that was retrieved, cannot be read: what comes next would
+                be computed from a past with a hole.
         """
         if not self.is_stale and not self.retrieves:
             return
         view, start = self._view, int(positions.min())
         if layer == 0:
             self._firsts = torch.tensor([entry.first_token for entry in view.entries], dtype=torch.int64)
-        seen = [*self._sinks(), *self.blocks]
         chosen = self._retrieve(layer, query, positions[:, 0, : query.shape[2]]) if self.retrieves else ()
         report, layers = LoadReport(), range(layer, layer + 1)
         reading = Reading.of(self._sinks(), chosen, self.blocks)
         past = view.reader.read(reading, view.entries, self._firsts, view.positions_of, layers, report)
-        for entry in seen:
-            if entry.key in report.lost:
-                raise CorruptRecordError(f"stream {view.header.name!r}: {report.lost[entry.key]}")
+        for reason in report.lost.values():
+            raise CorruptRecordError(
+                f"stream {view.header.name!r}: {reason}; open the stream again: what was retrieved is not found then"
+            )
         if layer == 0 or self.retrieves:  # else the same in every layer
             last = view.entries[-1:]
             self._placed_past = self.place_past(
