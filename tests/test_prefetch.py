@@ -78,7 +78,7 @@ def test_the_most_wanted_comes_first_and_cancelled_ones_do_not_come(tmp_path: Pa
         _put(store, 8)
         prefetcher = store._moving().prefetcher
         prefetcher._unit_blocks = 1
-        with store._moving().fetcher._demand:  # no unit begins
+        with store._moving().fetcher._lock:  # no unit begins
             late, cancelled, early = (store.prefetch(_keys(n), priority) for n, priority in ((0, 1), (1, 9), (2, 5)))
             cancelled.cancel()
         assert late.wait(60) == [Outcome.DISK]
@@ -89,24 +89,24 @@ def test_the_most_wanted_comes_first_and_cancelled_ones_do_not_come(tmp_path: Pa
 
 
 def end_demand(fetcher: Fetcher) -> None:
-    with fetcher._demand:
-        fetcher._num_demands -= 1
-        fetcher._demand.notify_all()
+    with fetcher._lock:
+        fetcher._demands.clear()
+        fetcher._changed.notify_all()
 
 
 def test_prefetch_waits_for_demand(tmp_path: Path) -> None:
     with open_store(tmp_path, host_slots=8) as store:
         _put(store, 8)
         fetcher = store._moving().fetcher
-        fetcher._num_demands += 1  # somebody is being served
+        fetcher._demands.add("demand")  # somebody is being served
         ticket = store.prefetch(_keys(0))
         assert ticket.wait(0.1) is None
         assert _get(store, 1) == [Outcome.DISK]
         assert not ticket.done()
         end_demand(fetcher)
         assert ticket.wait(60) == [Outcome.DISK]
-        with fetcher._demand:
-            fetcher._num_demands += 1
+        with fetcher._lock:
+            fetcher._demands.add("demand")
         waiting = store.prefetch(_keys(2, 3))
         threading.Timer(0.2, end_demand, (fetcher,)).start()  # closing waits for what is being served
     assert waiting.wait(0) == [Outcome.CANCELLED] * 2, "closing does not wait for what has not begun"

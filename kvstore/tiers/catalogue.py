@@ -170,13 +170,12 @@ class Catalogue:
             CorruptRecordError, StoreIOError: the catalogue cannot be read.
         """
         self._check_process()
-        with self._mapped_errors():
-            txn = self._begin_read()
+        with self._mapped_errors(), self._gate.visit() as visitor:
+            txn = self._begin_read(visitor)
             try:
                 yield ReadView(txn, self._tables)
             finally:
                 txn.abort()
-                self._gate.leave()
 
     def write(self, work: Callable[[WriteView], Result]) -> Result:
         """Run `work` in the write transaction and commit; nothing is written when it raises.
@@ -191,8 +190,10 @@ class Catalogue:
         self._check_process()
         while True:
             try:
-                with self._gate.shared(), self._env.begin(write=True) as txn:
-                    return work(WriteView(txn, self._tables))
+                with self._gate.visit() as visitor:
+                    self._gate.enter(visitor)
+                    with self._env.begin(write=True) as txn:
+                        return work(WriteView(txn, self._tables))
             except lmdb.MapFullError as error:
                 self._grow(error)
             except lmdb.MapResizedError:
@@ -239,22 +240,19 @@ class Catalogue:
                 "open the store again in the child"
             )
 
-    def _begin_read(self) -> lmdb.Transaction[bytes]:
-        """Enter the gate and begin; the caller leaves the gate."""
+    def _begin_read(self, visitor: object) -> lmdb.Transaction[bytes]:
+        """Enter the gate and begin; the caller leaves the gate, however this ends."""
         while True:
-            self._gate.enter()
+            self._gate.enter(visitor)
             try:
                 return self._env.begin()
             except lmdb.MapResizedError:
-                self._gate.leave()
+                self._gate.leave(visitor)
                 self._resize(0)
             except lmdb.ReadersFullError:
-                self._gate.leave()
+                self._gate.leave(visitor)
                 if self._env.reader_check() == 0:
                     raise
-            except BaseException:
-                self._gate.leave()
-                raise
 
     def _grow(self, cause: lmdb.Error) -> None:
         map_nbytes = self._env.info()["map_size"]

@@ -9,44 +9,53 @@ from contextlib import contextmanager
 
 
 class Gate:
-    """Any number inside, or one alone. Not reentrant while somebody waits for exclusive passage."""
+    """Any number inside, or one alone. Not reentrant while somebody waits for exclusive passage.
+
+    Visitors have names, and `leave` may be called again: after an interrupt nobody knows whether the first call did it.
+    """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside = 0
-        self._is_closed = False
+        self._lock = threading.Lock()  # itself in `with`, unlike a condition, it is never left locked by an interrupt
+        self._changed = threading.Condition(self._lock)
+        self._inside: set[object] = set()
+        self._alone: object | None = None
 
-    def enter(self) -> None:
+    def enter(self, visitor: object) -> None:
         """Go in beside others; waits while one is inside alone or waits to be."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._is_closed)
-            self._inside += 1
+        with self._lock:
+            self._changed.wait_for(lambda: self._alone is None)
+            self._inside.add(visitor)
 
-    def leave(self) -> None:
-        """Undo one `enter`."""
-        with self._changed:
-            self._inside -= 1
+    def leave(self, visitor: object) -> None:
+        """Undo `enter`, if there was one."""
+        with self._lock:
+            self._inside.discard(visitor)
             self._changed.notify_all()
 
     @contextmanager
-    def shared(self) -> Iterator[None]:
-        """`enter` and `leave` around a `with` block."""
-        self.enter()
+    def visit(self) -> Iterator[object]:
+        """Leave at the end of a `with` block, whoever entered inside it; yields the visitor."""
+        visitor = object()
         try:
-            yield
+            try:
+                yield visitor
+            finally:
+                self.leave(visitor)
         finally:
-            self.leave()
+            self.leave(visitor)  # for good: an interrupt may have kept the first call from it
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Wait until nobody is inside, keep newcomers out for the length of a `with` block."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._is_closed)
-            self._is_closed = True
-            self._changed.wait_for(lambda: self._inside == 0)
+        alone = object()
         try:
+            with self._lock:
+                self._changed.wait_for(lambda: self._alone is None)
+                self._alone = alone
+                self._changed.wait_for(lambda: not self._inside)
             yield
         finally:
-            with self._changed:
-                self._is_closed = False
+            with self._lock:
+                if self._alone is alone:
+                    self._alone = None
                 self._changed.notify_all()

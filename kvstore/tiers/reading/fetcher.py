@@ -77,8 +77,9 @@ class Fetcher:
         self._reader = BlockReader(disk, codecs, layout, pool, decoders)
         self._copies = HostCopies(host, layout, Doorkeeper(disk.config.host.admission, host.num_slots))
         self._flights = Flights()
-        self._demand = threading.Condition()
-        self._num_demands = 0
+        self._lock = threading.Lock()  # in `with`, as in `BatchTicket`
+        self._changed = threading.Condition(self._lock)
+        self._demands: set[object] = set()  # fetches under way
         self._is_closing = False
         self._is_closed = False
         self.host_meter = Meter()
@@ -107,16 +108,17 @@ class Fetcher:
             BusyError: the store is closed.
         """
         served = range(len(requests)) if positions is None else positions
-        with self._demand:
-            if self._is_closed:
-                raise BusyError("the store is closed")
-            self._num_demands += 1
+        demand = object()
         try:
+            with self._lock:
+                if self._is_closed:
+                    raise BusyError("the store is closed")
+                self._demands.add(demand)
             return self._fetch(requests, served, ticket or BatchTicket(len(requests)), is_kept=True)
         finally:
-            with self._demand:
-                self._num_demands -= 1
-                self._demand.notify_all()
+            with self._lock:
+                self._demands.discard(demand)
+                self._changed.notify_all()
 
     def fetch_from_memory(self, requests: Sequence[FetchRequest], ticket: BatchTicket) -> FetchReport:
         """Bring those blocks into their slots that the host tier holds, which waits for nothing."""
@@ -134,20 +136,20 @@ class Fetcher:
 
     def wait_for_demand(self) -> None:
         """Wait until no `fetch` is under way."""
-        with self._demand:
-            self._demand.wait_for(lambda: self._num_demands == 0 or self._is_closing)
+        with self._lock:
+            self._changed.wait_for(lambda: not self._demands or self._is_closing)
 
     def stop_waiting(self) -> None:
         """Let nobody wait in `wait_for_demand` any more: the store closes."""
-        with self._demand:
+        with self._lock:
             self._is_closing = True
-            self._demand.notify_all()
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Refuse new calls, wait for those under way, then give the staging memory back."""
-        with self._demand:
+        with self._lock:
             self._is_closed = True
-            self._demand.wait_for(lambda: self._num_demands == 0)
+            self._changed.wait_for(lambda: not self._demands)
         self._reader.close()
 
     def _fetch(
@@ -227,12 +229,14 @@ class Fetcher:
             is_whole = layers is None or len(layers) == num_layers
             wanted.append(((key, None if is_whole else layers), Seat(batch.ticket, position, slot)))
         asked_at = self._host.num_forgotten
-        for position, (flight, is_first) in zip(positions, self._flights.board(wanted), strict=True):
-            if is_first:
-                own[position], flights[position] = Sought(*flight.wanted), flight
-            else:
-                others[position] = flight
+        boarded: list[tuple[Flight, bool]] = []
         try:
+            self._flights.board(wanted, boarded)
+            for position, (flight, is_first) in zip(positions, boarded, strict=True):
+                if is_first:
+                    own[position], flights[position] = Sought(*flight.wanted), flight
+                else:
+                    others[position] = flight
             landed = self._host.present([item.key for item in own.values()])  # since the look into the host tier
             if any(landed):
                 found = [position for position, is_there in zip(own, landed, strict=True) if is_there]
@@ -240,7 +244,7 @@ class Fetcher:
                     del own[position]
             self._read(batch, own, flights, asked_at)
         finally:
-            self._flights.end(flights.values())
+            self._flights.end([flight for flight, is_first in boarded if is_first])
         for flight in others.values():
             self._flights.wait(flight, batch.ticket.left_s)
         return list(others)

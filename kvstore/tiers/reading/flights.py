@@ -52,19 +52,23 @@ class Flights:
         self._changed = threading.Condition(self._lock)
         self._flights: dict[Wanted, Flight] = {}
 
-    def board(self, wanted: Sequence[tuple[Wanted, Seat]]) -> list[tuple[Flight, bool]]:
-        """Join the flights that bring blocks, or start them; True says that the caller has to read."""
-        boarded: list[tuple[Flight, bool]] = []
+    def board(self, wanted: Sequence[tuple[Wanted, Seat]], boarded: list[tuple[Flight, bool]]) -> None:
+        """Join the flights that bring blocks, or start them.
+
+        Args:
+            wanted: the blocks, and who asks for them.
+            boarded: gains one flight for each, and whether the caller has to read, and to `end` it however this ends.
+        """
         with self._lock:
             for key, seat in wanted:
                 flight = self._flights.get(key)
                 if flight is None:
-                    flight = self._flights[key] = Flight(key, seat)
+                    flight = Flight(key, seat)
                     boarded.append((flight, True))
+                    self._flights[key] = flight
                 else:
                     flight.seats.append(seat)
                     boarded.append((flight, False))
-        return boarded
 
     def land(self, flights: Iterable[Flight]) -> None:
         """Close flights to newcomers, after which their bytes can be found elsewhere."""
