@@ -172,13 +172,17 @@ def test_of_many_the_last_ones_get_slots_and_those_that_are_kept() -> None:
     wanted = [(block_key(number), "") for number in range(1, 8)]
 
     assert tier.may_stay(wanted) == [True, False, False, True, True, True, True]
-    leases = tier.reserve_some(wanted)
+    leases: list[Lease] = []
+    tier.reserve_some(wanted, leases)
 
     assert [lease.key for lease in leases] == [block_key(number) for number in (5, 6, 7, 1)]
     tier.publish_some(leases, asked_at=tier.num_forgotten)
-    assert tier.reserve_some(wanted[3:]) == [], "all are leased, and three are here"
+    more: list[Lease] = []
+    tier.reserve_some(wanted[3:], more)
+    assert more == [], "all are leased, and three are here"
     tier.release_some(leases)
-    pinned = tier.pin_some([block_key(number) for number in range(1, 8)])
+    pinned: list[Lease | None] = []
+    tier.pin_some([block_key(number) for number in range(1, 8)], pinned)
     assert [lease is not None for lease in pinned] == [True, False, False, False, True, True, True]
     tier.release_some(lease for lease in pinned if lease is not None)
     assert tier.num_used == 4

@@ -83,23 +83,23 @@ class HostTier:
         with self._lock:
             return self._pin(key, is_use)
 
-    def pin_some(self, keys: Iterable[BlockKey]) -> list[Lease | None]:
-        """`pin` of many."""
+    def pin_some(self, keys: Iterable[BlockKey], leases: list[Lease | None]) -> None:
+        """`pin` of many; `leases` gains what was had, for the caller to release, however this ends."""
         with self._lock:
-            return [self._pin(key, is_use=True) for key in keys]
+            leases.extend(self._pin(key, is_use=True) for key in keys)
 
     def try_reserve(self, key: BlockKey, owner: str = NOBODY) -> Lease | None:
         """Lease an empty slot for `key`, evicting whose turn it is; None when all slots that may be had are leased."""
         with self._lock:
             return self._take(key, owner)
 
-    def reserve_some(self, wanted: Sequence[tuple[BlockKey, str]]) -> list[Lease]:
-        """`try_reserve` of those of many, keys with their owners, that are not here: the last ones if not all fit."""
+    def reserve_some(self, wanted: Sequence[tuple[BlockKey, str]], leases: list[Lease]) -> None:
+        """Like `pin_some`, `try_reserve` those, keys with owners, that are not here: the last ones if not all fit."""
         with self._lock:
             missed = [each for each in reversed(wanted) if each[0] not in self._index]
             missed.sort(key=lambda each: each[0] not in self._kept)  # stable; those that are kept come first
-            leases = [self._take(key, owner) for key, owner in missed]
-            return [lease for lease in reversed(leases) if lease is not None]
+            leases.extend(lease for key, owner in missed if (lease := self._take(key, owner)) is not None)
+            leases.reverse()
 
     def may_stay(self, wanted: Sequence[tuple[BlockKey, str]]) -> list[bool]:
         """Say which of many, that are about to come in any order, need not make room for one another again."""
@@ -124,8 +124,7 @@ class HostTier:
         with self._lock:
             while True:
                 check()
-                lease = self._take(key, owner)
-                if lease is not None:
+                if (lease := self._take(key, owner)) is not None:
                     return lease
                 self._changed.wait()
 
@@ -218,8 +217,7 @@ class HostTier:
     def close(self) -> None:
         """Find and lease nothing any more; the memory goes with the last slot that is still in use."""
         with self._changed:
-            self._is_closed = True
-            self._memory = torch.empty(0, dtype=torch.uint8)
+            self._is_closed, self._memory = True, torch.empty(0, dtype=torch.uint8)
 
     def _take(self, key: BlockKey, owner: str) -> Lease | None:
         if self._is_closed:
@@ -234,11 +232,13 @@ class HostTier:
             self._num_idle -= 1
             self.num_evicted += 1
             self._give_back(slot_idx)
-        slot_idx = self._free.pop()
-        self._order.take(owner)
+        slot_idx = self._free[-1]
         self._owner_of[slot_idx] = owner
+        lease = self._lease(key, slot_idx)
+        self._order.take(owner)
+        del self._free[-1]  # last, and no call from here on: an interrupt comes before all of it or after
         self._pins[slot_idx] = 1
-        return self._lease(key, slot_idx)
+        return lease
 
     def _may_leave(self, key: BlockKey) -> bool:
         return self._pins[self._index[key]] == 0 and key not in self._kept
@@ -265,14 +265,15 @@ class HostTier:
         slot_idx = self._index.get(key)
         if slot_idx is None or self._is_closed:
             return None
-        self._num_idle -= self._pins[slot_idx] == 0
-        self._pins[slot_idx] += 1
+        lease = self._lease(key, slot_idx)
         if is_use:
             self._order.use(key)
             if slot_idx in self._speculative:
                 self._speculative.remove(slot_idx)
                 self.num_prefetch_hits += 1
-        return self._lease(key, slot_idx)
+        self._num_idle -= self._pins[slot_idx] == 0  # last, as in `_take`
+        self._pins[slot_idx] += 1
+        return lease
 
     def _lease(self, key: BlockKey, slot_idx: int) -> Lease:
         return Lease(self, key, slot_idx, self._memory, self._slot_nbytes, self._owner_of[slot_idx])
@@ -281,9 +282,9 @@ class HostTier:
         # Two threads may have brought the same block; the first one is found, the other slot is freed on release.
         is_gone = asked_at is not None and self._forgotten.may_have_since(lease.key, asked_at)
         if lease.key not in self._index and not is_gone:
+            self._order.add(lease.key, lease.owner)
             self._index[lease.key] = lease.slot_idx
             self._key_of[lease.slot_idx] = lease.key
-            self._order.add(lease.key, lease.owner)
             self._count_kept(lease.key, 1)
             if is_prefetched:
                 self._speculative.add(lease.slot_idx)
@@ -292,9 +293,8 @@ class HostTier:
         slot_idx = lease.slot_idx
         assert self._pins[slot_idx] > 0, f"slot {slot_idx} released twice"
         self._pins[slot_idx] -= 1
-        if self._pins[slot_idx] == 0:
-            if slot_idx in self._key_of:
-                self._num_idle += 1
-                self._changed.notify_all()
-            else:
-                self._give_back(slot_idx)
+        if self._pins[slot_idx] == 0 and slot_idx in self._key_of:
+            self._num_idle += 1
+            self._changed.notify_all()
+        elif self._pins[slot_idx] == 0:
+            self._give_back(slot_idx)

@@ -76,16 +76,19 @@ class Partitions:
         self._policy(owner).add(key)
 
     def use(self, key: BlockKey) -> None:
-        """See `EvictionPolicy`."""
-        self._policy(self._owners[key]).use(key)
+        """See `EvictionPolicy`; does nothing to a block whose eviction was interrupted."""
+        if key in self._owners:
+            self._policy(self._owners[key]).use(key)
 
     def attend(self, key: BlockKey, mass: float) -> None:
-        """See `EvictionPolicy`."""
-        self._policy(self._owners[key]).attend(key, mass)
+        """See `use`."""
+        if key in self._owners:
+            self._policy(self._owners[key]).attend(key, mass)
 
     def remove(self, key: BlockKey) -> None:
-        """See `EvictionPolicy`."""
-        self._policy(self._owners.pop(key)).remove(key)
+        """See `use`."""
+        if key in self._owners:
+            self._policy(self._owners.pop(key)).remove(key)
 
     def victim(self, owner: str | None, may_leave: MayLeave) -> BlockKey | None:
         """Choose the block that makes room, and forget it; None when none may leave.
@@ -104,7 +107,7 @@ class Partitions:
         for policy in tried:
             key = policy.victim(may_leave)
             if key is not None:
-                del self._owners[key]
+                self._owners.pop(key, None)
                 return key
         return None
 

@@ -13,6 +13,7 @@ from kvstore.spec import BlockKey
 from kvstore.tiers.base import Outcome
 from kvstore.tiers.eviction.admission import Doorkeeper
 from kvstore.tiers.host import HostTier
+from kvstore.tiers.lease import Lease
 from kvstore.tiers.moving.ticket import BatchTicket
 from kvstore.tiers.reading.request import FetchRequest
 
@@ -48,18 +49,19 @@ class HostCopies:
         nbytes = 0
         for first in range(0, len(items), self._copied_at_once):
             some = items[first : first + self._copied_at_once]
-            leases = self._host.pin_some([requests[item].key for item in some])
-            pinned = {item: lease for item, lease in zip(some, leases, strict=True) if lease is not None}
-            left += [item for item in some if item not in pinned] if pinned else some
-            if not pinned:
-                continue
+            leases: list[Lease | None] = []
             try:
+                self._host.pin_some([requests[item].key for item in some], leases)
+                pinned = {item: lease for item, lease in zip(some, leases, strict=True) if lease is not None}
+                left += [item for item in some if item not in pinned] if pinned else some
+                if not pinned:
+                    continue
                 with ticket.claiming_some(list(pinned)) as claims:
                     asked = [(pinned[item].address, requests[item]) for item in claims.held]
                     nbytes += self._copy([(at, each.slot, each.layers) for at, each in asked])
                     claims.outcomes = dict.fromkeys(claims.held, Outcome.HOST)
             finally:
-                self._host.release_some(pinned.values())
+                self._host.release_some([lease for lease in leases if lease is not None])
         return left, nbytes
 
     def copy(self, source: Tensor, target: Tensor, layers: range | None) -> None:
@@ -85,8 +87,9 @@ class HostCopies:
             for (key, owner, slot), is_there in zip(blocks, present, strict=True)
             if not is_there and self._doorkeeper.admits(key)
         }
-        leases = self._host.reserve_some([(key, owner) for key, (owner, _) in entering.items()])
+        leases: list[Lease] = []
         try:
+            self._host.reserve_some([(key, owner) for key, (owner, _) in entering.items()], leases)
             copy_memory([(entering[each.key][1].data_ptr(), each.address, self._slot_nbytes) for each in leases])
             self._host.publish_some(leases, asked_at=asked_at)
         finally:
