@@ -16,6 +16,7 @@ from kvstore.retrieval.triggers.trigger import EveryStep
 from kvstore.session.attending import Attending
 from kvstore.session.branch import Branch
 from kvstore.session.choosing import LayerChoices
+from kvstore.session.context import LayerContext
 from kvstore.session.past import Reading
 from kvstore.store import Access, FetchReport, FetchRequest, Outcome, Store
 from tests.tiny_models import attached_stream, make_model, policy, settings, token_ids
@@ -108,6 +109,22 @@ def test_a_block_that_cannot_be_compared_is_named_and_stops_no_question(
         assert logits.isfinite().all()
         assert list(attached.session.view.damaged) == [5]
         assert attached.last.num_attended_tokens == 96 - 8
+
+
+def test_rows_whose_replacing_failed_are_read_anew(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = make_model(), settings(policy("quest", full_layers=0), window=16, sinks=4, budget=24)
+    had = []
+    for fails in (False, True):
+        with attached_stream(filled, model, config, Access.READ) as attached:
+            cache = attached.question()
+            model(PROMPT, past_key_values=cache)
+            if fails:
+                with monkeypatch.context() as patch:
+                    patch.setattr(LayerContext, "replace", lambda *_: 1 / 0)
+                    with pytest.raises(ZeroDivisionError):
+                        model(STREAM[:, :1], past_key_values=cache)
+            had.append(model(STREAM[:, :1], past_key_values=cache).logits)
+    assert torch.allclose(had[0], had[1], atol=1e-5)
 
 
 def test_a_layer_that_reads_everything_forgets_what_waited_for_it(

@@ -73,11 +73,11 @@ class BranchPast(Attending):
         if is_answer:
             placed = replace(placed, context=self._context_rule(past))
         for layer in layers:
+            if is_answer:
+                self._held.pop(layer, None)
             attending.set_past(layer, past, self._open_planes[layer] if is_answer else [], placed, estimate)
             if is_answer and self._policy.position is PositionPolicy.ORIGINAL and estimate is None:
                 self._held[layer] = past.numbers
-            elif is_answer:
-                self._held.pop(layer, None)
         if is_answer:
             self.recall.num_attended_tokens = max(self.recall.num_attended_tokens, placed.positions.shape[2])
         return past.blocks
@@ -100,8 +100,9 @@ class BranchPast(Attending):
         )
         if difference is None:
             return None
-        self._held[layer] = difference.numbers
+        del self._held[layer]  # unknown, should this fail midway
         self.replace_rows(layer, difference)
+        self._held[layer] = difference.numbers
         return difference.blocks
 
     def _context_rule(self, past: PastTokens) -> ContextRule | None:
