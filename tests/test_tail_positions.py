@@ -53,7 +53,7 @@ def test_a_selection_moves_the_past_and_not_the_tail(
     torch.testing.assert_close(tail, rotated(rotate, torch.cat(raw, dim=1), at), atol=1e-5, rtol=1e-5)
     last = wanted[-3]  # of three layers
     there = torch.ones(1, 1, 1) if last.bias is None else last.bias[None, :, :].isfinite()
-    distances = [(each.offset - each.positions) * there for each in (placed, last)]
-    assert torch.equal(*distances)
+    if position is not PositionPolicy.ORIGINAL:  # there rows are replaced one by one
+        assert torch.equal(*((each.offset - each.positions) * there for each in (placed, last)))
     num_offsets = len({each.offset for each in wanted[::3]})
     assert num_offsets > 1 or position not in (PositionPolicy.GROUP, PositionPolicy.PARALLEL)
