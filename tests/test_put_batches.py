@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -124,6 +126,35 @@ def test_puts_that_do_not_fit_together_end_as_if_alone(tmp_path: Path) -> None:
         assert outcomes[:2] == [[Outcome.STORED] * most] * 2, "the second put evicts the first"
         assert outcomes[2][:most] == [Outcome.STORED] * most
         assert outcomes[2][-1] is Outcome.FULL
+        assert store.verify().is_clean
+
+
+def test_a_part_that_is_queued_though_no_thread_could_be_had_takes_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = range(200)
+    blocks = [block_key(number) for number in numbers], [make_slot(number) for number in numbers], [40] * len(numbers)
+    with open_store(tmp_path) as store:
+        assert store._data is not None
+        assert store._data.write is not None
+        encoders = store._data.write.records._encoders
+        submit, queued = encoders.submit, []
+
+        def queue_and_refuse(*args: Any) -> Future[Any]:
+            queued.append(args)
+            if len(queued) == 3:
+                raise RuntimeError("can't start new thread")
+            return submit(*args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(encoders, "submit", queue_and_refuse)
+            assert store.put(*blocks) == [Outcome.UNAVAILABLE] * len(numbers)
+        with pytest.raises(RuntimeError, match="thread"):
+            store.flush()
+        used_nbytes = store._disk.allocator.used_nbytes
+        submit(*queued[2]).exception()  # the executor has it in its queue still
+        assert store._disk.allocator.used_nbytes == used_nbytes
+        assert store.put(*blocks) == [Outcome.STORED] * len(numbers)
         assert store.verify().is_clean
 
 

@@ -45,6 +45,8 @@ class _Batch:
         placed: blocks that have a place.
         full: why the others have none.
         error: what ended a part before it was placed.
+        is_over: nothing finds a place any more: the batch was given up, and a job may be left that nobody knows of, as
+            an executor that finds no thread has queued it all the same.
     """
 
     keep: Collection[BlockKey]
@@ -52,6 +54,7 @@ class _Batch:
     placed: list[PlacedBlock] = field(default_factory=list)
     full: CapacityError | None = None
     error: BaseException | None = None
+    is_over: bool = False
     changed: threading.Condition = field(default_factory=threading.Condition)
 
 
@@ -143,6 +146,8 @@ class RecordWriter:
             is_kept = True
         finally:
             if not is_kept:
+                with batch.changed:
+                    batch.is_over = True
                 self.discard(batch.placed)
         return batch.placed, batch.full
 
@@ -229,7 +234,7 @@ class RecordWriter:
             batch.error = batch.error or error
             extents: list[Extent] = []
             try:
-                if batch.full is None and batch.error is None:
+                if batch.full is None and batch.error is None and not batch.is_over:
                     extents, batch.full = self._disk.allocate(
                         [extent_nbytes(each.nbytes) for each in packed], batch.keep
                     )
