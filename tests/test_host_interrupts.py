@@ -43,6 +43,8 @@ def _fill(tier: HostTier, first: int) -> None:
     leases: list[Lease] = []
     try:
         tier.reserve_some([(key, "") for key in KEYS[first : first + 3]], leases)
+        for lease in leases:
+            lease.slot.fill_(KEYS.index(lease.key))
         tier.publish_some(leases)
     finally:
         tier.release_some(leases)
@@ -52,6 +54,8 @@ def _pin(tier: HostTier) -> None:
     leases: list[Lease | None] = []
     try:
         tier.pin_some(KEYS, leases)
+        for lease in leases:
+            assert lease is None or (lease.slot == KEYS.index(lease.key)).all(), "another block is in its slot"
     finally:
         tier.release_some([lease for lease in leases if lease is not None])
 
@@ -83,8 +87,10 @@ def test_an_interrupted_eviction_leaves_every_block_to_be_asked_for() -> None:
         tier = HostTier(LAYOUT, 4 * LAYOUT.slot_nbytes)
         _fill(tier, 0)
         was_interrupted = _interrupt_at(number, lambda tier=tier: _fill(tier, 3))  # type: ignore[misc]
+        for first in (3, 0, 3):
+            _pin(tier)
+            _fill(tier, first)
         _pin(tier)
-        _fill(tier, 3)
         for key in KEYS:
             assert tier.forget_idle(key) or not tier.contains(key)
         number += 1

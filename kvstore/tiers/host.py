@@ -249,12 +249,12 @@ class HostTier:
             self._num_kept[self._owner_of[slot_idx]] += change
 
     def _unpublish(self, slot_idx: int) -> None:
-        key = self._key_of.pop(slot_idx)
+        key = self._key_of[slot_idx]
         self._count_kept(key, -1)
-        del self._index[key]
         if slot_idx in self._speculative:
             self._speculative.remove(slot_idx)
             self.num_prefetch_wasted += 1
+        del self._key_of[slot_idx], self._index[key]  # last, as in `_take`: what is found is never a free slot
 
     def _give_back(self, slot_idx: int) -> None:
         self._free.append(slot_idx)
