@@ -14,7 +14,6 @@ from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.segmenters.pages import Pages
 from kvstore.retrieval.triggers.trigger import EveryStep
 from kvstore.session.attending import Attending, PlacedPast
-from kvstore.session.branch_past import BranchPast
 from tests.session_oracle import rotated
 from tests.tiny_models import attached_stream, make_model, policy, settings, token_ids
 
@@ -41,7 +40,6 @@ def test_a_selection_moves_the_past_and_not_the_tail(
             model(part)
         attached.session.commit()
         monkeypatch.setattr(Attending, "place_past", recording)
-        monkeypatch.setattr(BranchPast, "attend_to_difference", lambda *_: None)  # everything is placed anew
         cache: Any = attached.question()
         layer.k_proj.register_forward_hook(lambda _module, _args, out: raw.append(out.view(1, 2, 16).transpose(0, 1)))
         for seed in range(8):
