@@ -10,7 +10,7 @@ from kvstore.errors import CorruptRecordError
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.tokens import LayerQuery
 from kvstore.session.attending import Attending, PlacedPast
-from kvstore.session.past import Reading
+from kvstore.session.past import PastTokens, Reading
 from kvstore.session.residency import LoadReport
 from kvstore.session.view import StreamView
 from kvstore.store import Entry
@@ -34,6 +34,7 @@ class AppendWindow(Attending):
         self._view = view
         self._first = 0
         self._firsts = torch.empty(0, dtype=torch.int64)
+        self._past: PastTokens | None = None
         self._placed_past: PlacedPast | None = None
         # Its own: questions cut what is pending into units, and know blocks of the window.
         self._memory = view.new_memory(config.policy) if self.retrieves else None
@@ -79,27 +80,32 @@ class AppendWindow(Attending):
         view, start = self._view, int(positions.min())
         if layer == 0:
             self._firsts = torch.tensor([entry.first_token for entry in view.entries], dtype=torch.int64)
-        chosen = self._retrieve(layer, query, positions[:, 0, : query.shape[2]]) if self.retrieves else ()
-        report, layers = LoadReport(), range(layer, layer + 1)
-        reading = Reading.of(self._sinks(), chosen, self.blocks)
-        past = view.reader.read(reading, view.entries, self._firsts, view.positions_of, layers, report)
-        for reason in report.lost.values():
-            raise CorruptRecordError(
-                f"stream {view.header.name!r}: {reason}; open the stream again: what was retrieved is not found then"
-            )
-        if layer == 0 or self.retrieves:  # else the same in every layer
+        if layer == 0 or self.retrieves:  # else the same rows in every layer, found once
+            chosen = self._retrieve(layer, query, positions[:, 0, : query.shape[2]]) if self.retrieves else ()
+            report = LoadReport()
+            layers = range(layer, layer + 1) if self.retrieves else range(view.num_layers)
+            reading = Reading.of(self._sinks(), chosen, self.blocks)
+            self._past = view.reader.read(reading, view.entries, self._firsts, view.positions_of, layers, report)
+            for reason in report.lost.values():
+                raise CorruptRecordError(
+                    f"stream {view.header.name!r}: {reason}; open the stream again: what was retrieved is not found "
+                    "then"
+                )
             last = view.entries[-1:]
             self._placed_past = self.place_past(
-                past,
+                self._past,
                 [rows.positions for rows in view.open_rows],
                 num_stored=last[0].first_token + last[0].num_tokens if last else 0,
                 end=start,
                 tail_start=start,
             )
         assert self._placed_past is not None, "layer 0 came first"
+        assert self._past is not None, "likewise"
         context = self.contexts[layer]
         context.drop_tail(context.num_tail)
-        self.set_past(layer, past, view.open_planes(layer), self._placed_past)
+        self.set_past(layer, self._past, view.open_planes(layer), self._placed_past)
+        if layer == view.num_layers - 1:
+            self._past = None  # the contexts hold copies
 
     def _sinks(self) -> list[Entry]:
         return self._view.entries[: min(self._view.num_sink_blocks, self._first)]
