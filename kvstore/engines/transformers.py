@@ -76,7 +76,8 @@ def _tiered_attention(
         mask = None  # nothing before these tokens: sdpa's own causal path, as the engine itself would take
     else:
         mask = inputs.mask(attention_mask)
-    if inputs.query_far is not None or inputs.context is not None:
+    is_ours = inputs.query_far is not None or inputs.context is not None
+    if is_ours or (inputs.is_one_token and not kwargs.get("dropout")):
         return inputs.attend(inputs.mask(attention_mask), scale).transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, inputs.query, inputs.keys, inputs.values, mask, **kwargs)
 

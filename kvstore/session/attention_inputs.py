@@ -87,6 +87,12 @@ class AttentionInputs:
             return tail_mask
         return torch.nn.functional.pad(tail_mask, (self.num_past, 0), value=True)
 
+    @property
+    def is_one_token(self) -> bool:
+        """Whether `attend` takes a step of decoding several times as fast as kernels that see head by head do."""
+        groups = self.query.shape[1] // self.keys.shape[1]
+        return self.query.shape[2] == 1 and groups > 1 and self.query.dtype.itemsize == 2
+
     def attend(self, mask: Tensor | None, scale: float) -> Tensor:
         """Attend with the reference kernels: `[batch, num_heads, num_new, value_dim]`."""
         if self.query_far is not None:
@@ -95,7 +101,18 @@ class AttentionInputs:
             )
         if self.context is not None:
             return self._attend_in_parts(self.context, mask, scale)
+        if self.is_one_token:
+            return self._attend_in_groups(mask, scale)
         return attend(self.query, self.keys, self.values, mask=mask, scale=scale)
+
+    def _attend_in_groups(self, mask: Tensor | None, scale: float) -> Tensor:
+        """Attend with one token, whose heads of a group are rows of one product: of one row, torch makes a slow one."""
+        kv_heads = self.keys.shape[1]
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask[:, :: mask.shape[1] // kv_heads]  # the heads of a group see the same
+        grouped = self.query.reshape(self.query.shape[0], kv_heads, -1, self.query.shape[3])
+        found = attend(grouped, self.keys, self.values, mask=mask, scale=scale)
+        return found.reshape(*self.query.shape[:3], found.shape[3])
 
     def _attend_in_parts(self, rule: ContextRule, mask: Tensor | None, scale: float) -> Tensor:
         within = torch.zeros(self.keys.shape[2], dtype=torch.bool, device=self.keys.device)
