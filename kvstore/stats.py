@@ -106,6 +106,7 @@ class StoreStats:
 
     `durations` says how long batches took, by tier and operation (`read`, `write`, `encode`, `decode`); where threads
     share an operation, the sum of their seconds counts. `remote` is None for a store that nothing stands behind.
+    `num_objects` counts objects of streams, those that forks share once.
     """
 
     host: TierStats
@@ -118,6 +119,7 @@ class StoreStats:
     queued_blocks: int
     durations: dict[tuple[str, str], Histogram] = field(default_factory=dict)
     remote: RemoteStats | None = None
+    num_objects: int = 0
 
 
 _TIMED = ("read", "write", "encode", "decode")

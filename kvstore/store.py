@@ -19,12 +19,13 @@ from kvstore.tiers.data_path import DataPath
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.manifest import JSON, Manifest, StreamHeader, check_spec
 from kvstore.tiers.moving.backing import Backing
-from kvstore.tiers.moving.block_calls import BlockCalls
 from kvstore.tiers.moving.forking import fork, rollback
+from kvstore.tiers.moving.object_calls import ObjectCalls
 from kvstore.tiers.reading.request import FetchReport, FetchRequest
 from kvstore.tiers.reading.verify import BlockFault, Verifier, VerifyReport
 from kvstore.tiers.removal import remove_stream
 from kvstore.tiers.slots import check_keys, check_layers, check_slots
+from kvstore.tiers.tables.object_body import NewObject, ObjectEntry
 from kvstore.tiers.tables.records import Entry
 from kvstore.tiers.tables.streams import ensure_stream, find_stream, read_manifest, read_summaries, stream_rows
 from kvstore.tiers.upkeep.sharing import Sharing
@@ -41,6 +42,8 @@ __all__ = [
     "JSON",
     "Manifest",
     "NewBlock",
+    "NewObject",
+    "ObjectEntry",
     "Outcome",
     "Profile",
     "Store",
@@ -51,7 +54,7 @@ __all__ = [
 ]
 
 
-class Store(BlockCalls):
+class Store(ObjectCalls):
     """One open store folder; make it with `Store.open`, close it with `with`. Thread-safe.
 
     One process writes, any number read beside it what it has committed; changing calls raise `ReadOnlyError`
@@ -64,9 +67,8 @@ class Store(BlockCalls):
     """
 
     def __init__(self, disk: DiskTier, pool: IoPool, data: DataPath | None) -> None:
-        super().__init__(disk, data)
+        super().__init__(disk, pool, data)
         self.calibrations = disk.calibrations  # of models' keys and values: what lossy profiles code with
-        self._pool = pool
 
     @staticmethod
     def open(
@@ -139,6 +141,7 @@ class Store(BlockCalls):
         with ExitStack() as cleanup:
             cleanup.callback(self._disk.close)
             cleanup.callback(self._pool.close)
+            cleanup.callback(self._close_objects)
             if self._data is not None:
                 cleanup.callback(self._data.close)
 

@@ -151,7 +151,16 @@ def test_a_value_that_is_too_long_is_recognised(kind: int) -> None:
 @pytest.mark.parametrize("kind", range(3))
 def test_a_newer_value_is_unsupported_not_corrupt(kind: int) -> None:
     with pytest.raises(UnsupportedFormatError):
-        _unpack(kind, b"\x02" + _values()[kind][1:])
+        _unpack(kind, b"\x03" + _values()[kind][1:])
+
+
+def test_a_block_with_the_version_of_an_objects_body_is_damaged_and_the_other_way_round() -> None:
+    body = pack_block(replace(RECORD, num_tokens=0))
+    assert unpack_block(body).is_object
+    assert not unpack_block(pack_block(RECORD)).is_object
+    for value in (b"\x01" + body[1:], b"\x02" + pack_block(RECORD)[1:]):
+        with pytest.raises(CorruptRecordError):
+            unpack_block(value)
 
 
 @settings(max_examples=200)

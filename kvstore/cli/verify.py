@@ -104,6 +104,8 @@ def _account(account: ByteAccount) -> str:
 
 
 def _place(fault: BlockFault) -> str:
+    if fault.stream is not None and fault.index is None:
+        return f"stream {text.printable(fault.stream)}"
     if fault.stream is None or fault.start_s is None or fault.end_s is None:
         return f"block {fault.key.hex()[:16]} of no stream"
     return f"stream {text.printable(fault.stream)}, block {fault.index}, {text.span(fault.start_s, fault.end_s)}"

@@ -23,6 +23,7 @@ from kvstore.tiers.reading.fetcher import Fetcher
 from kvstore.tiers.writing.appender import Appender
 from kvstore.tiers.writing.calibrator import Calibrator
 from kvstore.tiers.writing.committer import Committer
+from kvstore.tiers.writing.object_writer import ObjectWriter
 from kvstore.tiers.writing.record_writer import RecordWriter
 from kvstore.tiers.writing.writer import Writer
 
@@ -75,7 +76,9 @@ class DataPath:
                 records = RecordWriter(disk, codecs, layout.block_tokens, pool, *encoders, backing)
                 building.callback(records.close)
                 calibrator = Calibrator(disk.calibrations, layout, profile)
-                writer = Writer(disk, self.host, Committer(disk, records, calibrator, self.fetcher.damaged))
+                objects = ObjectWriter(disk, pool)
+                committer = Committer(disk, records, calibrator, self.fetcher.damaged, objects)
+                writer = Writer(disk, self.host, committer)
                 building.callback(writer.close)
                 self.write = WritePath(records, writer, Appender(disk, self.host, writer, layout))
             writing = None if self.write is None else self.write.writer

@@ -15,7 +15,9 @@ from kvstore.tiers.disk import DiskTier
 def collect_stats(disk: DiskTier, data: DataPath | None) -> StoreStats:
     """Take a snapshot; the parts are read one after another, not at one instant."""
     with disk.catalogue.read() as view:
-        num_blocks, num_streams = view.count(Table.BLOCKS), view.count(Table.STREAMS)
+        # Bodies of objects are among the blocks, and have no directory.
+        num_blocks, num_streams = view.count(Table.DIRECTORIES), view.count(Table.STREAMS)
+        num_bodies = max(0, view.count(Table.BLOCKS) - num_blocks)
     host = TierStats()
     durations = {(Tier.DISK.value, name): found for name, found in disk.meter.durations().items()}
     host_slots = host_slots_used = queued_blocks = 0
@@ -34,6 +36,7 @@ def collect_stats(disk: DiskTier, data: DataPath | None) -> StoreStats:
         usage=disk.usage(),
         num_blocks=num_blocks,
         num_streams=num_streams,
+        num_objects=num_bodies,
         host_slots=host_slots,
         host_slots_used=host_slots_used,
         queued_blocks=queued_blocks,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verification: reads every block from disk, checks and decodes it, and checks that the tables agree."""
+"""Verification: reads every block and object from disk, checks and decodes it, and checks that the tables agree."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from kvstore.tiers.catalogue import ReadView, Table
 from kvstore.tiers.disk import DiskTier, Found
 from kvstore.tiers.reading.extent_check import record_in
 from kvstore.tiers.tables.blocks import find_block, has_block
+from kvstore.tiers.tables.object_body import check_body
+from kvstore.tiers.tables.object_rows import ObjectRow, every_row, stream_prefix
 from kvstore.tiers.tables.records import Entry
 from kvstore.tiers.tables.streams import StreamRow, every_stream, find_state, find_stream, read_entries
 from kvstore.tiers.upkeep.accounting import ByteAccount, TableCheck
@@ -30,9 +32,10 @@ _MAX_EXTENT_NBYTES = 4 << 30
 
 @dataclass(frozen=True, slots=True)
 class BlockFault:
-    """A block that cannot be read, and where it is needed.
+    """A block, or the body of an object, that cannot be read, and where it is needed.
 
-    `stream`, `index`, `start_s` and `end_s` are None for a block that no stream refers to.
+    `stream`, `index`, `start_s` and `end_s` are None for a block that no stream refers to; all but `stream` are None
+    for an object, which `reason` names.
     """
 
     key: BlockKey
@@ -48,10 +51,10 @@ class VerifyReport:
     """What a verification found.
 
     Args:
-        num_blocks: blocks read and checked.
+        num_blocks: blocks and bodies of objects read and checked.
         nbytes: bytes read.
         num_streams: manifests walked.
-        faults: damaged or missing blocks, once per stream entry that needs them.
+        faults: damaged or missing blocks and objects, once per stream entry that needs them.
         structure: contradictions between the tables, and bytes that nobody owns.
         account: where the bytes of the extent files are; None for a single stream.
     """
@@ -91,9 +94,10 @@ class Verifier:
         with self._disk.catalogue.read() as view:
             row = find_stream(view, name)
             entries = self._entries(view, row)
-        keys = list({entry.key: None for entry in entries})
+            objects = self._objects(view, row, len(entries))
+        keys = list(dict.fromkeys((*(entry.key for entry in entries), *(each.body for each in objects))))
         reasons = self._check_blocks(iter(keys), len(keys))
-        self._name_faults(row, entries, reasons)
+        self._name_faults(row, entries, objects, reasons)
         return self._report
 
     def everything(self) -> VerifyReport:
@@ -102,20 +106,25 @@ class Verifier:
             total = view.count(Table.BLOCKS)
         reasons = self._check_blocks(self._all_keys(), total)
         needed: Counter[BlockKey] = Counter()
+        bodies: Counter[BlockKey] = Counter()
         # Between batches the writer's free list and the catalogue must tell the same story.
         with self._disk.mutation, self._disk.catalogue.read() as view:
             for row in self._rows(view):
                 entries = self._entries(view, row)
+                objects = self._objects(view, row, len(entries))
                 needed.update(entry.key for entry in entries)
-                for entry in entries:
-                    if not has_block(view, entry.key):
-                        reasons[entry.key] = "the block is not stored"
-                self._name_faults(row, entries, reasons)
-            tables = TableCheck(self._disk, view, needed)
+                bodies.update(each.body for each in objects)
+                for key in (*(entry.key for entry in entries), *(each.body for each in objects)):
+                    if not has_block(view, key):
+                        reasons[key] = "the block is not stored"
+                self._name_faults(row, entries, objects, reasons)
+            tables = TableCheck(self._disk, view, needed, bodies)
             tables.run()
         self._report.structure.extend(tables.problems)
         self._report.account = tables.account
-        self._report.faults.extend(BlockFault(key, reason) for key, reason in reasons.items() if key not in needed)
+        self._report.faults.extend(
+            BlockFault(key, reason) for key, reason in reasons.items() if key not in needed and key not in bodies
+        )
         return self._report
 
     def _all_keys(self) -> Iterator[BlockKey]:
@@ -153,13 +162,33 @@ class Verifier:
             self._report.structure.append(f"stream {name!r}: its entries do not add up to {state.num_tokens} tokens")
         return entries
 
-    def _name_faults(self, row: StreamRow, entries: list[Entry], reasons: dict[BlockKey, str]) -> None:
+    def _objects(self, view: ReadView, row: StreamRow, num_entries: int) -> list[ObjectRow]:
+        name, objects = row.header.name, []
+        for _, each in every_row(view, stream_prefix(row.stream_id)):
+            if not isinstance(each, ObjectRow):
+                self._report.structure.append(f"stream {name!r}: {each}")
+                continue
+            objects.append(each)
+            if each.num_blocks > num_entries:
+                self._report.structure.append(
+                    f"stream {name!r}: object {each.kind} {each.index} describes {each.num_blocks} blocks, "
+                    f"{num_entries} are there"
+                )
+        return objects
+
+    def _name_faults(
+        self, row: StreamRow, entries: list[Entry], objects: list[ObjectRow], reasons: dict[BlockKey, str]
+    ) -> None:
         for entry in entries:
             reason = reasons.get(entry.key)
             if reason is not None:
                 self._report.faults.append(
                     BlockFault(entry.key, reason, row.header.name, entry.index, entry.start_s, entry.end_s)
                 )
+        for each in objects:
+            if each.body in reasons:
+                reason = f"object {each.kind} {each.index}: {reasons[each.body]}"
+                self._report.faults.append(BlockFault(each.body, reason, row.header.name))
 
     def _check_blocks(self, keys: Iterator[BlockKey], total: int) -> dict[BlockKey, str]:
         reasons: dict[BlockKey, str] = {}
@@ -211,6 +240,9 @@ class Verifier:
         self._pool.submit_read(file, self._arena, [(extent.offset, 0, extent.nbytes)]).wait()
         self._report.nbytes += extent.nbytes
         body = record_in(memoryview(self._arena)[: extent.nbytes], key, record)
+        if record.is_object:
+            check_body(body)
+            return
         info = Codec.probe(body)
         if found.directory != bytes(body[: info.header_nbytes]):
             raise CorruptRecordError("the plane directory in the catalogue is not the one in the record")

@@ -10,6 +10,7 @@ from contextlib import suppress
 from kvstore.errors import CorruptRecordError, UnsupportedFormatError
 from kvstore.spec import BlockKey
 from kvstore.tiers.catalogue import ReadView, Table, WriteView
+from kvstore.tiers.tables.object_rows import count_rows
 from kvstore.tiers.tables.records import unpack_entry
 
 _PREFIX = b"awaited "  # then the block's key
@@ -17,8 +18,8 @@ _COUNT = struct.Struct("<Q")
 
 
 def count_entries(view: ReadView, key: BlockKey) -> int:
-    """Count the entries of all streams that name a block; reads the whole table."""
-    found = 0
+    """Count the entries and objects of all streams that name a block or body; reads both tables whole."""
+    found = count_rows(view, key)
     for _, value in view.scan(Table.ENTRIES):
         with suppress(CorruptRecordError, UnsupportedFormatError):
             found += unpack_entry(0, value).key == key

@@ -59,8 +59,8 @@ class PlacedBlock:
 
     Args:
         key: its name.
-        record: where it lies; `references` is 0.
-        directory: the first bytes of its record.
+        record: where it lies; `references` is 0, or 1 for the body of an object that is named with it.
+        directory: the first bytes of its record; empty for the body of an object.
     """
 
     key: BlockKey
@@ -100,7 +100,8 @@ def insert_blocks(view: WriteView, blocks: Sequence[PlacedBlock]) -> list[Extent
             for block in blocks
         ]
     view.put_many(Table.BLOCKS, [(block.key, pack_block(block.record)) for block in blocks])
-    view.put_many(Table.DIRECTORIES, [(block.key, block.directory) for block in blocks])
+    heads = [(block.key, block.directory) for block in blocks if not block.record.is_object]
+    view.put_many(Table.DIRECTORIES, heads)
     view.put_many(Table.EXTENTS, sorted(pack_extent(block.record.extent, block.key) for block in blocks))
     idle = [(pack_stamp(block.record.stamp), block.key) for block in blocks if block.record.references == 0]
     view.put_many(Table.LRU, sorted(idle))

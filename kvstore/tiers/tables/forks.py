@@ -12,6 +12,7 @@ from kvstore.tiers.base import Extent
 from kvstore.tiers.catalogue import ReadView, Table, WriteView
 from kvstore.tiers.manifest import StreamHeader, check_name
 from kvstore.tiers.tables.blocks import drop_reference
+from kvstore.tiers.tables.objects import drop_objects, share_objects
 from kvstore.tiers.tables.records import Entry, StreamState, pack_state, position_index, position_key, unpack_entry
 from kvstore.tiers.tables.streams import (
     StreamRow,
@@ -26,7 +27,9 @@ _STREAM_ID = struct.Struct(">Q")
 
 
 def fork_stream(view: WriteView, source: str, header: StreamHeader, at: int | None, cursor_json: bytes | None) -> None:
-    """Make a stream whose first entries are those of another: each of their blocks has one reference more.
+    """Make a stream whose first entries, and the objects that describe no more, are those of another.
+
+    Each of their blocks and bodies has one reference more.
 
     Args:
         view: the transaction.
@@ -48,11 +51,13 @@ def fork_stream(view: WriteView, source: str, header: StreamHeader, at: int | No
     ensure_stream(view, header)
     summaries = [view.get(Table.SUMMARIES, position_key(row.stream_id, entry.index)) or b"" for entry in entries]
     chosen = state.cursor_json if cursor_json is None else cursor_json
-    append_entries(view, find_stream(view, header.name).stream_id, entries, summaries, chosen)
+    stream_id = find_stream(view, header.name).stream_id
+    append_entries(view, stream_id, entries, summaries, chosen)
+    share_objects(view, row.stream_id, stream_id, len(entries))
 
 
 def cut_stream(view: WriteView, name: str, at: int, cursor_json: bytes) -> list[tuple[BlockKey, Extent]]:
-    """Remove the entries from a token on, and the blocks that nothing else needs.
+    """Remove the entries from a token on, objects that describe them, and the blocks that nothing else needs.
 
     Args:
         view: the transaction.
@@ -61,7 +66,7 @@ def cut_stream(view: WriteView, name: str, at: int, cursor_json: bytes) -> list[
         cursor_json: where the producer stands now.
 
     Returns:
-        The blocks that are gone, with the extents to free after the commit.
+        The blocks and bodies that are gone, with the extents to free after the commit.
 
     Raises:
         StreamNotFoundError: there is none of that name.
@@ -71,7 +76,7 @@ def cut_stream(view: WriteView, name: str, at: int, cursor_json: bytes) -> list[
     row = find_stream(view, name)
     kept = _entries_until(view, name, row, find_state(view, row.stream_id), at)
     prefix = _STREAM_ID.pack(row.stream_id)
-    freed: list[tuple[BlockKey, Extent]] = []
+    _, freed = drop_objects(view, row.stream_id, above=len(kept))
     for position, packed in list(view.scan(Table.ENTRIES, start=position_key(row.stream_id, len(kept)), prefix=prefix)):
         with suppress(CorruptRecordError):  # as when the stream is removed: what it named stays, and verify reports it
             key = unpack_entry(position_index(position), packed).key

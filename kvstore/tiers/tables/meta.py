@@ -11,7 +11,7 @@ from kvstore.tiers.catalogue import ReadView, Table, WriteView
 from kvstore.tiers.tables.folders import new_folders, write_folders
 
 FORMAT_MAJOR = 1
-FORMAT_MINOR = 1
+FORMAT_MINOR = 2
 
 _FORMAT_KEY = b"format"
 _EPOCH_KEY = b"epoch"
@@ -77,7 +77,11 @@ def _to_1_1(view: WriteView) -> None:
     write_folders(view, new_folders())
 
 
-_STEPS: tuple[Callable[[WriteView], None], ...] = (_to_1_1,)
+def _to_1_2(view: WriteView) -> None:
+    """1.2 knows objects of streams; a store without any is the same."""
+
+
+_STEPS: tuple[Callable[[WriteView], None], ...] = (_to_1_1, _to_1_2)
 """Step i takes a store from minor version i to the next one, in the transaction that lets the first new writer in."""
 
 

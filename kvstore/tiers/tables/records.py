@@ -18,6 +18,7 @@ from kvstore.spec import BLOCK_KEY_NBYTES, BlockKey
 from kvstore.tiers.base import Extent
 
 VALUE_VERSION = 1
+_BODY_VERSION = 2  # of a value of table `blocks` that tells of the body of an object: older programs refuse it alone
 EXTENT_MAGIC = b"KVXT"
 EXTENT_HEADER_NBYTES = 64
 MAX_RECORD_NBYTES = 1 << 40
@@ -36,14 +37,15 @@ _CRC = struct.Struct("<I")
 
 @dataclass(frozen=True, slots=True)
 class BlockRecord:
-    """Where a block's record lies and who needs it.
+    """Where a block's record, or the body of an object, lies and who needs it.
 
     Args:
-        num_tokens: tokens in the block.
+        num_tokens: tokens in the block; 0 for the body of an object.
         extent: its place, header and padding included.
         record_nbytes: bytes of the record behind the extent header.
         generation: number of the write that filled the extent; unique in the life of a store.
-        references: stream entries that name the block; 0 for a block that only `put` knows.
+        references: stream entries that name the block, or streams whose object it is the body of; 0 for a block that
+            only `put` knows.
         stamp: last use, for eviction; meaningful only while `references` is 0.
     """
 
@@ -53,6 +55,11 @@ class BlockRecord:
     generation: int
     references: int
     stamp: int
+
+    @property
+    def is_object(self) -> bool:
+        """True for the body of an object, which is no block."""
+        return self.num_tokens == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +117,7 @@ def pack_block(record: BlockRecord) -> bytes:
     """Pack a value of table `blocks`."""
     assert record.extent.nbytes == extent_nbytes(record.record_nbytes), "an extent fits its record"
     return _BLOCK.pack(
-        VALUE_VERSION,
+        _BODY_VERSION if record.is_object else VALUE_VERSION,
         record.num_tokens,
         record.extent.file_id,
         record.references,
@@ -128,9 +135,11 @@ def unpack_block(value: bytes) -> BlockRecord:
         CorruptRecordError: wrong length, or fields that no writer produces.
         UnsupportedFormatError: a newer version of the value.
     """
-    if len(value) != _BLOCK.size or value[0] != VALUE_VERSION:
-        _check(value, _BLOCK, "block record")
-    _, num_tokens, file_id, references, offset, record_nbytes, generation, stamp = _BLOCK.unpack(value)
+    if len(value) != _BLOCK.size or value[0] not in (VALUE_VERSION, _BODY_VERSION):
+        _check(value, _BLOCK, "block record", _BODY_VERSION)
+    version, num_tokens, file_id, references, offset, record_nbytes, generation, stamp = _BLOCK.unpack(value)
+    if (version == _BODY_VERSION) is not (num_tokens == 0):
+        raise CorruptRecordError(f"block record: version {version} with {num_tokens} tokens")
     if offset % ALIGNMENT or record_nbytes > MAX_RECORD_NBYTES or offset > (1 << 62):
         raise CorruptRecordError(f"block record: {record_nbytes} bytes at offset {offset} cannot be an extent")
     extent = Extent(file_id, offset, extent_nbytes(record_nbytes))
@@ -171,6 +180,14 @@ def unpack_state(value: bytes) -> StreamState:
 def pack_stamp(stamp: int) -> bytes:
     """Key of table `lru`."""
     return _STAMP.pack(stamp)
+
+
+def pack_extent_header(header: ExtentHeader) -> bytes:
+    """Pack the first 64 bytes of an extent, as `kvstore.native.seal_extent` does where the record lies behind them."""
+    body = _EXTENT_HEADER.pack(
+        EXTENT_MAGIC, VALUE_VERSION, header.generation, header.record_nbytes, header.key, header.record_crc32c
+    )
+    return body + _CRC.pack(crc32c(body))
 
 
 def unpack_extent_header(data: bytes | memoryview) -> ExtentHeader:
@@ -233,10 +250,10 @@ def check_key(key: bytes) -> BlockKey:
     return BlockKey(bytes(key))
 
 
-def _check(value: bytes, layout: struct.Struct, what: str) -> None:
+def _check(value: bytes, layout: struct.Struct, what: str, newest: int = VALUE_VERSION) -> None:
     if not value:
         raise CorruptRecordError(f"{what}: empty value")
-    if value[0] > VALUE_VERSION:
-        raise UnsupportedFormatError(f"{what}: version {value[0]}; this program reads up to {VALUE_VERSION}")
-    if value[0] != VALUE_VERSION or len(value) != layout.size:
+    if value[0] > newest:
+        raise UnsupportedFormatError(f"{what}: version {value[0]}; this program reads up to {newest}")
+    if not VALUE_VERSION <= value[0] <= newest or len(value) != layout.size:
         raise CorruptRecordError(f"{what}: version {value[0]}, {len(value)} bytes; {layout.size} bytes wanted")

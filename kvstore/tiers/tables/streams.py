@@ -21,6 +21,7 @@ from kvstore.tiers.catalogue import ReadView, Table, WriteView
 from kvstore.tiers.manifest import Manifest, StreamHeader, check_name, load_json
 from kvstore.tiers.tables.blocks import add_reference, await_block, drop_reference
 from kvstore.tiers.tables.meta import next_stream_id
+from kvstore.tiers.tables.objects import drop_objects
 from kvstore.tiers.tables.records import (
     VALUE_VERSION,
     Entry,
@@ -58,6 +59,14 @@ def find_stream(view: ReadView, name: str) -> StreamRow:
     if value is None:
         raise StreamNotFoundError(f"the store holds no stream {name!r}")
     return _unpack_stream(name, value)
+
+
+def find_stream_id(view: ReadView, name: str) -> int:
+    """Look up a stream's id alone; raises like `find_stream`, and does not look at the header."""
+    value = view.get(Table.STREAMS, check_name(name))
+    if value is None:
+        raise StreamNotFoundError(f"the store holds no stream {name!r}")
+    return _unpack_fixed(name, value)
 
 
 def stream_rows(view: ReadView) -> Iterator[StreamRow]:
@@ -190,21 +199,18 @@ def read_summaries(view: ReadView, stream_id: int, first: int, count: int) -> di
 
 
 def delete_stream(view: WriteView, name: str) -> list[tuple[BlockKey, Extent]]:
-    """Remove a stream and the blocks that only it needed.
+    """Remove a stream, its objects, and the blocks that only it needed.
 
     Returns:
-        The blocks that are gone, with the extents to free after the commit.
+        The blocks and bodies that are gone, with the extents to free after the commit.
 
     Raises:
         StreamNotFoundError: there is none of that name.
     """
     stream_key = check_name(name)
-    value = view.get(Table.STREAMS, stream_key)
-    if value is None:
-        raise StreamNotFoundError(f"the store holds no stream {name!r}")
-    stream_id = _unpack_fixed(name, value)
+    stream_id = find_stream_id(view, name)
     prefix = _STREAM_ID.pack(stream_id)
-    freed: list[tuple[BlockKey, Extent]] = []
+    _, freed = drop_objects(view, stream_id)
     for position, packed in list(view.scan(Table.ENTRIES, prefix=prefix)):
         # A damaged entry must not make its stream immortal; the block it named stays, and verify reports it.
         with suppress(CorruptRecordError):

@@ -15,6 +15,7 @@ from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.placing.free_space import FreeSpace
 from kvstore.tiers.tables.awaited import awaited_rows, make_rows
 from kvstore.tiers.tables.blocks import find_block, find_sound, has_block
+from kvstore.tiers.tables.object_rows import every_row
 from kvstore.tiers.tables.records import check_key, unpack_extent
 
 
@@ -23,7 +24,7 @@ class ByteAccount:
     """Where the bytes of the extent files are.
 
     Args:
-        record_nbytes: records of blocks.
+        record_nbytes: records of blocks, and bodies of objects.
         padding_nbytes: headers in front of them and zeros behind them.
         orphan_nbytes: extents that belong to no sound block.
         free_nbytes: free, by the writer's list where there is a writer, else all that the catalogue does not name.
@@ -52,12 +53,17 @@ class TableCheck:
         disk: the store; a writer's is held still by its caller.
         view: the snapshot.
         needed: how many stream entries name each block.
+        bodies: how many objects of streams name each body.
     """
 
-    def __init__(self, disk: DiskTier, view: ReadView, needed: Mapping[BlockKey, int]) -> None:
+    def __init__(
+        self, disk: DiskTier, view: ReadView, needed: Mapping[BlockKey, int], bodies: Mapping[BlockKey, int]
+    ) -> None:
         self._disk = disk
         self._view = view
         self._needed = needed
+        self._bodies = bodies
+        self._num_bodies = 0
         self.account = ByteAccount()
         self.problems: list[str] = []
         """Contradictions between the tables, in words."""
@@ -67,7 +73,9 @@ class TableCheck:
         self._check_extents()
         self._check_blocks()
         counts = {table: self._view.count(table) for table in (Table.BLOCKS, Table.DIRECTORIES, Table.EXTENTS)}
-        if len(set(counts.values())) > 1:
+        if counts[Table.BLOCKS] != counts[Table.EXTENTS] or (
+            counts[Table.BLOCKS] != counts[Table.DIRECTORIES] + self._num_bodies
+        ):
             self.problems.append("tables differ in length: " + ", ".join(f"{t.name} {n}" for t, n in counts.items()))
         if self.account.unaccounted_nbytes:
             self.problems.append(f"{self.account.unaccounted_nbytes} bytes of the extent files are not accounted for")
@@ -133,9 +141,11 @@ class TableCheck:
                 self.problems.append(f"block {packed_key.hex()[:16]}: {error}")
                 continue
             assert record is not None, "it was just seen in this snapshot"
-            if record.references != self._needed.get(key, 0):
+            self._num_bodies += record.is_object
+            references = self._needed.get(key, 0) + self._bodies.get(key, 0)
+            if record.references != references:
                 self.problems.append(
-                    f"block {key.hex()[:16]}: {record.references} references counted, {self._needed.get(key, 0)} found"
+                    f"block {key.hex()[:16]}: {record.references} references counted, {references} found"
                 )
             if record.references == 0:
                 idle[key] = record.stamp
@@ -146,6 +156,8 @@ class TableCheck:
             self.problems.append(
                 f"{len(expected)} blocks of streams are lost, {wrong} rows say so wrongly or not at all"
             )
+        if (num_rows := sum(1 for _ in every_row(self._view))) > (num_owned := sum(self._bodies.values())):
+            self.problems.append(f"{num_rows - num_owned} objects are damaged, or of no stream")
         listed = {value: int.from_bytes(stamp, "big") for stamp, value in self._view.scan(Table.LRU)}
         if listed != idle or len(listed) != self._view.count(Table.LRU):
             self.problems.append(

@@ -18,9 +18,10 @@ from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier, Lease
 from kvstore.tiers.manifest import JSON, check_spec, dump_json
 from kvstore.tiers.slots import check_blocks, copy_slot
+from kvstore.tiers.tables.object_body import PackedObject
 from kvstore.tiers.tables.records import Entry
 from kvstore.tiers.tables.streams import find_state, find_stream
-from kvstore.tiers.writing.jobs import AppendPiece
+from kvstore.tiers.writing.jobs import AppendPiece, ObjectJob
 from kvstore.tiers.writing.writer import Writer
 
 _MAX_PIECE_BLOCKS = 32
@@ -120,6 +121,20 @@ class Appender:
                 part.drop()
                 self._unsure.add(name)
                 raise
+        if self._disk.config.durability is Durability.SYNC:
+            self._writer.flush()
+
+    def put_objects(self, name: str, objects: Sequence[PackedObject]) -> None:
+        """Queue objects behind what was appended before; see `Store.put_objects`."""
+        with self._lock:
+            progress = self._progress(name)
+            for each in objects:
+                if each.num_blocks > progress.next_index:
+                    raise ConfigError(
+                        f"stream {name!r}: object {each.kind} {each.index} describes {each.num_blocks} blocks; "
+                        f"the stream has {progress.next_index}"
+                    )
+            self._writer.put_objects(ObjectJob(progress.stream_id, objects), progress.failures)
         if self._disk.config.durability is Durability.SYNC:
             self._writer.flush()
 

@@ -15,7 +15,8 @@ from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.tables.blocks import PlacedBlock, find_stored, insert_blocks
 from kvstore.tiers.tables.streams import append_entries
 from kvstore.tiers.writing.calibrator import Calibrator
-from kvstore.tiers.writing.jobs import AppendPiece, GrowingAppend, PutJob
+from kvstore.tiers.writing.jobs import AppendPiece, GrowingAppend, ObjectJob, PutJob
+from kvstore.tiers.writing.object_writer import ObjectWriter
 from kvstore.tiers.writing.packing import NewRecord
 from kvstore.tiers.writing.record_writer import RecordWriter
 
@@ -28,10 +29,19 @@ class Committer:
         records: encodes and writes.
         calibrator: measures what was written.
         damaged: blocks on disk that failed a check: written again when they come along.
+        objects: writes and commits objects of streams.
     """
 
-    def __init__(self, disk: DiskTier, records: RecordWriter, calibrator: Calibrator, damaged: set[BlockKey]) -> None:
+    def __init__(
+        self,
+        disk: DiskTier,
+        records: RecordWriter,
+        calibrator: Calibrator,
+        damaged: set[BlockKey],
+        objects: ObjectWriter,
+    ) -> None:
         self._disk = disk
+        self._objects = objects
         self._records = records
         self._calibrator = calibrator
         self._damaged = damaged
@@ -67,6 +77,10 @@ class Committer:
             raise full
         self._name(placed, complete, keep)
         self._calibrator.measure(unstored)
+
+    def put_objects(self, jobs: Sequence[ObjectJob]) -> None:
+        """Store objects of streams, all or none; raises like `ObjectWriter.store`."""
+        self._objects.store(jobs, {entry.key for growing in self._open.values() for entry in growing.entries})
 
     def put(self, puts: Sequence[PutJob]) -> None:
         """Store puts together; where the device fails or not all fit, one by one, so that each ends as if alone."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What waits in the writer's queue: parts of appends, and puts."""
+"""What waits in the writer's queue: parts of appends, objects of streams, and puts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from kvstore.spec import BlockKey
 from kvstore.tiers.base import Outcome
 from kvstore.tiers.host import Lease
 from kvstore.tiers.moving.ticket import BatchTicket
+from kvstore.tiers.tables.object_body import PackedObject
 from kvstore.tiers.tables.records import Entry
 
 
@@ -39,6 +40,34 @@ class AppendPiece:
     def num_blocks(self) -> int:
         """Blocks in this part."""
         return len(self.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectJob:
+    """One `put_objects`, which takes place as a whole.
+
+    Args:
+        stream_id: where they go.
+        objects: what the stream gains.
+    """
+
+    stream_id: int
+    objects: Sequence[PackedObject]
+
+    @property
+    def num_blocks(self) -> int:
+        """Objects are no blocks."""
+        return 0
+
+    @property
+    def leases(self) -> Sequence[Lease]:
+        """Objects take no host slots."""
+        return ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that wait in memory."""
+        return sum(each.body_nbytes for each in self.objects)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from kvstore.errors import BusyError, StoreIOError
 from kvstore.telemetry.fault_log import log_fault
@@ -14,10 +15,14 @@ from kvstore.telemetry.tracing import span
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.writing.committer import Committer
-from kvstore.tiers.writing.jobs import AppendPiece, PutJob
+from kvstore.tiers.writing.jobs import AppendPiece, ObjectJob, PutJob
 
 # What one commit takes: as much as encoding, writing and committing gain from being done at once.
 _MAX_BATCH_BLOCKS = 128
+# Objects wait in memory of their own: who puts more than this waits until those before are written.
+_MAX_OBJECT_NBYTES = 64 << 20
+
+_Item: TypeAlias = AppendPiece | ObjectJob | PutJob
 
 
 @dataclass(slots=True)
@@ -25,8 +30,8 @@ class _Queue:
     """What the threads share; guarded by `changed`."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
-    waiting: deque[AppendPiece | PutJob] = field(default_factory=deque)
-    in_work: list[AppendPiece | PutJob] = field(default_factory=list)
+    waiting: deque[_Item] = field(default_factory=deque)
+    in_work: list[_Item] = field(default_factory=list)
     error: BaseException | None = None
     num_failures: int = 0
     num_queued: int = 0
@@ -85,10 +90,24 @@ class Writer:
             KVStoreError: like `check`; the piece is not queued.
         """
         with self._queue.changed:
-            self._raise_pending()
-            if self._queue.num_failures != failures:
-                raise StoreIOError("an earlier write failed meanwhile; continue from the cursor in the manifest")
+            self._check_failures(failures)
             self._enqueue(piece)
+
+    def put_objects(self, job: ObjectJob, failures: int) -> None:
+        """Queue objects of a stream; waits while as many bytes of others wait as may.
+
+        Args:
+            job: what to write.
+            failures: what `check` returned when the caller began.
+
+        Raises:
+            KVStoreError: like `check`; the job is not queued.
+        """
+        queue = self._queue
+        with queue.changed:
+            queue.changed.wait_for(lambda: queue.error is not None or self._has_room(job.nbytes))
+            self._check_failures(failures)
+            self._enqueue(job)
 
     def put(self, job: PutJob) -> None:
         """Queue a `put`; its ticket tells what becomes of it. Errors of appends are none of its business.
@@ -119,6 +138,15 @@ class Writer:
             self._thread.shutdown()
             self._host.wake()
 
+    def _has_room(self, nbytes: int) -> bool:
+        waiting = [item.nbytes for item in (*self._queue.waiting, *self._queue.in_work) if isinstance(item, ObjectJob)]
+        return not waiting or sum(waiting) + nbytes <= _MAX_OBJECT_NBYTES
+
+    def _check_failures(self, failures: int) -> None:
+        self._raise_pending()
+        if self._queue.num_failures != failures:
+            raise StoreIOError("an earlier write failed meanwhile; continue from the cursor in the manifest")
+
     def _raise_pending(self) -> None:
         error, self._queue.error = self._queue.error, None
         if error is not None:
@@ -129,7 +157,7 @@ class Writer:
         if self._queue.is_closed:
             raise BusyError("the store is closed")
 
-    def _enqueue(self, item: AppendPiece | PutJob) -> None:
+    def _enqueue(self, item: _Item) -> None:
         self._thread.submit(self._run)  # first, and it waits for our lock: Ctrl-C leaves nothing queued without a job
         self._queue.num_queued += 1
         self._queue.waiting.append(item)
@@ -143,27 +171,30 @@ class Writer:
         self._settle(error)
 
     def _work(self) -> None:
-        """Take all puts, or all appended pieces, at the head of the queue up to a limit, and commit."""
+        """Take all puts, all appended pieces, or all objects, at the head of the queue up to a limit, and commit."""
         queue = self._queue
-        taken: list[AppendPiece | PutJob] = []
+        taken: list[_Item] = []
         num_blocks = 0
         with queue.changed:
             while queue.waiting and num_blocks < _MAX_BATCH_BLOCKS:
-                if taken and isinstance(queue.waiting[0], PutJob) is not isinstance(taken[0], PutJob):
+                if taken and type(queue.waiting[0]) is not type(taken[0]):
                     break
                 taken.append(queue.waiting.popleft())
                 num_blocks += taken[-1].num_blocks
             queue.in_work = list(taken)
         puts = [item for item in taken if isinstance(item, PutJob)]
         pieces = [item for item in taken if isinstance(item, AppendPiece)]
+        objects = [item for item in taken if isinstance(item, ObjectJob)]
         with self._disk.mutation, span("kvstore.write", blocks=num_blocks):
             if pieces:
                 self._committer.append(pieces)
+            elif objects:
+                self._committer.put_objects(objects)
             elif puts:
                 self._committer.put(puts)
 
     def _settle(self, error: BaseException | None) -> None:
-        """Give back what was in work, and drop all appends after an error."""
+        """Give back what was in work, and drop all appends and objects after an error."""
         if error is not None:
             log_fault("append failed", store=str(self._disk.folder), reason=str(error))
         queue = self._queue
@@ -171,7 +202,7 @@ class Writer:
             done = list(queue.in_work)
             queue.in_work.clear()
             if error is not None:
-                done.extend(item for item in queue.waiting if isinstance(item, AppendPiece))
+                done.extend(item for item in queue.waiting if not isinstance(item, PutJob))
                 queue.waiting = deque(item for item in queue.waiting if isinstance(item, PutJob))
                 self._committer.drop_open()
                 queue.error = error
