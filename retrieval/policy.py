@@ -10,7 +10,7 @@ from kvstore.errors import ConfigError
 from kvstore.retrieval.fusion import Fusion, ReciprocalRank
 from kvstore.retrieval.maxsim import LateInteraction
 from kvstore.retrieval.positions import PositionPolicy
-from kvstore.retrieval.retention.retention import Retention
+from kvstore.retrieval.retention.thinning import Thinning
 from kvstore.retrieval.selectors.budget import Selector, TokenBudget
 from kvstore.retrieval.tokens import Space
 from kvstore.retrieval.triggers.trigger import OncePerQuestion, Trigger
@@ -36,8 +36,7 @@ class Policy:
             plain attention (APE, arXiv:2502.05431).
         context_scale: multiplies their joint log-sum-exp, as the temperature does; the rule for both is in
             `kvstore.kernels.parts_reference.context_part`. 1 is plain attention.
-        retention: what its source leaves out before it stores; None keeps everything. Sessions store all that they are
-            given: whoever appends may apply it.
+        retention: how what is appended is thinned before it is stored; None keeps everything.
         estimated_share: of the units, those next in order whose attention is estimated from their mean key and the sum
             of their values instead of read (RetroInfer, arXiv:2505.02922).
         full_layers: first layers that attend to everything, because attention is not sparse there.
@@ -61,7 +60,7 @@ class Policy:
     position: PositionPolicy = PositionPolicy.ORIGINAL
     context_temperature: float = 1.0
     context_scale: float = 1.0
-    retention: Retention | None = None
+    retention: Thinning | None = None
     estimated_share: float = 0.0
     full_layers: int = 0
     recent_tokens: int = 0
@@ -101,6 +100,8 @@ class Policy:
             raise ConfigError(f"policy {self.name}: estimated_share is {self.estimated_share}; it must be 0 to below 1")
         if self.beyond is not None and (self.retrieves_while_appending or self.beyond.retrieves_while_appending):
             raise ConfigError(f"policy {self.name}: what is appended must not depend on the stream's length")
+        if self.beyond is not None and self.beyond.retention is not None:
+            raise ConfigError(f"policy {self.name}: what is kept must not depend on the stream's length")
         for name in ("full_layers", "recent_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"policy {self.name}: {name} is {getattr(self, name)}; it must not be negative")

@@ -86,16 +86,17 @@ class Summary:
         return Summary(parts)
 
 
-def summarise(positions: Tensor, received: Tensor) -> bytes:
+def summarise(positions: Tensor, received: Tensor, first_token: int) -> bytes:
     """Make a block's stored summary.
 
     Args:
         positions: [rows, num_tokens] int64 RoPE positions.
         received: [num_layers, kv_heads, num_tokens] float32 attention mass, at least 0.
+        first_token: number of the first one in the stream.
     """
     parts = {SummaryKind.RECEIVED: _logarithms(received.flatten(0, 1))}
-    first = int(positions[0, 0])
-    if positions.shape[0] > 1 or not torch.equal(positions[0], torch.arange(first, first + positions.shape[1])):
+    numbers = torch.arange(first_token, first_token + positions.shape[1])
+    if positions.shape[0] > 1 or not torch.equal(positions[0], numbers):
         parts[SummaryKind.POSITION] = positions.to(torch.int32)
     return Summary(parts).to_bytes()
 

@@ -53,7 +53,9 @@ def oracle(attached: Attached, choices: Choices, ids: Tensor, *, num_near: int, 
     rule = named.position
     assert rotate is not None
     hidden = model.model.embed_tokens(ids)
-    tokens, end = ids.shape[1], attached.session.num_tokens
+    view = attached.session.view
+    tokens, end = ids.shape[1], view.end_position
+    stored_at = torch.cat([view.positions_of(entry) for entry in view.entries], dim=1)[0]
     for number, layer in enumerate(model.model.layers):
         normed = layer.input_layernorm(hidden)
         query, key, value = (
@@ -65,7 +67,7 @@ def oracle(attached: Attached, choices: Choices, ids: Tensor, *, num_near: int, 
         for head, chosen in enumerate(choices.by_layer[number]):
             asking, new_key, new_value = query[:, 2 * head : 2 * head + 2], key[:, head], value[:, head]
             past_key, past_value = all_keys[head, chosen], all_values[head, chosen]
-            places, start = torch.tensor(chosen), end
+            places, start = stored_at[chosen], end
             if rule in (PositionPolicy.CONSECUTIVE, PositionPolicy.SLOT_INDEX, PositionPolicy.SHRINK):
                 places, start = torch.arange(len(chosen)), len(chosen)
             if rule is PositionPolicy.PARALLEL:

@@ -48,4 +48,4 @@ def test_livevlm_thins_what_it_stores_to_sinks_and_to_all_of_the_time() -> None:
     retention = policy_named("livevlm").retention
     assert retention is not None
     # The 4 that received most, all at the start; then the first of each eighth that has none of them.
-    assert retention.keep(tokens, 8).tolist() == [0, 1, 2, 3, 8, 16, 24, 32]
+    assert retention.retention.keep(tokens, 8).tolist() == [0, 1, 2, 3, 8, 16, 24, 32]

@@ -64,24 +64,29 @@ def test_unknown_sections_are_skipped() -> None:
 
 def test_received_attention_is_kept_within_a_fortieth() -> None:
     received = torch.logspace(-3.3, 1.1, 3 * 2 * 50).view(3, 2, 50)
-    again = received_of(summarise(torch.arange(50)[None], received), received.shape)
+    again = received_of(summarise(torch.arange(50)[None], received, 0), received.shape)
     assert ((again - received).abs() <= received / 40).all()
 
 
 def test_no_attention_and_too_much_stay_what_they_are() -> None:
     received = torch.tensor([0.0, 1e-30, 1e30]).view(1, 1, 3)
-    again = received_of(summarise(torch.arange(3)[None], received), received.shape)
+    again = received_of(summarise(torch.arange(3)[None], received, 0), received.shape)
     assert again[0, 0, :2].tolist() == [0.0, 0.0]
     assert again[0, 0, 2] > 16
 
 
-@pytest.mark.parametrize("data", [b"", b"nothing of the kind", summarise(torch.arange(4)[None], torch.ones(3, 2, 4))])
+OTHER_SHAPE = summarise(torch.arange(4)[None], torch.ones(3, 2, 4), 0)
+
+
+@pytest.mark.parametrize("data", [b"", b"nothing of the kind", OTHER_SHAPE])
 def test_unusable_received_attention_is_none(data: bytes) -> None:
     assert received_of(data, (3, 2, 5)).tolist() == torch.zeros(3, 2, 5).tolist()
 
 
 def test_positions_are_stored_where_they_cannot_be_told() -> None:
     received = torch.ones(1, 1, 4)
-    assert SummaryKind.POSITION not in Summary.from_bytes(summarise(torch.arange(7, 11)[None], received)).parts
+    assert SummaryKind.POSITION not in Summary.from_bytes(summarise(torch.arange(7, 11)[None], received, 7)).parts
+    later = torch.arange(9, 13)[None]
+    assert torch.equal(Summary.from_bytes(summarise(later, received, 7)).parts[SummaryKind.POSITION].long(), later)
     grid = torch.arange(12).view(3, 4)
-    assert torch.equal(Summary.from_bytes(summarise(grid, received)).parts[SummaryKind.POSITION].long(), grid)
+    assert torch.equal(Summary.from_bytes(summarise(grid, received, 0)).parts[SummaryKind.POSITION].long(), grid)

@@ -75,13 +75,13 @@ class TierCache(Cache):
     def num_tokens(self) -> int:
         """Logical length: the stream's tokens, or the question's."""
         if self.branch is None:
-            return self.session.num_tokens
+            return self.session.view.sequence_length
         return self.branch.first_token + self.branch.num_tokens
 
     def mask_sizes(self, query_length: int) -> tuple[int, int]:
         """See `TierLayer.get_mask_sizes`."""
         if self.branch is None:
-            return query_length, self.session.num_tokens
+            return query_length, self.session.view.sequence_length
         return self.branch.num_tokens + query_length, self.branch.first_token
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -29,7 +29,9 @@ class AppendWindow(Attending):
     def __init__(self, view: StreamView) -> None:
         config = view.config
         self.retrieves = config.policy.retrieves_while_appending
-        position = config.policy.position if self.retrieves else PositionPolicy.CONSECUTIVE
+        # What was dropped inside of the window leaves no gap, or windows could outgrow the trained length.
+        closed_up = PositionPolicy.SHRINK if view.is_thinned else PositionPolicy.CONSECUTIVE
+        position = config.policy.position if self.retrieves else closed_up
         super().__init__(view.residency, view.rotate, position, config.window_tokens, view.rows)
         self._view = view
         self._first = 0

@@ -5,19 +5,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kvstore.errors import ConfigError
 from kvstore.layout import BlockLayout
+from kvstore.retrieval.retention.thinning import Thinning
+from kvstore.retrieval.tokens import Rotate
 from kvstore.session.residency import Residency
+from kvstore.session.thinned import SlotTokens, thin
 from kvstore.spec import BlockKey, chain_key
 from kvstore.store import Entry, NewBlock
 
-Summarise = Callable[[Tensor, Tensor], bytes]
-"""(positions [rows, num_tokens], received mass [num_layers, kv_heads, num_tokens]) -> stored summary."""
+Summarise = Callable[[Tensor, Tensor, int], bytes]
+"""(positions [rows, num_tokens], received mass [num_layers, kv_heads, num_tokens], first token) -> stored summary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +72,33 @@ class _Piece:
 class Appender:
     """Writes the tokens of running forwards into slots and turns full slots into blocks.
 
+    A stream that is thinned is so run by run: complete blocks wait whole until they are a run, then all of them are
+    thinned together and handed on. What is kept decides the name of a block with what it was made from.
+
     Args:
         residency: device slots.
         namespace: what else, beside content, names a block: see `chain_key`.
         summarise: makes a block's stored summary.
         last: the stream's last entry, None for an empty stream.
+        thinning: what is left out; None for nothing.
+        rotate: the model's rotary function, for what leaves tokens out; None where keys are stored rotated.
     """
 
-    def __init__(self, residency: Residency, namespace: str, summarise: Summarise, last: Entry | None) -> None:
+    def __init__(
+        self,
+        residency: Residency,
+        namespace: str,
+        summarise: Summarise,
+        last: Entry | None,
+        thinning: Thinning | None = None,
+        rotate: Rotate | None = None,
+    ) -> None:
         self._residency = residency
         self._layout: BlockLayout = residency.pool.layout
         self._namespace = namespace
         self._summarise = summarise
+        self._thinning = thinning
+        self._rotate = rotate
         self._parent: BlockKey | None = last.key if last else None
         self._next_index = last.index + 1 if last else 0
         self._next_token = last.first_token + last.num_tokens if last else 0
@@ -97,6 +115,11 @@ class Appender:
     def num_open_tokens(self) -> int:
         """Tokens in `open_blocks`."""
         return sum(block.filled for block in self._open)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether complete blocks wait for others to be thinned with."""
+        return bool(self._open) and self._open[0].is_complete
 
     def segment(self, segment: Segment) -> None:
         """Announce how coming tokens are to be cut; without announcements blocks are of `block_tokens`.
@@ -191,31 +214,48 @@ class Appender:
                 self._residency.pool.free(self._open.pop().slot_idx)
 
     def finish(self) -> list[NewBlock]:
-        """Take the complete blocks off: named, summarised, and adopted (pinned) by the residency."""
-        done: list[NewBlock] = []
-        while self._open and self._open[0].is_complete:
-            done.append(self._close(self._open.pop(0)))
-        return done
+        """Take the complete blocks off, unless they wait: named, summarised, and adopted (pinned) by the residency."""
+        complete = [block for block in self._open if block.is_complete]
+        if self._thinning is not None and self._is_thinned(complete):
+            least = self._layout.block_tokens // 4  # small blocks take a slot all the same
+            if sum(max(block.filled, least) for block in complete) < self._thinning.run_tokens:
+                return []
+        return self._close(len(complete))
 
     def close_partial(self) -> list[NewBlock]:
         """Take all blocks off, the last one too even if it has room."""
-        done = self.finish()
-        if self._open:
-            block = self._open.pop(0)
-            segment = block.segment
-            block.segment = Segment(block.filled, segment.start_s, segment.end_s, segment.group)
+        if self._open and not self._open[-1].is_complete:
+            block = self._open[-1]
+            block.segment = replace(block.segment, num_tokens=block.filled)
             block.received = block.received[:, :, : block.filled]
-            done.append(self._close(block))
-        return done
+        return self._close(len(self._open))
 
-    def _close(self, block: OpenBlock) -> NewBlock:
-        segment, spec = block.segment, self._layout.spec
+    def _is_thinned(self, run: Sequence[OpenBlock]) -> bool:
+        groups = [block.segment.group for block in run]
+        return self._thinning is not None and bool(groups) and self._thinning.concerns(groups)
+
+    def _close(self, count: int) -> list[NewBlock]:
+        run = [
+            SlotTokens(block.slot_idx, torch.cat(block.positions, dim=1), block.received, block.segment.group)
+            for block in self._open[:count]
+        ]
+        kept: Sequence[Tensor | None] = [None] * count
+        if self._thinning is not None and self._is_thinned(self._open[:count]):
+            kept = thin(self._residency.pool, self._thinning, run, self._next_token, self._rotate)
+        return [self._close_one(self._open.pop(0), tokens, places) for tokens, places in zip(run, kept, strict=True)]
+
+    def _close_one(self, block: OpenBlock, tokens: SlotTokens, kept: Tensor | None) -> NewBlock:
+        segment, spec, space = block.segment, self._layout.spec, self._namespace
+        positions, received, num_tokens = tokens.positions, tokens.received.cpu(), segment.num_tokens
+        if kept is not None and kept.shape[0] < num_tokens:
+            positions, received, num_tokens = positions[:, kept], received[:, :, kept], kept.shape[0]
+            space = f"{space};kept={','.join(map(str, kept.tolist()))}"
         ids = torch.cat(block.ids).to(torch.int64).numpy().astype("<i8").tobytes()
-        key = chain_key(self._parent, ids, self._namespace)
+        key = chain_key(self._parent, ids, space)
         entry = Entry(
-            self._next_index, key, segment.num_tokens, self._next_token, segment.start_s, segment.end_s, segment.group
+            self._next_index, key, num_tokens, self._next_token, segment.start_s, segment.end_s, segment.group
         )
-        summary = self._summarise(torch.cat(block.positions, dim=1), block.received.cpu())
+        summary = self._summarise(positions, received, self._next_token)
         self._residency.adopt(key, block.slot_idx, spec.num_layers)
         self._parent, self._next_index, self._next_token = key, entry.index + 1, entry.first_token + entry.num_tokens
         return NewBlock(entry, self._residency.bytes_of(block.slot_idx), summary)

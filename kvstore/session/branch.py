@@ -56,7 +56,7 @@ class Branch(BranchPast):
     def __init__(self, view: StreamView, *, continues: bool, external: Sequence[ExtraScores] = ()) -> None:
         super().__init__(view, view.policy, continues=continues)
         policy = view.policy
-        self.first_token = view.num_tokens if continues else 0
+        self.first_token = view.sequence_length if continues else 0
         self._sizes = [entry.num_tokens for entry in self._entries]
         self._excluded = frozenset((*range(len(self._sinks)), *range(self._recent_first, len(self._entries))))
         self._scout = Attending(view.residency, view.rotate, PositionPolicy.CONSECUTIVE, 0, view.rows)

@@ -85,11 +85,13 @@ class PastReader:
     Args:
         residency: where blocks come to the device.
         rows: rows of a position: 1, or 3 for M-RoPE.
+        has_positions: whether positions are stored: they are not the numbers of the tokens.
     """
 
-    def __init__(self, residency: Residency, rows: int) -> None:
+    def __init__(self, residency: Residency, rows: int, *, has_positions: bool) -> None:
         self._residency = residency
         self._rows = rows
+        self._has_positions = has_positions
 
     def read(
         self,
@@ -120,7 +122,9 @@ class PastReader:
         where[present] = place
         row = (numbers - firsts[block.clamp_min(0)]).clamp_min(0) if len(entries) else numbers
         named = [entries[index] for index in used.tolist()]
-        table, had = self._positions(named, positions, report) if self._rows > 1 else (None, torch.ones(len(named)) > 0)
+        table, had = None, torch.ones(len(named), dtype=torch.bool)
+        if self._has_positions:
+            table, had = self._positions(named, positions, report)
         pieces = self._pieces(numbers, layers)
         step = max(1, self._residency.num_unpinned)
         wanted = [number for number, is_had in enumerate(had.tolist()) if is_had]

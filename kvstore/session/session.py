@@ -55,6 +55,7 @@ class Session:
         self._window = AppendWindow(self.view)
         self._appender: Appender | None = None
         self._is_broken = False
+        self._next_cursor: dict[str, JSON] | None = None
         self.num_spare = 0
         """Last tokens of the coming forward that only fill it up: they vote for nothing, and `drop` takes them off."""
         if store.is_writable:
@@ -125,11 +126,12 @@ class Session:
     def commit(self, cursor: Mapping[str, JSON] | None = None, *, partial: bool = False) -> None:
         """Hand complete blocks to the store; returns before they are durable (see `flush`).
 
-        A cursor without blocks waits for those before it.
+        A cursor without blocks waits for those before it. Of a stream that is thinned, complete blocks wait until they
+        are a run, and the cursor with them: a resumed producer begins where the last run ended.
 
         Args:
             cursor: where the producer stands once these blocks are stored; None keeps the last one.
-            partial: also close the last block although it has room.
+            partial: also close the last block although it has room, and thin what is there.
 
         Raises:
             CapacityError, StoreIOError: what the store's writer met since the last call; this session is of no more
@@ -140,15 +142,20 @@ class Session:
         self._is_broken = True  # unless all of this goes well: blocks leave the appender first
         blocks = appender.close_partial() if partial else appender.finish()
         if cursor is not None:
-            view.cursor = dict(cursor)
+            self._next_cursor = dict(cursor)
+        taken = None if appender.is_waiting else self._next_cursor
+        if taken is not None:
+            view.cursor, self._next_cursor = taken, None
             if not blocks:
                 self._make_sure()  # the store would notice a gap before new blocks, but not before a cursor
-        if blocks or cursor is not None:
+        if blocks or taken is not None:
             view.store.append(view.header.name, blocks, view.cursor)
             view.entries.extend(block.entry for block in blocks)
             for block in blocks:
                 view.note_positions(block.entry, block.summary)
             view.note_sinks()
+        if blocks and view.is_thinned:
+            self._window.is_stale = True  # it sees less of them now
         self._is_broken = False
         self._note_open_rows()
 
@@ -210,8 +217,14 @@ class Session:
                 f"stream {header.name!r} was written with {header.prefill}, not {wanted}; "
                 "use the same settings or another stream"
             )
-        namespace = f"{spec.fingerprint};{header.profile};{header.prefill}"
-        self._appender = Appender(view.residency, namespace, summarise, next(reversed(view.entries), None))
+        namespace, thinning = f"{spec.fingerprint};{header.profile};{header.prefill}", view.config.policy.retention
+        if thinning is not None and view.rotate is None:
+            raise ConfigError(
+                f"stream {header.name!r}: its keys are stored rotated, and tokens are compared before RoPE to choose "
+                "those that are kept; use a policy without retention"
+            )
+        last = next(reversed(view.entries), None)
+        self._appender = Appender(view.residency, namespace, summarise, last, thinning, view.rotate)
         report = self._window.open()
         if report.lost:
             raise CorruptRecordError(
@@ -228,7 +241,7 @@ class Session:
     def _check_positions(self, positions: Tensor) -> None:
         if self.view.rows > 1:
             return  # stored as they are
-        first = self.num_tokens
+        first = self.view.sequence_length
         if not torch.equal(positions[0, 0].cpu(), torch.arange(first, first + positions.shape[2])):
             raise ShapeError(
                 f"stream {self.view.header.name!r} goes on at position {first}; the forward has other positions"

@@ -24,6 +24,7 @@ from kvstore.tiers.device.pool import DevicePool
 from kvstore.tiers.manifest import JSON
 
 _MIN_SLOTS = 16
+_THINNED = ";retention="
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ class SessionConfig:
         retrieval = "none"
         if self.policy.retrieves_while_appending:  # what is read of the past decides what comes behind it
             retrieval = f"{self.policy.name},{self.budget_tokens}"
-        return f"window={self.window_tokens};sinks={self.sink_tokens};retrieval={retrieval}"
+        thinning = f"{_THINNED}{self.policy.retention}" if self.policy.retention is not None else ""
+        return f"window={self.window_tokens};sinks={self.sink_tokens};retrieval={retrieval}{thinning}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,10 @@ class StreamView:
         self.layout = BlockLayout(header.spec, header.block_tokens)
         num_slots = max(config.device_nbytes // self.layout.slot_nbytes, _MIN_SLOTS)
         self.residency = Residency(DevicePool(self.layout, num_slots, device), store, header.name)
-        self.reader = PastReader(self.residency, rows)
+        self.is_thinned = _THINNED in header.prefill
+        self.has_positions = rows > 1 or self.is_thinned
+        """Whether positions are stored, because they are not the numbers of the tokens."""
+        self.reader = PastReader(self.residency, rows, has_positions=self.has_positions)
         self.open_rows: list[OpenRows] = []
         self.entries: list[Entry] = []
         self.cursor: dict[str, JSON] = {}
@@ -138,7 +143,7 @@ class StreamView:
     def policy(self) -> Policy:
         """What a question retrieves by now."""
         policy = self.config.policy
-        is_long = self.num_tokens > self.config.trained_tokens
+        is_long = self.sequence_length > self.config.trained_tokens
         return policy.beyond if policy.beyond is not None and is_long and self.rotate is not None else policy
 
     @property
@@ -156,6 +161,14 @@ class StreamView:
         """Tokens of the stream before the running forward."""
         stored = self.entries[-1].first_token + self.entries[-1].num_tokens if self.entries else 0
         return stored + sum(rows.filled for rows in self.open_rows)
+
+    @property
+    def sequence_length(self) -> int:
+        """What an engine counts on from: tokens that were read, kept or not.
+
+        Under M-RoPE, which counts positions by itself (`end_position`), those that are kept.
+        """
+        return self.end_position if self.rows == 1 else self.num_tokens
 
     @property
     def end_position(self) -> int:
@@ -220,11 +233,12 @@ class StreamView:
     def first_block_within(self, num_tokens: int) -> int:
         """The newest block from which on at least `num_tokens` tokens remain; open rows count.
 
-        A small block counts as a quarter of a full one: it takes a slot all the same, so a window of short texts must
-        end before the pool does.
+        Not those that will be thinned: fewer of them will be left, and the block must not move back then. A small block
+        counts as a quarter of a full one: it takes a slot all the same, so a window of short texts must end before the
+        pool does.
         """
         least = self.layout.block_tokens // 4
-        left = num_tokens - sum(rows.filled for rows in self.open_rows)
+        left = num_tokens - (0 if self.is_thinned else sum(rows.filled for rows in self.open_rows))
         first = len(self.entries)
         while first > 0 and left > 0:
             first -= 1
@@ -235,9 +249,9 @@ class StreamView:
         """RoPE positions of a block: `[rows, num_tokens]` int64.
 
         Raises:
-            CorruptRecordError: they are stored (M-RoPE) and cannot be read.
+            CorruptRecordError: they are stored (M-RoPE, or a thinned stream) and cannot be read.
         """
-        if self.rows == 1:
+        if not self.has_positions:
             return torch.arange(entry.first_token, entry.first_token + entry.num_tokens)[None]
         if entry.index not in self._positions:
             stored = self.store.summaries(self.header.name, entry.index, 1)
@@ -250,9 +264,11 @@ class StreamView:
         Raises:
             CorruptRecordError: there are none.
         """
-        if self.rows == 1:
+        if not self.has_positions:
             return
         positions = Summary.from_bytes(summary).parts.get(SummaryKind.POSITION)
+        if positions is None and self.rows == 1:
+            positions = torch.arange(entry.first_token, entry.first_token + entry.num_tokens, dtype=torch.int32)[None]
         if positions is None or positions.shape != (self.rows, entry.num_tokens):
             raise CorruptRecordError(f"block {entry.index} of {self.header.name!r} has no usable positions")
         self._positions[entry.index] = positions

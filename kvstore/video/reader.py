@@ -81,7 +81,7 @@ class Reader:
                 self._read_s = observation.end_s
                 last = self.progress(self._read_s)
                 self._on_progress(last)
-        self._session.commit(self._cursor(self._info.duration_s, is_complete=True))
+        self._session.commit(self._cursor(self._info.duration_s, is_complete=True), partial=True)
         self._session.flush()
         last = self.progress(self._info.duration_s)
         self._on_progress(last)

@@ -3,6 +3,7 @@
 
 from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.retention.received import SinkBuckets
+from kvstore.retrieval.retention.thinning import Thinning
 from kvstore.retrieval.scorers.dot import Dot
 from kvstore.retrieval.segmenters.pages import Pages
 from kvstore.retrieval.selectors.counted import TopShare
@@ -13,10 +14,10 @@ from kvstore.retrieval.view import Group, Pool, View
 POLICY = Policy(
     name="livevlm",
     source="LiveVLM, arXiv:2505.15269; keys are compared before RoPE and read at their places, as there. The length of "
-    "its short memory and the share of its sinks are ours",
+    "its short memory, what stays of the long one and the share of its sinks are ours",
     segmenter=Pages(16),
     views=(View(Mean(), Dot(), Space.PLAIN, pool=Pool.MEAN, group=Group.SOFTMAX_MEAN, is_shared=True),),
     selector=TopShare(0.4),
-    retention=SinkBuckets(),
+    retention=Thinning(SinkBuckets(), share=0.25, run_tokens=2048),
     recent_tokens=2048,
 )

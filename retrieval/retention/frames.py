@@ -8,6 +8,7 @@ sources prune before the language model, they compare by its input embeddings, w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -73,6 +74,7 @@ class DistinctTokens:
         ConfigError: `alpha` is not from 0 to 1.
     """
 
+    keeps_text: ClassVar[bool] = True
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
@@ -103,6 +105,7 @@ class FrameCarriers:
         ConfigError: `num_carriers` is not positive.
     """
 
+    keeps_text: ClassVar[bool] = True
     num_carriers: int = 1
 
     def __post_init__(self) -> None:
@@ -138,6 +141,7 @@ class NewFrames:
         ConfigError: `threshold` is not from -1 to 1.
     """
 
+    keeps_text: ClassVar[bool] = True
     threshold: float = 0.95
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class MostReceived:
     repeats the context. Give those maxima as `received`, and this is its score; sums over queries rank as InfLLM does.
     KVzip keeps other tokens in every head; ours keeps the same ones in all.
     """
+
+    keeps_text: ClassVar[bool] = False
 
     def keep(self, tokens: LayerTokens, budget_tokens: int) -> Tensor:
         """See `Retention`."""
@@ -45,6 +48,7 @@ class SinkBuckets:
         ConfigError: `sink_share` is not from 0 to 1, or `recent_tokens` is negative.
     """
 
+    keeps_text: ClassVar[bool] = True
     sink_share: float = 0.5
     recent_tokens: int = 0
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -11,7 +11,12 @@ from kvstore.retrieval.tokens import LayerTokens
 
 
 class Retention(Protocol):
-    """Chooses the tokens that stay, the same in all layers."""
+    """Chooses the tokens that stay, the same in all layers.
+
+    `keeps_text` says whether text is kept before all tokens of frames.
+    """
+
+    keeps_text: ClassVar[bool]
 
     def keep(self, tokens: LayerTokens, budget_tokens: int) -> Tensor:
         """Choose tokens of a run.
