@@ -62,10 +62,7 @@ class ReciprocalRank:
             return scores[0]
         fused = torch.zeros_like(scores[0])
         for number, each in enumerate(scores):
-            order = each.argsort(dim=1, descending=True, stable=True)
-            ranks = torch.empty_like(order).scatter_(1, order, torch.arange(each.shape[1]).expand_as(order))
-            ranks.masked_fill_(each.isneginf(), each.shape[1] - 1)  # of no known rank: all are last alike
-            fused += (self.weights[number] if self.weights else 1.0) / (self.offset + 1 + ranks)
+            fused += (self.weights[number] if self.weights else 1.0) / (self.offset + 1 + _ranks(each))
         return fused.masked_fill_(scores[0].isneginf(), float("-inf"))
 
 
@@ -98,6 +95,20 @@ class StandardScores:
         for weight, share, each in zip(weights, shares, scores, strict=True):
             fused += weight * _standardised(each, share)
         return fused.masked_fill_(scores[0].isneginf(), float("-inf"))
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Places from 0 on, `[num_partitions, num_units]` int64, the largest score first; equals share their last one.
+
+    A retriever that knows whole screens or pages scores all units of one alike: which of them counts is for the other
+    views to say, not for the order in which they came. The last place, for what is alike in most units says nothing.
+    """
+    ordered, order = scores.sort(dim=1)
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    is_new = torch.ones_like(ordered, dtype=torch.bool)
+    is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    num_smaller = places.where(is_new, torch.zeros_like(places)).cummax(dim=1).values
+    return torch.empty_like(order).scatter_(1, order, scores.shape[1] - 1 - num_smaller)
 
 
 def _standardised(scores: Tensor, share: float) -> Tensor:

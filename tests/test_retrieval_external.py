@@ -122,3 +122,11 @@ def test_extra_scores_of_other_units_and_of_no_weight_are_refused() -> None:
     for weight in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="weigh"):
             ExtraScores(torch.zeros(20), weight)
+
+
+def test_units_that_an_extra_list_scores_alike_are_parted_by_the_policys_own_scores() -> None:
+    """A retriever of whole screens holds their blocks for equal: the order in which they came says nothing."""
+    own = torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
+    extra = torch.tensor([[0.1, 0.9, 0.9, 0.9]]).expand(2, -1)
+    fused = ReciprocalRank(weights=(1.0, 50.0)).fuse([own, extra])
+    assert fused.argsort(dim=1, descending=True).tolist() == [[3, 2, 1, 0], [1, 2, 3, 0]]
