@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -17,6 +17,8 @@ from kvstore.engines.anatomy import position_rows, rotation_of, spec_of
 from kvstore.engines.loading import LanguageModel
 from kvstore.engines.transformers import TierCache, attach
 from kvstore.layout import BlockLayout
+from kvstore.retrieval.fusion import ExtraScores
+from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.registry import policy_named
 from kvstore.session.recall import Recall, Span
 from kvstore.session.session import Session
@@ -103,7 +105,7 @@ class Asker:
         store_folder: the store.
         name: the stream.
         language_model: the model that wrote the stream.
-        policy: name of the policy to retrieve by.
+        policy: what to retrieve by: a policy, or its name.
         budget_tokens: most tokens of retrieved blocks.
 
     The index is read when the stream is opened: `index_s` are the seconds of it, paid once per process.
@@ -120,7 +122,7 @@ class Asker:
         name: str,
         language_model: LanguageModel,
         *,
-        policy: str = "auto",
+        policy: str | Policy = "auto",
         budget_tokens: int = 128,
         host_nbytes: int = 128 << 20,
     ) -> None:
@@ -133,7 +135,7 @@ class Asker:
         header = manifest.header
         check_spec(header, spec)
         layout = BlockLayout(header.spec, header.block_tokens)
-        rule = policy_named(policy)
+        rule = policy if isinstance(policy, Policy) else policy_named(policy)
         # A recent block counts as a quarter of a full one at least; see `StreamView.first_block_within`.
         wanted = budget_tokens // _FEW_TOKENS + rule.recent_tokens // max(header.block_tokens // 4, 1)
         most_blocks = min(wanted, len(manifest.entries)) + _SPARE_SLOTS
@@ -174,18 +176,23 @@ class Asker:
         self._publishing.close()
         self._store.close()
 
-    def ask(self, question: str, max_new_tokens: int = MAX_NEW_TOKENS) -> Answer:
+    def ask(self, question: str, max_new_tokens: int = MAX_NEW_TOKENS, external: Sequence[ExtraScores] = ()) -> Answer:
         """Answer one question.
 
         Args:
             question: in words.
             max_new_tokens: where to stop an answer that does not end by itself.
+            external: what retrievers of your own think of the stream's blocks, one score for each: see
+                `ExternalVectors`. They are fused by rank with the policy's own scores.
+
+        Raises:
+            ShapeError: not one external score for each block.
         """
         began = _Moment.of(Recall())
         view = self._session.view
         view.reload()
         with attach(self._language_model.model, self._session) as attached, torch.inference_mode():
-            cache = attached.question(self._ids(question))
+            cache = attached.question(self._ids(question), external)
             recalled = _Moment.of(attached.last)
             tokens = self._tokens(cache, self._ids(self._prompts.question(question)), max_new_tokens)
             ids = list(islice(tokens, 1))
