@@ -7,7 +7,7 @@ the model how long the sequence is; a registered attention function attends to w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,13 +18,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvstore.engines.anatomy import attention_modules, decoder_of, position_rows, rotary_of, spec_of
+from kvstore.engines.attached import Attached
 from kvstore.engines.capture import CAPTURE, Capture
 from kvstore.engines.content import content_ids
 from kvstore.engines.rope_deltas import RopeDeltas
 from kvstore.engines.tier_cache import TierCache
 from kvstore.errors import ConfigError, ShapeError
-from kvstore.retrieval.fusion import ExtraScores
-from kvstore.session.recall import Recall
 from kvstore.session.session import Session
 from kvstore.store import check_spec
 
@@ -105,46 +104,6 @@ def _check_layer(
                 f"{type(module).__name__}: layer {module.layer_idx} changes queries or keys in another way than RoPE "
                 "after its projections; it cannot be attached"
             )
-
-
-class Attached:
-    """A model with a stream attached: what the `with` statement of `attach` hands out.
-
-    Inside it, a forward without a cache appends to the stream; `generate()` asks on a fresh branch. A cache that the
-    caller brings along, and `use_cache=False`, are left alone.
-    """
-
-    def __init__(self, model: PreTrainedModel, session: Session) -> None:
-        self.model = model
-        self.session = session
-        self.last = Recall()
-
-    def cache(self) -> TierCache:
-        """A cache that appends to the stream: its length is the stream's."""
-        return TierCache(self.session, None)
-
-    def question(self, input_ids: Tensor | None = None, external: Sequence[ExtraScores] = ()) -> TierCache:
-        """A cache for one question and its answer; neither is stored.
-
-        Args:
-            input_ids: [1, num_tokens] int64: the bare question, to retrieve by. Without it, the prompt's first forward
-                retrieves by the whole prompt.
-            external: what retrievers of your own think of the stream's blocks, one score for each: see
-                `ExternalVectors`. They are fused by rank with the policy's own scores.
-
-        Raises:
-            ShapeError: the question is empty, or more than one; not one external score for each block.
-        """
-        if input_ids is not None and (input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0):
-            raise ShapeError(f"a question is [1, num_tokens] with at least one token; got {list(input_ids.shape)}")
-        branch = self.session.branch(external=external)
-        self.last = branch.recall
-        cache = TierCache(self.session, branch)
-        if input_ids is not None and branch.selects_next:
-            with branch.recalling(), torch.no_grad():
-                decoder_of(self.model)(input_ids=input_ids, past_key_values=cache, use_cache=True)
-            self.last = branch.recall
-        return cache
 
 
 @contextmanager

@@ -48,13 +48,21 @@ class Branch(BranchPast):
         continues: number the question's tokens on from the stream's end, as an engine that counts them all does.
         external: what other retrievers think of the stream's blocks: [num_blocks] float32 each, fused by rank with the
             policy's own scores.
+        recent_tokens: of the stream's end, that are read at least; the policy may have more.
 
     Raises:
         ShapeError: not one external score for each block.
     """
 
-    def __init__(self, view: StreamView, *, continues: bool, external: Sequence[ExtraScores] = ()) -> None:
-        super().__init__(view, view.policy, continues=continues)
+    def __init__(
+        self,
+        view: StreamView,
+        *,
+        continues: bool,
+        external: Sequence[ExtraScores] = (),
+        recent_tokens: int = 0,
+    ) -> None:
+        super().__init__(view, view.policy, continues=continues, recent_tokens=recent_tokens)
         policy = view.policy
         self.first_token = view.sequence_length if continues else 0
         self._sizes = [entry.num_tokens for entry in self._entries]

@@ -25,9 +25,10 @@ class BranchPast(Attending):
         view: the stream.
         policy: where what is read is placed.
         continues: number the question's tokens on from the stream's end.
+        recent_tokens: of the stream's end, that are read at least; the policy may have more.
     """
 
-    def __init__(self, view: StreamView, policy: Policy, *, continues: bool) -> None:
+    def __init__(self, view: StreamView, policy: Policy, *, continues: bool, recent_tokens: int = 0) -> None:
         super().__init__(view.residency, view.rotate, policy.position, view.config.window_tokens, view.rows)
         self._view = view
         self._policy = policy
@@ -41,7 +42,7 @@ class BranchPast(Attending):
         self._end = view.end_position
         self._num_stored = self._entries[-1].first_token + self._entries[-1].num_tokens if self._entries else 0
         self._tail_start = self._end if continues else 0
-        self._recent_first = view.first_block_within(policy.recent_tokens)
+        self._recent_first = view.first_block_within(max(policy.recent_tokens, recent_tokens))
         self._sinks = tuple(self._entries[: min(view.num_sink_blocks, self._recent_first)])
         self._recent = self._entries[self._recent_first :]
         self._firsts = torch.tensor([entry.first_token for entry in self._entries], dtype=torch.int64)

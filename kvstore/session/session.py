@@ -176,17 +176,25 @@ class Session:
         self._window.is_stale = True
         self._note_open_rows()
 
-    def branch(self, *, continues: bool = False, external: Sequence[ExtraScores] = ()) -> Branch:
+    def branch(
+        self, *, continues: bool = False, external: Sequence[ExtraScores] = (), recent_tokens: int = 0
+    ) -> Branch:
         """Start a question: it sees the stream as it is now and leaves nothing in it.
 
         Args:
             continues: number its tokens on from the stream's end instead of from 0.
             external: scores of the stream's blocks; see `Branch`.
+            recent_tokens: of the stream's end, that it reads at least.
+
+        Raises:
+            ConfigError: `recent_tokens` is negative.
         """
+        if recent_tokens < 0:
+            raise ConfigError(f"recent_tokens is {recent_tokens}; it must not be negative")
         if self._appender is not None:
             self.commit()
             self.flush()
-        return Branch(self.view, continues=continues, external=external)
+        return Branch(self.view, continues=continues, external=external, recent_tokens=recent_tokens)
 
     def _writer(self) -> Appender:
         if self._appender is None:

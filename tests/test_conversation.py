@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns of a conversation: replies read the stream's end and what was brought back, and both sides are appended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvstore.errors import ConfigError, ShapeError
+from kvstore.retrieval.positions import PositionPolicy
+from tests.tiny_models import ALL, ORIGINAL, attached_stream, make_model, policy, settings, token_ids
+
+TURNS = [token_ids(count, seed) for seed, count in enumerate((13, 1, 30), start=1)]
+NEW = 5
+
+
+def plain_replies(model: Any) -> list[Tensor]:
+    """What the model says when all that was said stands in its prompt."""
+    said = torch.empty(1, 0, dtype=torch.int64)
+    replies = []
+    for turn in TURNS:
+        prompt = torch.cat([said, turn], dim=1)
+        said = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
+        replies.append(said[:, prompt.shape[1] :])
+    return replies
+
+
+def test_replies_are_those_of_the_whole_conversation(tmp_path: Path) -> None:
+    model = make_model()
+    expected = plain_replies(model)
+    with attached_stream(tmp_path, model, settings(ORIGINAL)) as attached:
+        replies = [attached.reply(turn, max_new_tokens=NEW, do_sample=False) for turn in TURNS]
+        assert attached.session.num_tokens == sum(turn.shape[1] + NEW for turn in TURNS)
+    assert [reply.tolist() for reply in replies] == [reply.tolist() for reply in expected]
+
+
+@pytest.mark.parametrize("name", ["maxsim", "rekv", "auto", "streaming_llm"])
+def test_a_reply_reads_the_window_whatever_the_policy_has(name: str, tmp_path: Path) -> None:
+    model = make_model()
+    rule = policy(name, recent_tokens=0, position=PositionPolicy.ORIGINAL, beyond=None)
+    window, sinks = 32, 8
+    with attached_stream(tmp_path, model, settings(rule, window=window, sinks=sinks, budget=16)) as attached:
+        model(token_ids(120))
+        attached.reply(token_ids(9, seed=5), max_new_tokens=2, do_sample=False)
+        had = attached.last.num_attended_tokens
+        brought = 16 if rule.retrieves else 0
+        assert had >= sinks + window + brought
+        assert attached.session.num_tokens == 120 + 9 + 2
+
+
+def test_what_is_stored_does_not_depend_on_what_was_brought_back(tmp_path: Path) -> None:
+    model = make_model()
+    keys = []
+    for name in ("maxsim", "streaming_llm"):
+        with attached_stream(tmp_path / name, model, settings(policy(name), window=16, budget=16)) as attached:
+            model(token_ids(100))
+            for _ in range(2):
+                reply = attached.reply(token_ids(9, seed=5), max_new_tokens=1, do_sample=False)
+                attached.session.drop(1)  # replies may differ; what surrounds them is compared
+                model(torch.ones_like(reply))
+            attached.session.commit(partial=True)
+            keys.append([entry.key for entry in attached.session.view.entries])
+    assert keys[0] == keys[1]
+
+
+def test_turns_that_cannot_be_are_refused_and_leave_nothing(tmp_path: Path) -> None:
+    with attached_stream(tmp_path, make_model(), settings(policy("maxsim"), window=ALL)) as attached:
+        for wrong in (torch.ones(2, 3, dtype=torch.int64), torch.empty(1, 0, dtype=torch.int64)):
+            with pytest.raises(ShapeError, match="a turn is"):
+                attached.reply(wrong, max_new_tokens=1)
+        with pytest.raises(ConfigError, match="recent_tokens"):
+            attached.question(recent_tokens=-1)
+        assert attached.session.num_tokens == 0
