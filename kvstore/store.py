@@ -25,6 +25,7 @@ from kvstore.tiers.reading.request import FetchReport, FetchRequest
 from kvstore.tiers.reading.verify import BlockFault, Verifier, VerifyReport
 from kvstore.tiers.removal import remove_stream
 from kvstore.tiers.slots import check_keys, check_layers, check_slots
+from kvstore.tiers.tables.entries import Entries
 from kvstore.tiers.tables.object_body import NewObject, ObjectEntry
 from kvstore.tiers.tables.records import Entry
 from kvstore.tiers.tables.streams import ensure_stream, find_stream, read_manifest, read_summaries, stream_rows
@@ -36,6 +37,7 @@ __all__ = [
     "Access",
     "BlockFault",
     "Durability",
+    "Entries",
     "Entry",
     "FetchReport",
     "FetchRequest",
@@ -159,11 +161,16 @@ class Store(ObjectCalls):
             self._disk.catalogue.write(lambda view: ensure_stream(view, header))
         return self.manifest(header.name)
 
-    def manifest(self, name: str) -> Manifest:
-        """Take a snapshot of what is durable of a stream; raises `StreamNotFoundError`."""
+    def manifest(self, name: str, known: Manifest | None = None) -> Manifest:
+        """Take a snapshot of what is durable of a stream; raises `StreamNotFoundError`.
+
+        Args:
+            name: the stream.
+            known: an earlier snapshot: of a stream that has only grown since, only what is new is read.
+        """
         self._check_open()
         with self._disk.catalogue.read() as view:
-            return read_manifest(view, name)
+            return read_manifest(view, name, known)
 
     def streams(self) -> list[StreamHeader]:
         """List all streams by name."""

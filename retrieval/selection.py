@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvstore.retrieval.fusion import ExtraScores, ReciprocalRank
+
+_TURN_BLOCKS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +43,18 @@ class Ranking:
         lists = [torch.zeros_like(own), own, *(each.scores.float().cpu() for each in external)]
         return Ranking.of(fusion.fuse([each[None] for each in lists])[0])
 
+    def pairs(self) -> Iterator[tuple[int, float]]:
+        """Yield (block, score), best first; who stops early does not pay for the rest."""
+        for blocks, scores in zip(self.blocks.split(_TURN_BLOCKS), self.scores.split(_TURN_BLOCKS), strict=True):
+            yield from zip(blocks.tolist(), scores.tolist(), strict=True)
+
     def before(self, num_blocks: int) -> Ranking:
         """Keep the blocks below `num_blocks`: what a question that started earlier may see."""
         kept = self.blocks < num_blocks
         return Ranking(self.blocks[kept], self.scores[kept])
 
 
-def select(ranking: Ranking, num_tokens: Sequence[int], budget_tokens: int, excluded: frozenset[int]) -> list[int]:
+def select(ranking: Ranking, num_tokens: Tensor, budget_tokens: int, excluded: frozenset[int]) -> list[int]:
     """Take blocks in order of score while they fit the budget.
 
     The best block is taken even when it alone exceeds the budget, so that a question never goes unanswered for want of
@@ -55,7 +62,7 @@ def select(ranking: Ranking, num_tokens: Sequence[int], budget_tokens: int, excl
 
     Args:
         ranking: candidates.
-        num_tokens: tokens of every block of the stream, by block index.
+        num_tokens: [num_blocks] int64: tokens of every block of the stream.
         budget_tokens: most tokens to take; 0 takes none.
         excluded: blocks that are attended anyway (sinks, recent window).
 
@@ -64,14 +71,13 @@ def select(ranking: Ranking, num_tokens: Sequence[int], budget_tokens: int, excl
     """
     chosen: list[int] = []
     left = budget_tokens
-    smallest = min(num_tokens, default=0)
-    for block in ranking.blocks.tolist():
-        if left <= 0 or (chosen and left < smallest):
+    for blocks in ranking.blocks.split(_TURN_BLOCKS):
+        if left <= 0:
             break
-        if block in excluded:
-            continue
-        need = num_tokens[block]
-        if need <= left or not chosen:
-            chosen.append(block)
-            left -= need
+        if chosen:  # what is too large by now is passed over at once: a stream may have a hundred thousand blocks
+            blocks = blocks[num_tokens[blocks] <= left]
+        for block, need in zip(blocks.tolist(), num_tokens[blocks].tolist(), strict=True):
+            if left > 0 and block not in excluded and (need <= left or not chosen):
+                chosen.append(block)
+                left -= need
     return sorted(chosen)

@@ -26,7 +26,7 @@ def test_selection_keeps_its_promises(sizes: list[int], data: st.DataObject) -> 
     budget = data.draw(st.integers(0, 200))
     excluded = frozenset(data.draw(st.sets(st.integers(0, count - 1))))
     ranking = Ranking(torch.tensor(order), torch.arange(count, 0, -1).float())
-    chosen = select(ranking, sizes, budget, excluded)
+    chosen = select(ranking, torch.tensor(sizes), budget, excluded)
     allowed = [block for block in order if block not in excluded]
     assert chosen == sorted(set(chosen))
     assert not excluded & set(chosen)
@@ -40,7 +40,17 @@ def test_selection_keeps_its_promises(sizes: list[int], data: st.DataObject) -> 
 
 
 def test_an_empty_ranking_selects_nothing() -> None:
-    assert select(Ranking(torch.empty(0, dtype=torch.int64), torch.empty(0)), [4], 10, frozenset()) == []
+    assert select(Ranking(torch.empty(0, dtype=torch.int64), torch.empty(0)), torch.tensor([4]), 10, frozenset()) == []
+
+
+def test_a_long_ranking_is_searched_to_its_end_for_what_still_fits() -> None:
+    sizes = torch.full((5000,), 8)
+    sizes[4321] = 3
+    ranking = Ranking.of(torch.arange(5000, 0, -1).float())
+    assert select(ranking, sizes, 20, frozenset({0})) == [1, 2, 4321]
+    pairs = ranking.pairs()
+    assert [next(pairs) for _ in range(2)] == [(0, 5000.0), (1, 4999.0)]
+    assert len(list(pairs)) == 4998
 
 
 @st.composite

@@ -162,8 +162,8 @@ def test_a_stream_whose_entries_lie_about_their_sizes_is_refused(
 ) -> None:
     model, manifest = make_model(), Store.manifest
 
-    def lying(self: Store, name: str) -> Manifest:
-        found = manifest(self, name)
+    def lying(self: Store, name: str, known: Manifest | None = None) -> Manifest:
+        found = manifest(self, name, known)
         entries = [replace(e, num_tokens=num_tokens) if e.index == index else e for e in found.entries]
         return replace(found, entries=entries)
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ class AppendWindow(Attending):
         """Whether the contexts are not those of the coming forward."""
 
     @property
-    def blocks(self) -> list[Entry]:
+    def blocks(self) -> Sequence[Entry]:
         """The window, in order."""
         return self._view.entries[self._first :]
 
@@ -81,7 +83,7 @@ class AppendWindow(Attending):
             return
         view, start = self._view, int(positions.min())
         if layer == 0:
-            self._firsts = torch.tensor([entry.first_token for entry in view.entries], dtype=torch.int64)
+            self._firsts = view.entries.first_tokens
         if layer == 0 or self.retrieves:  # else the same rows in every layer, found once
             chosen = self._retrieve(layer, query, positions[:, 0, : query.shape[2]]) if self.retrieves else ()
             report = LoadReport()
@@ -93,11 +95,10 @@ class AppendWindow(Attending):
                     f"stream {view.header.name!r}: {reason}; open the stream again: what was retrieved is not found "
                     "then"
                 )
-            last = view.entries[-1:]
             self._placed_past = self.place_past(
                 self._past,
                 [rows.positions for rows in view.open_rows],
-                num_stored=last[0].first_token + last[0].num_tokens if last else 0,
+                num_stored=view.entries.end_token,
                 end=start,
                 tail_start=start,
             )
@@ -109,7 +110,7 @@ class AppendWindow(Attending):
         if layer == view.num_layers - 1:
             self._past = None  # the contexts hold copies
 
-    def _sinks(self) -> list[Entry]:
+    def _sinks(self) -> Sequence[Entry]:
         return self._view.entries[: min(self._view.num_sink_blocks, self._first)]
 
     def _retrieve(self, layer: int, query: Tensor, positions: Tensor) -> tuple[Tensor, ...]:

@@ -65,7 +65,6 @@ class Branch(BranchPast):
         super().__init__(view, view.policy, continues=continues, recent_tokens=recent_tokens)
         policy = view.policy
         self.first_token = view.sequence_length if continues else 0
-        self._sizes = [entry.num_tokens for entry in self._entries]
         self._excluded = frozenset((*range(len(self._sinks)), *range(self._recent_first, len(self._entries))))
         self._scout = Attending(view.residency, view.rotate, PositionPolicy.CONSECUTIVE, 0, view.rows)
         self._scout_keys: dict[int, Tensor] = {}
@@ -197,7 +196,7 @@ class Branch(BranchPast):
 
     def _choose(self, ranking: Ranking) -> list[Entry]:
         budget_tokens = self._view.config.budget_tokens
-        return [self._entries[i] for i in select(ranking, self._sizes, budget_tokens, self._excluded)]
+        return [self._entries[i] for i in select(ranking, self._entries.sizes, budget_tokens, self._excluded)]
 
     def _refresh(self) -> None:
         """Take in what was appended since the last question."""
@@ -218,13 +217,12 @@ class Branch(BranchPast):
         reading = Reading.of((*self._sinks, *chosen), (), self._recent)
         attended = self.attend_to(self, reading, range(len(self.contexts)))
         self._prefetch(ranking, chosen)
-        scored = list(zip(ranking.blocks.tolist(), ranking.scores.tolist(), strict=True))
-        self.recall.spans = cite(scored, self._entries, attended)
+        self.recall.spans = cite(ranking.pairs(), self._entries, attended)
 
     def _prefetch(self, ranking: Ranking, chosen: Sequence[Entry]) -> None:
         """Have the next best blocks brought to memory: the next question is often about the same."""
         excluded = self._excluded.union(entry.index for entry in chosen)
-        blocks = select(ranking, self._sizes, self._view.config.prefetch_tokens, excluded)
+        blocks = select(ranking, self._entries.sizes, self._view.config.prefetch_tokens, excluded)
         if blocks:
             self._view.store.prefetch([self._entries[block].key for block in blocks])
 

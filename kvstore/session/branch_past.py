@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from kvstore.retrieval.estimates import Estimate
@@ -32,7 +31,7 @@ class BranchPast(Attending):
         super().__init__(view.residency, view.rotate, policy.position, view.config.window_tokens, view.rows)
         self._view = view
         self._policy = policy
-        self._entries = list(view.entries)
+        self._entries = view.entries
         # Copies: the stream may go on, and its open slots with it, while the question is being answered.
         self._open_planes = [
             [(keys.clone(), values.clone()) for keys, values in view.open_planes(layer)]
@@ -40,12 +39,12 @@ class BranchPast(Attending):
         ]
         self._open_positions = [rows.positions for rows in view.open_rows]
         self._end = view.end_position
-        self._num_stored = self._entries[-1].first_token + self._entries[-1].num_tokens if self._entries else 0
+        self._num_stored = self._entries.end_token
         self._tail_start = self._end if continues else 0
         self._recent_first = view.first_block_within(max(policy.recent_tokens, recent_tokens))
         self._sinks = tuple(self._entries[: min(view.num_sink_blocks, self._recent_first)])
         self._recent = self._entries[self._recent_first :]
-        self._firsts = torch.tensor([entry.first_token for entry in self._entries], dtype=torch.int64)
+        self._firsts = self._entries.first_tokens
         self._held: dict[int, Tensor] = {}
         """By layer, where the order of rows says nothing: which token each row of the past holds."""
         self.recall = Recall()

@@ -18,7 +18,7 @@ from kvstore.retrieval.triggers.trigger import Choice
 from kvstore.session.recall import Speculation
 from kvstore.session.stream_memory import StreamMemory
 from kvstore.session.view import StreamView
-from kvstore.store import Entry
+from kvstore.store import Entries
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class LayerChoices:
     view: StreamView
     policy: Policy
     memory: StreamMemory
-    entries: Sequence[Entry]
+    entries: Entries
     recent_first: int
     external: Sequence[ExtraScores] = ()
     speculation: Speculation = field(default_factory=Speculation)
@@ -57,7 +57,7 @@ class LayerChoices:
     _firsts: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self._firsts = torch.tensor([entry.first_token for entry in self.entries], dtype=torch.int64)
+        self._firsts = self.entries.first_tokens
         self._layers = [_Layer() for _ in range(self.view.num_layers)]
 
     def choose(self, layer: int, query: Tensor, positions: Tensor, is_first: bool) -> Selection | None:
@@ -122,8 +122,7 @@ class LayerChoices:
     @property
     def _end(self) -> int:
         """Number behind the last token that may be chosen."""
-        last = self.entries[: self.recent_first][-1:]
-        return last[0].first_token + last[0].num_tokens if last else 0
+        return self.entries[: self.recent_first].end_token
 
     def _fits(self) -> bool:
         """Whether the device has room for everything; where it has not, the first layers choose like the others."""

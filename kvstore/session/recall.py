@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.session.residency import LoadReport
@@ -68,7 +68,7 @@ class Recall:
     speculation: Speculation = field(default_factory=Speculation)
 
 
-def cite(scores: Sequence[tuple[int, float]], entries: Sequence[Entry], attended: frozenset[int]) -> list[Span]:
+def cite(scores: Iterable[tuple[int, float]], entries: Sequence[Entry], attended: frozenset[int]) -> list[Span]:
     """Turn scored blocks into cited spans: one per frame group, with its best score.
 
     Args:

@@ -150,7 +150,7 @@ class Session:
                 self._make_sure()  # the store would notice a gap before new blocks, but not before a cursor
         if blocks or taken is not None:
             view.store.append(view.header.name, blocks, view.cursor)
-            view.entries.extend(block.entry for block in blocks)
+            view.entries = view.entries.followed_by(block.entry for block in blocks)
             for block in blocks:
                 view.note_positions(block.entry, block.summary)
             view.note_sinks()

@@ -19,9 +19,9 @@ from kvstore.session.late_ranking import LateRanking
 from kvstore.session.past import PastReader
 from kvstore.session.residency import Residency
 from kvstore.session.stream_memory import StreamMemory
-from kvstore.store import Entry, Store, StreamHeader
+from kvstore.store import Entries, Entry, Store, StreamHeader
 from kvstore.tiers.device.pool import DevicePool
-from kvstore.tiers.manifest import JSON
+from kvstore.tiers.manifest import JSON, Manifest
 
 _MIN_SLOTS = 16
 _THINNED = ";retention="
@@ -132,11 +132,12 @@ class StreamView:
         """Whether positions are stored, because they are not the numbers of the tokens."""
         self.reader = PastReader(self.residency, rows, has_positions=self.has_positions)
         self.open_rows: list[OpenRows] = []
-        self.entries: list[Entry] = []
+        self.entries = Entries()
         self.cursor: dict[str, JSON] = {}
         self.num_sink_blocks = 0
         self._positions: dict[int, Tensor] = {}
         self._searches: dict[Policy, LateRanking | StreamMemory] = {}
+        self._manifest: Manifest | None = None
         self.reload()
 
     @property
@@ -159,8 +160,7 @@ class StreamView:
     @property
     def num_tokens(self) -> int:
         """Tokens of the stream before the running forward."""
-        stored = self.entries[-1].first_token + self.entries[-1].num_tokens if self.entries else 0
-        return stored + sum(rows.filled for rows in self.open_rows)
+        return self.entries.end_token + sum(rows.filled for rows in self.open_rows)
 
     @property
     def sequence_length(self) -> int:
@@ -181,32 +181,44 @@ class StreamView:
         return 0
 
     def reload(self) -> None:
-        """Read the manifest again: see what another process has appended since.
+        """See what another process has appended since, or that the stream is not the same any more.
 
         Raises:
             StreamNotFoundError: the stream was removed, or replaced by another.
             CorruptRecordError: its entries are damaged.
         """
-        manifest = self.store.manifest(self.header.name)
+        known = self._manifest
+        manifest = self.store.manifest(self.header.name, known)
         if manifest.header != self.header:
             raise StreamNotFoundError(f"stream {self.header.name!r} was replaced by another; open it again")
-        first = 0
-        for entry in manifest.entries:
-            if entry.first_token != first or not 1 <= entry.num_tokens <= self.header.block_tokens:
-                raise CorruptRecordError(
-                    f"stream {self.header.name!r}: entry {entry.index} says {entry.num_tokens} tokens from "
-                    f"{entry.first_token} on, where token {first} is next and a block holds {self.header.block_tokens}"
-                )
-            first += entry.num_tokens
-        if first != manifest.num_tokens:
-            raise CorruptRecordError(
-                f"stream {self.header.name!r}: its entries hold {first} tokens, {manifest.num_tokens} are announced"
-            )
-        if self.entries != list(manifest.entries[: len(self.entries)]):  # rolled back, and maybe written on
+        entries = Entries.of(manifest.entries)
+        has_grown = known is not None and manifest.lineage == known.lineage and len(known.entries) <= len(entries)
+        num_known = len(known.entries) if known is not None and has_grown else 0
+        self._check(entries, num_known, manifest.num_tokens)
+        if not has_grown or self.entries[num_known:] != entries[num_known : len(self.entries)]:
+            # Rolled back, and maybe written on.
             self._positions, self._searches, self.num_sink_blocks = {}, {}, 0
-        self.entries = list(manifest.entries)
+        self._manifest = manifest
+        self.entries = entries
         self.cursor = dict(manifest.cursor)
         self.note_sinks()
+
+    def _check(self, entries: Entries, num_known: int, num_tokens: int) -> None:
+        """Refuse entries behind the first `num_known` that do not follow each other, or not up to `num_tokens`."""
+        firsts, sizes = entries.first_tokens[num_known:], entries.sizes[num_known:]
+        expected = entries[:num_known].end_token + sizes.cumsum(0) - sizes
+        is_wrong = (firsts != expected) | (sizes < 1) | (sizes > self.header.block_tokens)
+        if bool(is_wrong.any()):
+            number = int(is_wrong.nonzero()[0])
+            raise CorruptRecordError(
+                f"stream {self.header.name!r}: entry {num_known + number} says {int(sizes[number])} tokens from "
+                f"{int(firsts[number])} on, where token {int(expected[number])} is next and a block holds "
+                f"{self.header.block_tokens}"
+            )
+        if entries.end_token != num_tokens:
+            raise CorruptRecordError(
+                f"stream {self.header.name!r}: its entries hold {entries.end_token} tokens, {num_tokens} are announced"
+            )
 
     def search(self, policy: Policy) -> LateRanking | StreamMemory:
         """What a policy that retrieves searches the stream by; made when it is first asked for."""
@@ -225,10 +237,8 @@ class StreamView:
 
     def note_sinks(self) -> None:
         """Count the leading blocks that begin within `sink_tokens`."""
-        while self.num_sink_blocks < len(self.entries):
-            if self.entries[self.num_sink_blocks].first_token >= self.config.sink_tokens:
-                break
-            self.num_sink_blocks += 1
+        firsts = self.entries.first_tokens
+        self.num_sink_blocks = int(torch.searchsorted(firsts, torch.tensor(self.config.sink_tokens)))
 
     def first_block_within(self, num_tokens: int) -> int:
         """The newest block from which on at least `num_tokens` tokens remain; open rows count.
@@ -240,9 +250,10 @@ class StreamView:
         least = self.layout.block_tokens // 4
         left = num_tokens - (0 if self.is_thinned else sum(rows.filled for rows in self.open_rows))
         first = len(self.entries)
+        sizes = self.entries.sizes
         while first > 0 and left > 0:
             first -= 1
-            left -= max(self.entries[first].num_tokens, least)
+            left -= max(int(sizes[first]), least)
         return first
 
     def positions_of(self, entry: Entry) -> Tensor:

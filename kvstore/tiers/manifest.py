@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TypeAlias
 
 from kvstore.codec import Profile
@@ -98,12 +98,15 @@ class Manifest:
         entries: its blocks in order.
         cursor: where the producer stands, as given to the last durable append; `is_complete` tells a finished stream.
         num_tokens: tokens of all entries.
+        lineage: the stream's number in the store, and how often it was cut: of two snapshots with the same one, the
+            shorter is the beginning of the longer.
     """
 
     header: StreamHeader
     entries: Sequence[Entry]
     cursor: dict[str, JSON]
     num_tokens: int
+    lineage: tuple[int, int] = field(default=(0, 0), compare=False)
 
     @property
     def is_complete(self) -> bool:

@@ -12,6 +12,7 @@ from kvstore.tiers.base import Extent
 from kvstore.tiers.catalogue import ReadView, Table, WriteView
 from kvstore.tiers.manifest import StreamHeader, check_name
 from kvstore.tiers.tables.blocks import drop_reference
+from kvstore.tiers.tables.cuts import note_cut
 from kvstore.tiers.tables.objects import drop_objects, share_objects
 from kvstore.tiers.tables.records import Entry, StreamState, pack_state, position_index, position_key, unpack_entry
 from kvstore.tiers.tables.streams import (
@@ -86,6 +87,7 @@ def cut_stream(view: WriteView, name: str, at: int, cursor_json: bytes) -> list[
         view.delete(Table.ENTRIES, position)
         view.delete(Table.SUMMARIES, position)
     view.put(Table.STATES, prefix, pack_state(StreamState(len(kept), at, cursor_json)))
+    note_cut(view, row.stream_id)
     return freed
 
 

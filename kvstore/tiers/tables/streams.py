@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 
 from kvstore.errors import (
     ConfigError,
@@ -20,9 +21,12 @@ from kvstore.tiers.base import Extent
 from kvstore.tiers.catalogue import ReadView, Table, WriteView
 from kvstore.tiers.manifest import Manifest, StreamHeader, check_name, load_json
 from kvstore.tiers.tables.blocks import add_reference, await_block, drop_reference
+from kvstore.tiers.tables.cuts import count_cuts, forget_cuts
+from kvstore.tiers.tables.entries import Entries
 from kvstore.tiers.tables.meta import next_stream_id
 from kvstore.tiers.tables.objects import drop_objects
 from kvstore.tiers.tables.records import (
+    ENTRY_NBYTES,
     VALUE_VERSION,
     Entry,
     StreamState,
@@ -38,6 +42,7 @@ _STREAM = struct.Struct("<BxxxIQ")  # version, header bytes, stream id; then the
 _STREAM_ID = struct.Struct(">Q")
 STREAM_ID_NBYTES = _STREAM_ID.size
 """Bytes of the id that begins the keys of tables `states`, `entries` and `summaries`."""
+_BATCH_ENTRIES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +181,13 @@ def read_entries(view: ReadView, stream_id: int, first: int = 0) -> Iterator[Ent
         yield unpack_entry(position_index(key), value)
 
 
-def read_manifest(view: ReadView, name: str) -> Manifest:
+def read_manifest(view: ReadView, name: str, known: Manifest | None = None) -> Manifest:
     """Take a snapshot of a stream.
+
+    Args:
+        view: the transaction.
+        name: of the stream.
+        known: an earlier snapshot: what it has of a stream that has only grown since is not read again.
 
     Raises:
         StreamNotFoundError: there is none of that name.
@@ -185,11 +195,24 @@ def read_manifest(view: ReadView, name: str) -> Manifest:
     """
     row = find_stream(view, name)
     state = find_state(view, row.stream_id)
-    entries = tuple(read_entries(view, row.stream_id))
-    if [entry.index for entry in entries] != list(range(state.num_entries)):
-        raise CorruptRecordError(f"stream {name!r}: {len(entries)} entries found, {state.num_entries} announced")
+    lineage = (row.stream_id, count_cuts(view, row.stream_id))
+    has_grown = known is not None and known.lineage == lineage and len(known.entries) <= state.num_entries
+    entries = Entries.of(known.entries) if known is not None and has_grown else Entries()
+    prefix = _STREAM_ID.pack(row.stream_id)
+    rows = view.scan(Table.ENTRIES, start=position_key(row.stream_id, len(entries)), prefix=prefix)
+    while batch := list(islice(rows, _BATCH_ENTRIES)):
+        places = range(len(entries), len(entries) + len(batch))
+        if [key for key, _ in batch] != [position_key(row.stream_id, place) for place in places]:
+            break
+        if any(len(value) != ENTRY_NBYTES for _, value in batch):
+            for place, (_, value) in zip(places, batch, strict=True):
+                unpack_entry(place, value)
+        entries = entries.followed_by_packed(b"".join(value for _, value in batch))
+    if len(entries) != state.num_entries or batch:
+        num_found = sum(1 for _ in view.scan(Table.ENTRIES, prefix=prefix))
+        raise CorruptRecordError(f"stream {name!r}: {num_found} entries found, {state.num_entries} announced")
     cursor = load_json(state.cursor_json, f"cursor of stream {name!r}")
-    return Manifest(row.header, entries, cursor, state.num_tokens)
+    return Manifest(row.header, entries, cursor, state.num_tokens, lineage)
 
 
 def read_summaries(view: ReadView, stream_id: int, first: int, count: int) -> dict[int, bytes]:
@@ -222,6 +245,7 @@ def delete_stream(view: WriteView, name: str) -> list[tuple[BlockKey, Extent]]:
         view.delete(Table.SUMMARIES, position)
     view.delete(Table.STATES, prefix)
     view.delete(Table.STREAMS, stream_key)
+    forget_cuts(view, stream_id)
     return freed
 
 

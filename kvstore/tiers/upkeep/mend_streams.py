@@ -11,6 +11,7 @@ from kvstore.errors import CorruptRecordError, KVStoreError
 from kvstore.spec import BLOCK_KEY_NBYTES, BlockKey
 from kvstore.tiers.catalogue import Table, WriteView
 from kvstore.tiers.tables.calibrations import parse_row
+from kvstore.tiers.tables.cuts import note_cut
 from kvstore.tiers.tables.meta import ensure_stream_counter
 from kvstore.tiers.tables.records import (
     Entry,
@@ -118,6 +119,7 @@ class _Manifest:
         return state if state is not None and state.num_entries <= num_found + _MAX_MISSING else None
 
     def _say(self, what: str) -> None:
+        note_cut(self._view, self._row.stream_id)
         self._mended.append(f"stream {self._row.header.name!r}: {what}")
 
 
