@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from _pytest.mark.structures import ParameterSet
 import kvstore
 import kvstore.store
 from kvstore.native import IoPool
-from kvstore.store import Access, Durability, FetchRequest, Outcome, Store
+from kvstore.store import Access, Durability, FetchRequest, NewObject, Outcome, Store
 from kvstore.tiers.disk import Found
 from kvstore.tiers.upkeep.compact import Compactor
 from kvstore.tiers.upkeep.export_stream import export_stream
@@ -42,6 +42,15 @@ from tests.store_blocks import (
 NUM_BLOCKS = 6
 PLAIN = range(100, 120)
 BUDGET_NBYTES = (1 << 19) + 30 * EXTENT_NBYTES
+OLD = (
+    NewObject("index", 0, 2, [b"old" * 3000, b"", b"and"]),
+    NewObject("state", NUM_BLOCKS, NUM_BLOCKS, [b"state" * 900]),
+)
+NEW = (
+    NewObject("index", 0, 3, [b"new" * 5000]),
+    NewObject("index", 1, NUM_BLOCKS + 1, [b"more" * 5000, b"behind an append"]),
+    OLD[1],
+)
 PATIENCE_S = 120
 MOST_CALLS = 400
 
@@ -55,6 +64,7 @@ class Change:
         before: entries of each stream before.
         after: entries of each stream after.
         stored: plain blocks that are there once it is acknowledged.
+        objects: what a stream has after, as far as it is long enough.
         is_repair: there is damage before; a repair that ended early is done again.
     """
 
@@ -62,6 +72,7 @@ class Change:
     before: dict[str, int]
     after: dict[str, int]
     stored: range = range(0)
+    objects: Sequence[NewObject] = OLD
     is_repair: bool = False
 
 
@@ -95,12 +106,20 @@ def compact(store: Store) -> None:
 def start_another(store: Store) -> None:
     store.create_stream(replace(HEADER, name="other"))
     store.append("other", make_blocks(3, 0), {"next": 3})
+    store.put_objects("other", OLD[:1])
+    store.flush()
+
+
+def put_objects(store: Store) -> None:
+    store.append("lecture", make_blocks(2, NUM_BLOCKS), {"next": NUM_BLOCKS + 2})
+    store.put_objects("lecture", NEW)
     store.flush()
 
 
 CHANGES = {
     "append": Change(append, {"lecture": NUM_BLOCKS}, {"lecture": NUM_BLOCKS + 2}),
     "start_another": Change(start_another, {"lecture": NUM_BLOCKS}, {"lecture": NUM_BLOCKS, "other": 3}),
+    "put_objects": Change(put_objects, {"lecture": NUM_BLOCKS}, {"lecture": NUM_BLOCKS + 2}, objects=NEW),
     "remove_stream": Change(lambda store: store.remove_stream("lecture"), {"lecture": NUM_BLOCKS}, {}),
     "put_into_a_full_store": Change(put_into_a_full_store, {"lecture": NUM_BLOCKS}, {"lecture": NUM_BLOCKS}),
     "compact": Change(compact, {"lecture": NUM_BLOCKS}, {"lecture": NUM_BLOCKS}, stored=PLAIN[1::2]),
@@ -132,6 +151,7 @@ def export_another(path: Path) -> None:
     with open_store(path.with_name("origin")) as store:
         store.create_stream(replace(HEADER, name="other"))
         store.append("other", make_blocks(NUM_BLOCKS + 2), {"next": NUM_BLOCKS + 2})
+        store.put_objects("other", OLD)
         store.flush()
         export_stream(store._disk, store._pool, "other", path.with_name("exported"))
     shutil.rmtree(path.with_name("origin"))
@@ -152,6 +172,25 @@ def make_store(path: Path) -> None:
         store.create_stream(HEADER)
         store.put([block_key(number) for number in PLAIN], [make_slot(number) for number in PLAIN], [40] * len(PLAIN))
         store.append("lecture", make_blocks(NUM_BLOCKS), {"next": NUM_BLOCKS})
+        store.put_objects("lecture", OLD)
+
+
+def listed(objects: Sequence[NewObject], num_blocks: int) -> dict[tuple[str, int, int], list[bytes | None]]:
+    """Objects of a stream of so many blocks, with their parts."""
+    return {
+        (each.kind, each.index, each.num_blocks): [bytes(part) for part in each.parts]
+        for each in objects
+        if each.num_blocks <= num_blocks
+    }
+
+
+def objects_of(store: Store, name: str) -> dict[tuple[str, int, int], list[bytes | None]]:
+    """The same, as the store has them."""
+    return {
+        (kind, each.index, each.num_blocks): store.read_object(name, kind, each.index)
+        for kind in ("index", "state")
+        for each in store.objects(name, kind)
+    }
 
 
 def check(path: Path, change: Change, is_acknowledged: bool) -> None:
@@ -172,6 +211,9 @@ def check(path: Path, change: Change, is_acknowledged: bool) -> None:
             requests = [FetchRequest(entry.key, empty_slot()) for entry in entries]
             assert all(outcome.is_hit for outcome in store.fetch(requests).outcomes)
             assert all(same_block(request.slot, make_slot(number)) for number, request in enumerate(requests))
+            have = objects_of(store, name)
+            early = not is_acknowledged and (have == listed(OLD, count) or (name == "other" and not have))
+            assert early or have == listed(change.objects, count), have
         for number in (*PLAIN, *range(200, 216)):
             slot = empty_slot()
             (outcome,) = store.get([block_key(number)], [slot])

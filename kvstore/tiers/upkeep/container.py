@@ -12,7 +12,8 @@ from kvstore.errors import CorruptRecordError, UnsupportedFormatError
 from kvstore.native import crc32c
 
 MAJOR = 1
-MINOR = 0
+MINOR = 1
+"""Since 1.1 objects may follow the end of the stream; a file without any is one of 1.0."""
 
 _MAGIC = b"KVXP"
 _HEADER = struct.Struct("<4sHH")  # magic, major, minor
@@ -20,7 +21,7 @@ _CHUNK = struct.Struct("<4sIQ")  # kind, CRC32C of the payload, bytes of the pay
 
 
 class Kind(Enum):
-    """Kinds of chunks, in the order in which they come."""
+    """Kinds of chunks, in the order in which they come; a reader of 1.0 stops at `END`."""
 
     HEADER = b"HEAD"
     STATE = b"STAT"
@@ -29,6 +30,8 @@ class Kind(Enum):
     BLOCK = b"BLCK"
     ENTRY = b"ENTR"
     END = b"DONE"
+    OBJECT = b"OBJT"
+    LAST = b"LAST"
 
 
 _ORDER = {kind: position for position, kind in enumerate(Kind)}
@@ -40,6 +43,8 @@ _MAX_NBYTES = {
     Kind.BLOCK: 4 << 30,
     Kind.ENTRY: 256 << 20,
     Kind.END: 64,
+    Kind.OBJECT: (1 << 30) + 4096,
+    Kind.LAST: 64,
 }
 
 
@@ -57,12 +62,13 @@ class ContainerWriter:
 
     Args:
         file: open for writing, at its beginning.
+        has_objects: whether objects will follow the end of the stream, and `finish` them.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, *, has_objects: bool = False) -> None:
         self._file = file
         self._num_chunks = 0
-        file.write(_HEADER.pack(_MAGIC, MAJOR, MINOR))
+        file.write(_HEADER.pack(_MAGIC, MAJOR, MINOR if has_objects else 0))
 
     def write(self, kind: Kind, *parts: bytes) -> None:
         """Append a chunk whose payload is `parts`."""
@@ -75,8 +81,12 @@ class ContainerWriter:
         self._num_chunks += 1
 
     def end(self) -> None:
-        """Append the chunk that says that all are there."""
+        """Append the chunk that says that all of the stream are there."""
         self.write(Kind.END, struct.pack("<Q", self._num_chunks))
+
+    def finish(self) -> None:
+        """Append the chunk that says that all objects are there, too."""
+        self.write(Kind.LAST, struct.pack("<Q", self._num_chunks))
 
 
 class ContainerReader:
@@ -97,6 +107,8 @@ class ContainerReader:
         self._nbytes = file.seek(0, 2)
         self._last = Kind.HEADER
         self._num_chunks = 0
+        self.has_objects = False
+        """Whether objects follow the end of the stream."""
         file.seek(0)
         header = file.read(_HEADER.size)
         magic, major, minor = _HEADER.unpack(header) if len(header) == _HEADER.size else (b"", 0, 0)
@@ -106,19 +118,28 @@ class ContainerReader:
             raise UnsupportedFormatError(
                 f"{name}: exported as format {major}.{minor}; this program reads up to {MAJOR}.x: upgrade kvstore"
             )
+        self.has_objects = minor > 0
 
     def next(self) -> Chunk:
-        """Read the next chunk; the one of kind `END` is the last.
+        """Read the next chunk; the one of kind `END` is the last of the stream, that of kind `LAST` of its objects.
+
+        Behind `END`, chunks of kinds that newer programs write are passed over.
 
         Raises:
             CorruptRecordError: the file is cut off or damaged, or its chunks are out of order.
         """
-        offset = self._file.tell()
-        head = self._file.read(_CHUNK.size)
-        if len(head) < _CHUNK.size:
-            raise CorruptRecordError(f"{self._name}: cut off at byte {offset}")
-        value, crc, nbytes = _CHUNK.unpack(head)
-        kind = next((kind for kind in Kind if kind.value == value), None)
+        while True:
+            offset = self._file.tell()
+            head = self._file.read(_CHUNK.size)
+            if len(head) < _CHUNK.size:
+                raise CorruptRecordError(f"{self._name}: cut off at byte {offset}")
+            value, crc, nbytes = _CHUNK.unpack(head)
+            kind = next((kind for kind in Kind if kind.value == value), None)
+            is_newer = kind is None and _ORDER[self._last] >= _ORDER[Kind.END]
+            if not is_newer or nbytes > self._nbytes - self._file.tell():
+                break
+            self._file.seek(nbytes, 1)
+            self._num_chunks += 1
         if kind is None or _ORDER[kind] < _ORDER[self._last]:
             raise CorruptRecordError(f"{self._name}: a chunk {value!r} at byte {offset}, where none may be")
         if nbytes > _MAX_NBYTES[kind] or nbytes > self._nbytes - self._file.tell():
@@ -128,11 +149,16 @@ class ContainerReader:
         payload = self._file.read(nbytes)
         if len(payload) != nbytes or crc32c(payload) != crc:
             raise CorruptRecordError(f"{self._name}: the chunk at byte {offset} is damaged")
-        if kind is Kind.END and payload != struct.pack("<Q", self._num_chunks):
+        if kind in (Kind.END, Kind.LAST) and payload != struct.pack("<Q", self._num_chunks):
             raise CorruptRecordError(f"{self._name}: {self._num_chunks} chunks are there, others are missing")
         self._last = kind
         self._num_chunks += 1
         return Chunk(kind, payload, offset)
+
+    @property
+    def offset(self) -> int:
+        """Bytes of the file that were read."""
+        return self._file.tell()
 
     def rewind(self, offset: int) -> None:
         """Read on from a chunk that was read before."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from kvstore.calibration import CALIBRATION_ID_NBYTES
 from kvstore.errors import CapacityError, KVStoreError, StoreIOError
@@ -20,9 +21,11 @@ from kvstore.tiers.extents import sync_folder
 from kvstore.tiers.manifest import Manifest
 from kvstore.tiers.room import FULL_ERRNOS, describe_full
 from kvstore.tiers.tables.blocks import find_directory
+from kvstore.tiers.tables.objects import object_rows
 from kvstore.tiers.tables.records import StreamState, pack_entry, pack_state
 from kvstore.tiers.tables.streams import find_state, find_stream, read_entries, read_manifest, read_summaries
 from kvstore.tiers.upkeep.container import ContainerWriter, Kind
+from kvstore.tiers.upkeep.object_chunks import write_objects
 from kvstore.tiers.upkeep.transfer import RecordTransfer
 
 BLOCK_PREFIX = struct.Struct("<32sI")
@@ -38,12 +41,14 @@ class ExportReport:
         num_blocks: distinct blocks.
         missing: blocks that the store holds no more, or damaged: the file has their entries and not their bytes.
         nbytes: length of the file.
+        num_objects: objects of the stream.
     """
 
     num_entries: int
     num_blocks: int
     missing: list[BlockKey]
     nbytes: int
+    num_objects: int
 
 
 def export_stream(
@@ -66,7 +71,7 @@ def export_stream(
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
-            num_entries, num_blocks, missing = _write(disk, pool, name, ContainerWriter(file), progress)
+            num_entries, num_blocks, missing, num_objects = _write(disk, pool, name, file, progress)
             file.flush()
             os.fsync(file.fileno())
             nbytes = file.tell()
@@ -79,22 +84,24 @@ def export_stream(
     finally:
         with suppress(OSError):  # it is gone when all went well
             part.unlink()
-    return ExportReport(num_entries, num_blocks, missing, nbytes)
+    return ExportReport(num_entries, num_blocks, missing, nbytes, num_objects)
 
 
 def _write(
     disk: DiskTier,
     pool: IoPool,
     name: str,
-    container: ContainerWriter,
+    file: BinaryIO,
     progress: Callable[[int, int], None] | None,
-) -> tuple[int, int, list[BlockKey]]:
+) -> tuple[int, int, list[BlockKey], int]:
     with disk.catalogue.read() as view:
         stream_id = find_stream(view, name).stream_id
         manifest = read_manifest(view, name)
         cursor_json = find_state(view, stream_id).cursor_json
         keys = list({entry.key: None for entry in manifest.entries})
         heads = [find_directory(view, key) for key in keys]
+        objects = object_rows(view, stream_id)
+    container = ContainerWriter(file, has_objects=bool(objects))
     container.write(Kind.HEADER, manifest.header.to_json())
     state = StreamState(len(manifest.entries), manifest.num_tokens, cursor_json)
     container.write(Kind.STATE, pack_state(state))
@@ -114,7 +121,8 @@ def _write(
             summary = read_summaries(view, stream_id, entry.index, 1).get(entry.index) if is_same else None
         container.write(Kind.ENTRY, pack_entry(entry), bytes([summary is not None]), summary or b"")
     container.end()
-    return len(manifest.entries), len(keys), missing
+    num_objects = write_objects(RecordTransfer(disk, pool), objects, container) if objects else 0
+    return len(manifest.entries), len(keys), missing, num_objects
 
 
 def _write_calibrations(

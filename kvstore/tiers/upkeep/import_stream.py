@@ -30,10 +30,12 @@ from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.manifest import StreamHeader, load_json
 from kvstore.tiers.tables.blocks import find_sound
 from kvstore.tiers.tables.calibrations import find_decision, put_calibration, put_decision
+from kvstore.tiers.tables.object_rows import ObjectRow
 from kvstore.tiers.tables.records import ENTRY_NBYTES, Entry, StreamState, unpack_entry, unpack_state
 from kvstore.tiers.tables.streams import find_state, find_stream, restore_stream
 from kvstore.tiers.upkeep.container import Chunk, ContainerReader, Kind
 from kvstore.tiers.upkeep.export_stream import BLOCK_PREFIX
+from kvstore.tiers.upkeep.object_chunks import read_objects, restore_objects
 from kvstore.tiers.upkeep.record_check import RecordCheck
 from kvstore.tiers.upkeep.transfer import EncodedBlock, RecordTransfer
 
@@ -50,6 +52,7 @@ class ImportReport:
         num_blocks: distinct blocks in the file.
         is_new: False when the stream was there already: then only blocks that it lacked were brought back.
         missing: blocks that neither the file nor the store holds: the stream answers without them.
+        num_objects: objects in the file.
     """
 
     header: StreamHeader
@@ -57,6 +60,7 @@ class ImportReport:
     num_blocks: int
     is_new: bool
     missing: list[BlockKey]
+    num_objects: int
 
 
 def import_stream(
@@ -111,6 +115,7 @@ class _Import:
         self._reader = reader
         self._path = path
         self._tokens_of: dict[BlockKey, int] = {}
+        self._objects: list[ObjectRow] = []
         self._batch: list[EncodedBlock] = []
         self._batch_nbytes = 0
         self._header = self._read_header(name)
@@ -128,8 +133,11 @@ class _Import:
                 chunk = self._reader.next()
             if chunk.kind is not Kind.END or num_tokens != self._state.num_tokens:
                 raise CorruptRecordError(f"{self._path}: its entries are not those that its state announces")
+            if self._reader.has_objects:
+                self._read_objects(progress)
             missing = self._commit(first_offset, is_new)
-        return ImportReport(self._header, self._state.num_entries, len(self._tokens_of), is_new, missing)
+        num_objects = len(self._objects)
+        return ImportReport(self._header, self._state.num_entries, len(self._tokens_of), is_new, missing, num_objects)
 
     def _read_blocks(self, progress: Callable[[int], None]) -> Chunk:
         """Store calibrations and blocks; returns the first chunk behind them."""
@@ -214,13 +222,26 @@ class _Import:
         if not self._check.is_sound(record, num_tokens):
             raise CorruptRecordError(f"{self._path}: block {key.hex()[:16]} cannot be decoded")
         self._tokens_of[key] = num_tokens
-        if self._batch and self._batch_nbytes + len(record) > _BATCH_NBYTES:
+        self._add(EncodedBlock(key, num_tokens, record))
+
+    def _read_objects(self, progress: Callable[[int], None]) -> None:
+        for row, body in read_objects(self._reader, self._path, self._state.num_entries):
+            self._objects.append(row)
+            self._add(body)
+            progress(self._reader.offset)
+        self._write_batch()
+
+    def _add(self, block: EncodedBlock) -> None:
+        if self._batch and self._batch_nbytes + len(block.record) > _BATCH_NBYTES:
             self._write_batch()
-        self._batch.append(EncodedBlock(key, num_tokens, record))
-        self._batch_nbytes += len(record)
+        self._batch.append(block)
+        self._batch_nbytes += len(block.record)
+
+    def _keep(self) -> set[BlockKey]:
+        return {*self._tokens_of, *(row.body for row in self._objects)}
 
     def _write_batch(self) -> None:
-        outcomes = self._transfer.write(self._batch, self._tokens_of)
+        outcomes = self._transfer.write(self._batch, self._keep())
         if Outcome.DAMAGED in outcomes:
             raise CorruptRecordError(f"{self._path}: a block is no record of the length that it says")
         if Outcome.FULL in outcomes:
@@ -248,10 +269,12 @@ class _Import:
             missing.clear()
             if is_new:
                 missing.extend(restore_stream(view, self._header, self._state, self._entries(first_offset)))
-                return []
-            wanted = {entry.key: None for entry, _ in self._entries(first_offset)}
-            missing.extend(key for key in wanted if find_sound(view, key) is None)
+            else:
+                wanted = {entry.key: None for entry, _ in self._entries(first_offset)}
+                missing.extend(key for key in wanted if find_sound(view, key) is None)
+            stream_id = find_stream(view, self._header.name).stream_id
+            restore_objects(view, stream_id, self._state.num_entries, self._objects)
             return []
 
-        self._disk.commit(name, self._tokens_of)
+        self._disk.commit(name, self._keep())
         return missing

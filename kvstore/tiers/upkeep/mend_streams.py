@@ -13,6 +13,7 @@ from kvstore.tiers.catalogue import Table, WriteView
 from kvstore.tiers.tables.calibrations import parse_row
 from kvstore.tiers.tables.cuts import note_cut
 from kvstore.tiers.tables.meta import ensure_stream_counter
+from kvstore.tiers.tables.object_rows import PREFIX, ObjectRow, every_row, stream_id_of, stream_prefix
 from kvstore.tiers.tables.records import (
     Entry,
     StreamState,
@@ -39,11 +40,11 @@ def mend_streams(
 
     Args:
         view: the transaction.
-        stored: blocks that are there.
+        stored: blocks and bodies that are there.
         mended: gains what was done, in words.
 
     Returns:
-        How many entries name each block; stream and index of those whose block is not stored.
+        How many entries and objects name each block or body; stream and index of those whose block is not stored.
     """
     needed: Counter[BlockKey] = Counter()
     lost: list[tuple[str, int]] = []
@@ -51,10 +52,12 @@ def mend_streams(
     for packed_name, row in list(every_stream(view)):
         if isinstance(row, StreamRow):
             owned.add(row.stream_id.to_bytes(STREAM_ID_NBYTES, "big"))
-            for entry in _Manifest(view, row, mended).mend():
+            entries = _Manifest(view, row, mended).mend()
+            for entry in entries:
                 needed[entry.key] += 1
                 if entry.key not in stored:
                     lost.append((row.header.name, entry.index))
+            needed.update(_mend_objects(view, row, len(entries), stored, mended))
         else:
             view.delete(Table.STREAMS, packed_name)
             mended.append(f"stream {packed_name!r} was dropped: {row}")
@@ -143,6 +146,21 @@ def _without_gaps(found: dict[int, Entry], count: int, end_token: int) -> list[E
     return entries
 
 
+def _mend_objects(
+    view: WriteView, row: StreamRow, num_entries: int, stored: Collection[BlockKey], mended: list[str]
+) -> list[BlockKey]:
+    """Drop objects of a stream that are damaged, lost, or describe what is not there; returns bodies of the others."""
+    bodies: list[BlockKey] = []
+    for key, each in list(every_row(view, stream_prefix(row.stream_id))):
+        if isinstance(each, ObjectRow) and each.body in stored and each.num_blocks <= num_entries:
+            bodies.append(each.body)
+            continue
+        view.delete(Table.META, key)
+        what = f"object {each.kind} {each.index}" if isinstance(each, ObjectRow) else "an object"
+        mended.append(f"stream {row.header.name!r}: {what} was damaged and is dropped")
+    return bodies
+
+
 def _drop_orphans(view: WriteView, owned: Collection[bytes], mended: list[str]) -> None:
     for table in (Table.STATES, Table.ENTRIES, Table.SUMMARIES):
         orphans = [key for key in view.keys(table) if key[:STREAM_ID_NBYTES] not in owned]
@@ -150,6 +168,11 @@ def _drop_orphans(view: WriteView, owned: Collection[bytes], mended: list[str]) 
             view.delete(table, key)
         if orphans:
             mended.append(f"table {table.value.decode()}: {len(orphans)} rows of no stream dropped")
+    objects = [key for key, _ in view.scan(Table.META, prefix=PREFIX) if stream_id_of(key) not in owned]
+    for key in objects:
+        view.delete(Table.META, key)
+    if objects:
+        mended.append(f"{len(objects)} objects of no stream dropped")
 
 
 def _drop_calibrations(view: WriteView, mended: list[str]) -> None:

@@ -133,6 +133,12 @@ class Repairer:
         mended: list[str] = []
         records = self._drop_blocks(view, damaged, mended)
         needed, lost = mend_streams(view, records.keys(), mended)
+        unnamed = [key for key, record in records.items() if record.is_object and key not in needed]
+        for key in unnamed:
+            view.delete(Table.BLOCKS, key)
+            del records[key]
+        if unnamed:
+            mended.append(f"{len(unnamed)} bodies of no object dropped")
         extents: dict[bytes, bytes] = {}
         idle: dict[bytes, bytes] = {}
         num_counted = 0

@@ -16,6 +16,7 @@ from kvstore.tiers.base import Outcome
 from kvstore.tiers.disk import DiskTier, Found
 from kvstore.tiers.reading.extent_check import record_in
 from kvstore.tiers.tables.blocks import PlacedBlock, find_stored, insert_blocks
+from kvstore.tiers.tables.object_body import check_body
 from kvstore.tiers.tables.records import EXTENT_HEADER_NBYTES, BlockRecord, extent_nbytes
 from kvstore.tiers.writing.record_writer import transfers
 
@@ -26,12 +27,12 @@ _MAX_ROUNDS = 3
 
 @dataclass(frozen=True, slots=True)
 class EncodedBlock:
-    """A block as its record.
+    """A block as its record, or the body of an object.
 
     Args:
         key: its name.
-        num_tokens: tokens in it.
-        record: the bytes that csrc/codec/FORMAT.md defines.
+        num_tokens: tokens in it; 0 for a body.
+        record: the bytes that csrc/codec/FORMAT.md defines, or those of a body.
     """
 
     key: BlockKey
@@ -192,8 +193,14 @@ def wait_all(tickets: Sequence[Ticket]) -> None:
 
 
 def directory_of(block: EncodedBlock) -> bytes | None:
-    """Return the header and plane directory of a block's record; None unless it is a record of as many tokens."""
+    """Return the header and plane directory of a block's record; None unless it is a record of as many tokens.
+
+    The body of an object has none, and is checked whole.
+    """
     with suppress(KVStoreError):
+        if block.num_tokens == 0:
+            check_body(block.record)
+            return b""
         info = probe(block.record)
         if info.num_tokens == block.num_tokens and info.total_nbytes == len(block.record):
             return block.record[: info.header_nbytes]
