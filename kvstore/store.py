@@ -28,7 +28,8 @@ from kvstore.tiers.slots import check_keys, check_layers, check_slots
 from kvstore.tiers.tables.entries import Entries
 from kvstore.tiers.tables.object_body import NewObject, ObjectEntry
 from kvstore.tiers.tables.records import Entry
-from kvstore.tiers.tables.streams import ensure_stream, find_stream, read_manifest, read_summaries, stream_rows
+from kvstore.tiers.tables.streams import ensure_stream, find_stream, read_summaries, stream_rows
+from kvstore.tiers.tables.take_manifest import take_manifest
 from kvstore.tiers.upkeep.sharing import Sharing
 from kvstore.tiers.usage import collect_stats
 from kvstore.tiers.writing.appender import NewBlock
@@ -169,8 +170,7 @@ class Store(ObjectCalls):
             known: an earlier snapshot: of a stream that has only grown since, only what is new is read.
         """
         self._check_open()
-        with self._disk.catalogue.read() as view:
-            return read_manifest(view, name, known)
+        return take_manifest(self._disk.catalogue, name, known)
 
     def streams(self) -> list[StreamHeader]:
         """List all streams by name."""

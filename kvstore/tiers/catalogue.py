@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ from kvstore.errors import (
     UnsupportedFormatError,
 )
 from kvstore.tiers.gate import Gate
+from kvstore.tiers.resident import MappedPages
 from kvstore.tiers.room import FULL_ERRNOS, READ_ONLY_ERRNOS, describe_full, free_nbytes, reserve
 from kvstore.tiers.tables.names import Table
 
@@ -127,6 +128,7 @@ class Catalogue:
         self._max_map_nbytes = max_map_nbytes
         self._pid = os.getpid()
         self._gate = Gate()
+        self.pages = MappedPages(self._gate, self._map_anew)
         if not writable and not self._data_path.exists():
             raise StoreNotFoundError(f"{folder}: no store here; create it by opening it for writing")
         is_new = writable and not self._data_path.exists()
@@ -176,11 +178,12 @@ class Catalogue:
                 yield ReadView(txn, self._tables)
             finally:
                 txn.abort()
+        self.pages.note_call()
 
     def write(self, work: Callable[[WriteView], Result]) -> Result:
         """Run `work` in the write transaction and commit; nothing is written when it raises.
 
-        `work` is run again from the start when the map had to grow, so it must not change anything but the view.
+        `work` is run again from the start when the map had to grow: it must change nothing but the view.
 
         Raises:
             CapacityError: the file system is full, or the catalogue reached its limit.
@@ -255,8 +258,7 @@ class Catalogue:
                     raise
 
     def _grow(self, cause: lmdb.Error) -> None:
-        map_nbytes = self._env.info()["map_size"]
-        if map_nbytes >= self._max_map_nbytes:
+        if (map_nbytes := self._env.info()["map_size"]) >= self._max_map_nbytes:
             raise CapacityError(
                 f"{self._data_path}: full at its limit of {self._max_map_nbytes} bytes; remove streams or raise it"
             ) from cause
@@ -266,6 +268,10 @@ class Catalogue:
         """Map `map_nbytes`, or with 0 what another process grew it to; LMDB allows it only without transactions."""
         with self._mapped_errors(), self._gate.exclusive():
             self._env.set_mapsize(map_nbytes)
+
+    def _map_anew(self) -> None:
+        with suppress(lmdb.Error):  # closed meanwhile
+            self._env.set_mapsize(self._env.info()["map_size"] if self._writable else 0)
 
     @contextmanager
     def _mapped_errors(self) -> Iterator[None]:

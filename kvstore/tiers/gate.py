@@ -59,3 +59,24 @@ class Gate:
                 if self._alone is alone:
                     self._alone = None
                 self._changed.notify_all()
+
+    @contextmanager
+    def exclusive_if_empty(self) -> Iterator[bool]:
+        """Like `exclusive`, but only if nobody is inside now; says whether. Whoever is inside may call it."""
+        alone = object()
+        try:
+            try:
+                with self._lock:
+                    if self._alone is None and not self._inside:
+                        self._alone = alone
+                yield self._alone is alone
+            finally:
+                self._open_again(alone)
+        finally:
+            self._open_again(alone)  # for good, as in `visit`
+
+    def _open_again(self, alone: object) -> None:
+        with self._lock:
+            if self._alone is alone:
+                self._alone = None
+                self._changed.notify_all()

@@ -100,6 +100,7 @@ class Manifest:
         num_tokens: tokens of all entries.
         lineage: the stream's number in the store, and how often it was cut: of two snapshots with the same one, the
             shorter is the beginning of the longer.
+        is_whole: whether `entries` are all; else the first ones.
     """
 
     header: StreamHeader
@@ -107,6 +108,7 @@ class Manifest:
     cursor: dict[str, JSON]
     num_tokens: int
     lineage: tuple[int, int] = field(default=(0, 0), compare=False)
+    is_whole: bool = True
 
     @property
     def is_complete(self) -> bool:

@@ -181,13 +181,14 @@ def read_entries(view: ReadView, stream_id: int, first: int = 0) -> Iterator[Ent
         yield unpack_entry(position_index(key), value)
 
 
-def read_manifest(view: ReadView, name: str, known: Manifest | None = None) -> Manifest:
+def read_manifest(view: ReadView, name: str, known: Manifest | None = None, most: int | None = None) -> Manifest:
     """Take a snapshot of a stream.
 
     Args:
         view: the transaction.
         name: of the stream.
         known: an earlier snapshot: what it has of a stream that has only grown since is not read again.
+        most: entries to read; `is_whole` says whether there are others.
 
     Raises:
         StreamNotFoundError: there is none of that name.
@@ -198,9 +199,10 @@ def read_manifest(view: ReadView, name: str, known: Manifest | None = None) -> M
     lineage = (row.stream_id, count_cuts(view, row.stream_id))
     has_grown = known is not None and known.lineage == lineage and len(known.entries) <= state.num_entries
     entries = Entries.of(known.entries) if known is not None and has_grown else Entries()
+    wanted = state.num_entries if most is None else min(len(entries) + most, state.num_entries)
     prefix = _STREAM_ID.pack(row.stream_id)
     rows = view.scan(Table.ENTRIES, start=position_key(row.stream_id, len(entries)), prefix=prefix)
-    while batch := list(islice(rows, _BATCH_ENTRIES)):
+    while batch := list(islice(rows, min(wanted - len(entries), _BATCH_ENTRIES))):
         places = range(len(entries), len(entries) + len(batch))
         if [key for key, _ in batch] != [position_key(row.stream_id, place) for place in places]:
             break
@@ -208,11 +210,11 @@ def read_manifest(view: ReadView, name: str, known: Manifest | None = None) -> M
             for place, (_, value) in zip(places, batch, strict=True):
                 unpack_entry(place, value)
         entries = entries.followed_by_packed(b"".join(value for _, value in batch))
-    if len(entries) != state.num_entries or batch:
+    if len(entries) != wanted or (wanted == state.num_entries and next(rows, None) is not None):
         num_found = sum(1 for _ in view.scan(Table.ENTRIES, prefix=prefix))
         raise CorruptRecordError(f"stream {name!r}: {num_found} entries found, {state.num_entries} announced")
     cursor = load_json(state.cursor_json, f"cursor of stream {name!r}")
-    return Manifest(row.header, entries, cursor, state.num_tokens, lineage)
+    return Manifest(row.header, entries, cursor, state.num_tokens, lineage, wanted == state.num_entries)
 
 
 def read_summaries(view: ReadView, stream_id: int, first: int, count: int) -> dict[int, bytes]:
