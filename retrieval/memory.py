@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kvstore.errors import ShapeError
@@ -13,7 +14,7 @@ from kvstore.retrieval.estimates import Estimate, EstimateTable
 from kvstore.retrieval.fusion import ExtraScores, ReciprocalRank
 from kvstore.retrieval.index.partitions import MatrixIndex, PartitionedIndex
 from kvstore.retrieval.policy import Policy
-from kvstore.retrieval.selectors.budget import LayeredSelector
+from kvstore.retrieval.selectors.budget import LayeredSelector, TokenBudget
 from kvstore.retrieval.tokens import LayerQuery, LayerTokens
 from kvstore.retrieval.unit_table import UnitTable
 from kvstore.retrieval.units import Units
@@ -30,6 +31,7 @@ class Selection:
     Args:
         tokens: numbers of the tokens, ascending: one tensor `[num_chosen]` int64 for all KV heads, or one for each.
         units: the units that hold them, likewise: numbers in the order in which they were cut.
+        chosen: [partitions, num_units] bool: the same as marks.
         scores: [partitions, num_units] float32: the fused scores; -inf for what could not be chosen.
         estimated: units whose attention is to be estimated, one tensor per KV head; none when empty.
         estimate: what it is to be estimated from; None where nothing is.
@@ -37,6 +39,7 @@ class Selection:
 
     tokens: tuple[Tensor, ...]
     units: tuple[Tensor, ...]
+    chosen: Tensor
     scores: Tensor
     estimated: tuple[Tensor, ...] = ()
     estimate: Estimate | None = None
@@ -51,22 +54,30 @@ class LayerMemory:
         key_dim: elements of a key.
         make_index: holds the summaries; the exact one by default.
         layer: which one it is, for selectors that ask.
+        table: that of another layer, which is given the same tokens first, where all layers are cut alike.
     """
 
     def __init__(
-        self, policy: Policy, kv_heads: int, key_dim: int, make_index: MakeIndex = MatrixIndex, layer: int = 0
+        self,
+        policy: Policy,
+        kv_heads: int,
+        key_dim: int,
+        make_index: MakeIndex = MatrixIndex,
+        layer: int = 0,
+        table: UnitTable | None = None,
     ) -> None:
         assert policy.segmenter is not None, "a policy without units needs no memory"
-        self._policy = policy
+        self.policy = policy
         selector = policy.selector
-        self._selector = selector.in_layer(layer) if isinstance(selector, LayeredSelector) else selector
+        self.selector = selector.in_layer(layer) if isinstance(selector, LayeredSelector) else selector
         self._segmenter = policy.segmenter
-        self._scale = key_dim**-0.5
+        self.scale = key_dim**-0.5
         self._kv_heads = kv_heads
-        self._indices = [make_index(kv_heads, view.summariser.width(key_dim)) for view in policy.views]
+        self.indices = [make_index(kv_heads, view.summariser.width(key_dim)) for view in policy.views]
         self._estimates = EstimateTable(kv_heads, key_dim) if policy.estimated_share else None
         self._pending: LayerTokens | None = None
-        self.table = UnitTable(kv_heads)
+        self._has_own_table = table is None
+        self.table = UnitTable(kv_heads) if table is None else table
 
     @property
     def num_tokens(self) -> int:
@@ -132,47 +143,118 @@ class LayerMemory:
         Raises:
             ShapeError: extra scores are not one per unit.
         """
-        scores = self.score(query)
-        if extra:
-            scores = self._fused(scores, extra)
-        whole = self.table.sizes
-        sizes = whole if end is None else self.table.sizes_before(end)
-        if scores.shape[0] == 1:  # one list: of tables that differ, the largest counts
-            sizes, whole = sizes.amax(dim=0, keepdim=True), whole.amax(dim=0, keepdim=True)
-        scores = scores.masked_fill(sizes == 0, float("-inf"))
-        chosen = self._selector.select(scores, sizes.where(sizes > 0, whole).expand_as(scores), budget_tokens)
-        estimated: tuple[Tensor, ...] = ()
-        if self._policy.estimated_share:
-            estimated = self._next_best(scores.masked_fill(chosen | (sizes < whole), float("-inf")))
-        units = tuple(row.nonzero()[:, 0] for row in chosen)
-        is_guessed = self._estimates is not None and any(each.shape[0] for each in estimated)
-        estimate = self._estimates.of(estimated) if self._estimates is not None and is_guessed else None
-        return Selection(self.table.tokens_of(units, end), units, scores, estimated, estimate)
+        return select_together([self], query, budget_tokens, end, [extra])[0]
 
     def score(self, query: LayerQuery) -> Tensor:
         """Fused scores of all units: `[kv_heads, num_units]`, or `[1, num_units]` where heads select together."""
-        scores = []
-        for view, index in zip(self._policy.views, self._indices, strict=True):
-            num_asking = query.query.shape[2] if view.pool is Pool.EACH else 1
-            scores.append(view.agree(index.scores(view.lifted(query)), num_asking, self._scale))
-        return self._policy.fusion.fuse(scores)
-
-    def _fused(self, scores: Tensor, extra: Sequence[ExtraScores]) -> Tensor:
-        for each in extra:
-            if each.scores.shape not in (scores.shape, scores.shape[1:]):
-                raise ShapeError(f"extra scores are {list(each.scores.shape)}; the units' are {list(scores.shape)}")
-        fusion = ReciprocalRank(weights=(1.0, *(each.weight for each in extra)))
-        return fusion.fuse([scores, *(each.scores.expand_as(scores) for each in extra)])
+        return _scores([self], query)
 
     def _index(self, tokens: LayerTokens, units: tuple[Units, ...]) -> None:
-        for view, index in zip(self._policy.views, self._indices, strict=True):
+        for view, index in zip(self.policy.views, self.indices, strict=True):
             index.add(view.summaries(tokens, units))
         if self._estimates is not None:
             self._estimates.add(tokens, units)
-        self.table.add(units)
+        if self._has_own_table:
+            self.table.add(units)
+
+    def estimate(self, scores: Tensor, chosen: Tensor, is_cut: Tensor) -> tuple[tuple[Tensor, ...], Estimate | None]:
+        """Units next in order, whose attention is to be estimated, and what from; none that are read or cut short."""
+        if self._estimates is None:
+            return (), None
+        units = self._next_best(scores.masked_fill(chosen | is_cut, float("-inf")))
+        return units, self._estimates.of(units) if any(each.shape[0] for each in units) else None
 
     def _next_best(self, scores: Tensor) -> tuple[Tensor, ...]:
-        count = min(round(self._policy.estimated_share * scores.shape[1]), scores.shape[1])
+        count = min(round(self.policy.estimated_share * scores.shape[1]), scores.shape[1])
         best = scores.topk(count, dim=1)
         found = [row[value.isfinite()].sort().values for row, value in zip(best.indices, best.values, strict=True)]
         return tuple(found) if len(found) == self._kv_heads else tuple(found * self._kv_heads)
+
+
+def select_together(
+    memories: Sequence[LayerMemory],
+    query: LayerQuery,
+    budget_tokens: int,
+    end: int | None = None,
+    extra: Sequence[Sequence[ExtraScores]] = (),
+) -> list[Selection]:
+    """Choose what several layers read, which takes little more than what one does; see `LayerMemory.select`.
+
+    Args:
+        memories: of the layers; one policy, and equally many units.
+        query: their queries: the KV heads of all layers, one layer behind the other.
+        budget_tokens: per KV head.
+        end: see `LayerMemory.select`.
+        extra: likewise, for each layer.
+
+    Raises:
+        ShapeError: extra scores are not one per unit.
+    """
+    first, count = memories[0], len(memories)
+    scores = _scores(memories, query)
+    if any(extra):
+        scores = _fused(scores, extra)
+    of_layer = scores.shape[0] // count
+    whole = _rows([memory.table.sizes for memory in memories], of_layer)
+    sizes = whole
+    if end is not None:
+        sizes = _rows([memory.table.sizes_before(end) for memory in memories], of_layer)
+    scores = scores.masked_fill(sizes == 0, float("-inf"))
+    usable = sizes.where(sizes > 0, whole).expand_as(scores)
+    if isinstance(first.selector, TokenBudget):  # each list by itself: so all of them at once
+        chosen = first.selector.select(scores, usable, budget_tokens)
+    else:
+        lists = zip(memories, scores.split(of_layer), usable.split(of_layer), strict=True)
+        chosen = torch.cat([memory.selector.select(of, fit, budget_tokens) for memory, of, fit in lists])
+    units = chosen.nonzero()[:, 1].split(chosen.sum(dim=1).tolist())
+    parts = [slice(start, start + of_layer) for start in range(0, scores.shape[0], of_layer)]
+    if first.table.has_one_list and all(memory.table is first.table for memory in memories):
+        found = first.table.tokens_of(units, end)
+        tokens = [found[part] for part in parts]
+    else:
+        tokens = [memory.table.tokens_of(units[part], end) for memory, part in zip(memories, parts, strict=True)]
+    is_cut = (sizes < whole).expand_as(scores)
+    made = []
+    for memory, part, read in zip(memories, parts, tokens, strict=True):
+        estimated, estimate = memory.estimate(scores[part], chosen[part], is_cut[part])
+        made.append(Selection(read, units[part], chosen[part], scores[part], estimated, estimate))
+    return made
+
+
+def _scores(memories: Sequence[LayerMemory], query: LayerQuery) -> Tensor:
+    """Fused scores of all units: `[layers * kv_heads, num_units]`, or `[layers, num_units]` where heads agree."""
+    policy, count = memories[0].policy, len(memories)
+    scores = []
+    for number, view in enumerate(policy.views):
+        num_asking = query.query.shape[2] if view.pool is Pool.EACH else 1
+        asking = view.lifted(query).chunk(count)
+        parts = [memory.indices[number].scores(part) for memory, part in zip(memories, asking, strict=True)]
+        met = parts[0] if count == 1 else torch.cat(parts)
+        scores.append(view.agree(met, num_asking, memories[0].scale, count))
+    if count > 1 and len({each.shape[0] for each in scores}) > 1:  # a layer's list counts for each of its heads
+        most = max(each.shape[0] for each in scores)
+        scores = [each.repeat_interleave(most // each.shape[0], dim=0) for each in scores]
+    return policy.fusion.fuse(scores)
+
+
+def _fused(scores: Tensor, extra: Sequence[Sequence[ExtraScores]]) -> Tensor:
+    of_layer = scores.shape[0] // len(extra)
+    lists: list[list[Tensor]] = [[scores]]
+    for each in zip(*extra, strict=True):
+        for one in each:
+            if one.scores.shape not in ((of_layer, scores.shape[1]), scores.shape[1:]):
+                raise ShapeError(
+                    f"extra scores are {list(one.scores.shape)}; the units' are {[of_layer, scores.shape[1]]}"
+                )
+        lists.append([one.scores.expand(of_layer, -1) for one in each])
+    fusion = ReciprocalRank(weights=(1.0, *(each.weight for each in extra[0])))
+    return fusion.fuse([torch.cat(each) for each in lists])
+
+
+def _rows(tables: Sequence[Tensor], of_layer: int) -> Tensor:
+    """A row for each list of scores from those of tables, by layer; one row where all are the same."""
+    if of_layer == 1:  # one list: of tables that differ, the largest counts
+        tables = [each.amax(dim=0, keepdim=True) for each in tables]
+    if tables[0].shape[0] == 1 and all(each is tables[0] or torch.equal(each, tables[0]) for each in tables):
+        return tables[0]
+    return torch.cat([each.expand(of_layer, -1) for each in tables])

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Protocol
@@ -138,6 +139,15 @@ class LayerQuery:
     positions: Tensor
     rotate: Rotate | None
     far_position: int = 0
+
+    @staticmethod
+    def joined(queries: Sequence[LayerQuery]) -> LayerQuery:
+        """Those of several layers of one forward: the KV heads of one behind those of the other."""
+        return replace(queries[0], query=torch.cat([each.query for each in queries]))
+
+    def by_layer(self, num_layers: int) -> list[LayerQuery]:
+        """Part what `joined` joined."""
+        return [replace(self, query=part) for part in self.query.chunk(num_layers)]
 
     def in_space(self, space: Space, tokens: slice) -> Tensor:
         """Queries of some tokens in a space: `[kv_heads, group, num_tokens, key_dim]` float32.

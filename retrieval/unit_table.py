@@ -26,6 +26,8 @@ class UnitTable:
         self._sizes = _Growing()
         self._ends = _Growing()
         self._num_tables = 0
+        self._is_ascending = True  # number by number, as pages are and clusters are not
+        self._before: tuple[int, int, Tensor] | None = None
 
     @property
     def num_units(self) -> int:
@@ -47,8 +49,18 @@ class UnitTable:
         """Number behind the last token of each unit: `[num_tables, num_units]` int64."""
         return self._ends.used
 
+    @property
+    def has_one_list(self) -> bool:
+        """Whether all KV heads are cut alike."""
+        return self._num_tables <= 1
+
     def sizes_before(self, end: int) -> Tensor:
-        """Tokens of each unit that come before token `end`: `[num_tables, num_units]` int64."""
+        """Tokens of each unit that come before token `end`: `[num_tables, num_units]` int64; not to be written."""
+        if self._before is None or self._before[:2] != (end, self.num_units):  # a question asks for the same each time
+            self._before = (end, self.num_units, self._count_before(end))
+        return self._before[2]
+
+    def _count_before(self, end: int) -> Tensor:
         sizes = self.sizes.clone()
         table, unit = (self.ends > end).nonzero(as_tuple=True)
         count = sizes[table, unit]
@@ -73,7 +85,10 @@ class UnitTable:
         base = self._tokens.num_columns
         if first.num_units == 0:
             return
+        last = self._tokens.used[:, -1:] if base else torch.full((len(units), 1), -1)
         self._tokens.add(torch.stack([each.tokens for each in units]))
+        new = self._tokens.used[:, base:]
+        self._is_ascending &= bool((torch.cat([last, new], dim=1).diff(dim=1) > 0).all())
         self._starts.add(torch.stack([each.starts[:-1] + base for each in units]))
         self._sizes.add(torch.stack([each.sizes for each in units]))
         self._ends.add(torch.stack([each.tokens[each.starts[1:] - 1] + 1 for each in units]))
@@ -82,23 +97,35 @@ class UnitTable:
         """Tokens of chosen units, ascending.
 
         Args:
-            units: [num_chosen] int64 each: for all KV heads together, or for each.
+            units: [num_chosen] int64 each, ascending: for each KV head, or any number of lists where all heads, and all
+                layers that they may be of, have one table.
             end: only tokens before this one; None for all.
 
         Returns:
             As many as `units`, or one per KV head where tables differ: `[num_tokens]` int64.
         """
-        if self._num_tables > 1 and len(units) == 1:
-            units = list(units) * self._num_tables
-        sizes = self.sizes
-        found = []
-        for number, chosen in enumerate(units):
-            table = number if self._num_tables > 1 else 0
-            count = sizes[table, chosen]
-            places = torch.repeat_interleave(self._starts.used[table, chosen] - (count.cumsum(0) - count), count)
-            tokens = self._tokens.used[table, places + torch.arange(places.shape[0])]
-            found.append((tokens if end is None else tokens[tokens < end]).sort().values)
-        return tuple(found)
+        if self._num_tables <= 1:
+            return self._tokens_of_lists(0, units, end)
+        each = list(units) * (self._num_tables if len(units) == 1 else 1)
+        return tuple(self._tokens_of_lists(table, [chosen], end)[0] for table, chosen in enumerate(each))
+
+    def _tokens_of_lists(self, table: int, lists: Sequence[Tensor], end: int | None) -> tuple[Tensor, ...]:
+        """Those of several lists out of one table, all in one go."""
+        chosen = lists[0] if len(lists) == 1 else torch.cat(list(lists))
+        whole = self.sizes[table, chosen] if self._num_tables else chosen
+        kept = whole if end is None or not self._num_tables else self.sizes_before(end)[table, chosen]
+        behind = whole.cumsum(0)
+        total = int(behind[-1]) if behind.numel() else 0
+        starts = self._starts.used[table, chosen] - (behind - whole) if total else behind
+        tokens = self._tokens.used[
+            table, torch.repeat_interleave(starts, whole, output_size=total) + torch.arange(total)
+        ]
+        if end is not None and not torch.equal(kept, whole):
+            tokens, behind = tokens[tokens < end], kept.cumsum(0)
+        last = torch.tensor([each.shape[0] for each in lists]).cumsum(0)
+        lengths = torch.cat([last.new_zeros(1), behind])[last].diff(prepend=last.new_zeros(1)).tolist()
+        found = tokens.split(lengths)
+        return found if self._is_ascending else tuple(each.sort().values for each in found)
 
     def best_of_blocks(self, scores: Tensor, block_starts: Tensor) -> Tensor:
         """Give each unit the best score among the blocks that its tokens lie in.

@@ -117,20 +117,22 @@ class View:
         lifted = self.scorer.lift(queries)
         return lifted.sum(dim=1).mean(dim=1, keepdim=True) if self.group is Group.SUM else lifted.flatten(1, 2)
 
-    def agree(self, scores: Tensor, num_tokens: int, scale: float) -> Tensor:
+    def agree(self, scores: Tensor, num_tokens: int, scale: float, num_layers: int = 1) -> Tensor:
         """One score per unit from those of all that asked.
 
         Args:
-            scores: [kv_heads, num_asking, num_units] float32: inner products of `lifted` and summaries.
+            scores: [kv_heads, num_asking, num_units] float32: inner products of `lifted` and summaries; the KV heads
+                of several layers follow each other.
             num_tokens: query tokens among those that asked.
             scale: multiplies logits before a softmax.
+            num_layers: layers that the KV heads are of.
 
         Returns:
-            [kv_heads, num_units] float32, or [1, num_units] where all KV heads select together.
+            [kv_heads, num_units] float32, or [num_layers, num_units] where all KV heads of a layer select together.
         """
         if self.group is Group.SUM:
             found = scores[:, 0]
         else:
             shares = (scores * scale).softmax(dim=-1).unflatten(1, (-1, num_tokens)).mean(dim=2)
             found = shares.amax(dim=1) if self.group is Group.SOFTMAX_MAX else shares.mean(dim=1)
-        return found.sum(dim=0, keepdim=True) if self.is_shared else found
+        return found.unflatten(0, (num_layers, -1)).sum(dim=1) if self.is_shared else found

@@ -10,7 +10,7 @@ import torch
 from kvstore.retrieval.estimates import Estimate
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.session.attending import Attending
-from kvstore.session.past import PastTokens
+from kvstore.session.reading.past import PastTokens
 from tests.tiny_models import make_model, open_session, policy, settings
 
 

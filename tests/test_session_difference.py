@@ -13,7 +13,7 @@ from kvstore.retrieval.triggers.ahead import Ahead
 from kvstore.retrieval.triggers.stride import Stride
 from kvstore.retrieval.triggers.trigger import EveryStep, Trigger
 from kvstore.session.branch import Branch
-from kvstore.session.past import Reading
+from kvstore.session.reading.past import Reading
 from tests.tiny_models import BLOCK_TOKENS, attached_stream, make_model, policy, settings, token_ids
 
 STREAM = token_ids(160)
@@ -40,18 +40,18 @@ def answers(path: Path, name: str, trigger: Trigger) -> list[torch.Tensor]:
 def test_a_difference_answers_as_everything_does(
     name: str, trigger: Trigger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attend: Any = Branch.attend_to_difference
+    attend: Any = Branch.attend_to_differences
     differences = []
 
-    def counted(self: Branch, layer: int, reading: Reading) -> Any:
-        had = attend(self, layer, reading)
-        differences.append(had is not None)
+    def counted(self: Branch, readings: dict[int, Reading]) -> Any:
+        had = attend(self, readings)
+        differences.extend(had)
         return had
 
-    monkeypatch.setattr(Branch, "attend_to_difference", counted)
+    monkeypatch.setattr(Branch, "attend_to_differences", counted)
     some = answers(tmp_path / "some", name, trigger)
-    assert sum(differences) > 5, "a difference was enough"
-    monkeypatch.setattr(Branch, "attend_to_difference", lambda *_: None)
+    assert len(differences) > 5, "a difference was enough"
+    monkeypatch.setattr(Branch, "attend_to_differences", lambda *_: {})
     everything = answers(tmp_path / "all", name, trigger)
     for had, wanted in zip(some, everything, strict=True):
         torch.testing.assert_close(had, wanted, atol=1e-5, rtol=1e-5)

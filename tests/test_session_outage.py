@@ -17,7 +17,7 @@ from kvstore.session.attending import Attending
 from kvstore.session.branch import Branch
 from kvstore.session.choosing import LayerChoices
 from kvstore.session.context import LayerContext
-from kvstore.session.past import Reading
+from kvstore.session.reading.past import Reading
 from kvstore.store import Access, FetchReport, FetchRequest, Outcome, Store
 from tests.tiny_models import attached_stream, make_model, policy, settings, token_ids
 
@@ -77,7 +77,7 @@ def test_a_forward_whose_read_failed_can_be_tried_again(filled: Path, monkeypatc
             model(PROMPT, past_key_values=cache)
             with monkeypatch.context() as patch:
                 patch.setattr(Branch, "attend_to", failing)
-                patch.setattr(Branch, "attend_to_difference", lambda *_: None)
+                patch.setattr(Branch, "attend_to_differences", lambda *_: {})
                 if failing_layer is not None:
                     with pytest.raises(CapacityError):
                         model(STREAM[:, :1], past_key_values=cache)

@@ -13,7 +13,7 @@ from kvstore.engines.transformers import Attached
 from kvstore.retrieval.estimates import Estimate
 from kvstore.retrieval.registry import policies
 from kvstore.session.branch import Branch
-from kvstore.session.past import Reading
+from kvstore.session.reading.past import Reading
 from kvstore.store import Access
 from tests.session_oracle import Choices, oracle
 from tests.tiny_models import BLOCK_TOKENS, attached_stream, make_model, policy, settings, token_ids
@@ -29,7 +29,7 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> Choices:
     """Record what `Branch` attends to."""
     seen = Choices()
     attend_to: Any = Branch.attend_to
-    attend_to_difference: Any = Branch.attend_to_difference
+    attend_to_differences: Any = Branch.attend_to_differences
 
     def recording(
         self: Branch, attending: Any, reading: Reading, layers: range, estimate: Estimate | None = None
@@ -43,15 +43,15 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> Choices:
         had: frozenset[int] = attend_to(self, attending, reading, layers, estimate)
         return had
 
-    def recording_difference(self: Branch, layer: int, reading: Reading) -> frozenset[int] | None:
-        had: frozenset[int] | None = attend_to_difference(self, layer, reading)
-        if had is not None:
-            lists = [[*far.tolist(), *reading.near.tolist()] for far in reading.far]
+    def recording_differences(self: Branch, readings: dict[int, Reading]) -> dict[int, frozenset[int]]:
+        had: dict[int, frozenset[int]] = attend_to_differences(self, readings)
+        for layer in had:
+            lists = [[*far.tolist(), *readings[layer].near.tolist()] for far in readings[layer].far]
             seen.by_layer[layer] = lists * (2 // len(lists))
         return had
 
     monkeypatch.setattr(Branch, "attend_to", recording)
-    monkeypatch.setattr(Branch, "attend_to_difference", recording_difference)
+    monkeypatch.setattr(Branch, "attend_to_differences", recording_differences)
     return seen
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from kvstore.errors import ConfigError, ReadOnlyError
 from kvstore.session.attending import Attending, PlacedPast
-from kvstore.session.past import PastTokens
+from kvstore.session.reading.past import PastTokens
 from kvstore.session.session import Session
 from kvstore.session.view import SessionConfig
 from kvstore.store import Access, FetchRequest

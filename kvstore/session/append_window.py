@@ -12,7 +12,7 @@ from kvstore.errors import CorruptRecordError
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.tokens import LayerQuery
 from kvstore.session.attending import Attending, PlacedPast
-from kvstore.session.past import PastTokens, Reading
+from kvstore.session.reading.past import PastTokens, Reading
 from kvstore.session.residency import LoadReport
 from kvstore.session.view import StreamView
 from kvstore.store import Entry

@@ -15,7 +15,8 @@ from kvstore.retrieval.positions import Placement, PositionPolicy, place
 from kvstore.retrieval.tokens import Rotate
 from kvstore.session.attention_inputs import AttentionInputs, ContextRule
 from kvstore.session.context import LayerContext
-from kvstore.session.past import Difference, PastTokens
+from kvstore.session.reading.differences import Differences
+from kvstore.session.reading.past import PastTokens
 from kvstore.session.residency import Residency
 
 _JOINED = frozenset(
@@ -200,16 +201,15 @@ class Attending:
             self._placed[layer] = replace(placed, bias=bias)
         self.contexts[layer].set_past(joined[None], values[None])
 
-    def replace_rows(self, layer: int, difference: Difference) -> None:
-        """Put other tokens in rows of one layer's past, whose order says nothing where positions are the original ones.
+    def rotated_rows(self, differences: Differences) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Make rows that take the place of others ready for `LayerContext.replace`, layer by layer.
 
-        Args:
-            layer: layer index.
-            difference: from `PastReader.read_difference`.
+        Their order in a past says nothing where positions are the original ones.
         """
-        keys = self._rotated(difference.keys[None, None], difference.positions[:, None])[0, 0]
-        device = keys.device
-        self.contexts[layer].replace(difference.heads.to(device), difference.rows.to(device), keys, difference.values)
+        keys = self._rotated(differences.keys[None, None], differences.positions[:, None])[0, 0]
+        heads, rows = differences.heads.to(keys.device), differences.rows.to(keys.device)
+        parts = (each.split(differences.counts) for each in (heads, rows, keys, differences.values))
+        return list(zip(*parts, strict=True))
 
     def inputs(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> AttentionInputs:
         """Append new tokens to one layer's tail and return what its attention kernel needs.

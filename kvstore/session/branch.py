@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvstore.errors import ConfigError, ShapeError
 from kvstore.retrieval.fusion import ExtraScores
+from kvstore.retrieval.memory import Selection
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.selection import Ranking, select
 from kvstore.session.attending import Attending
@@ -20,7 +21,7 @@ from kvstore.session.attention_inputs import AttentionInputs
 from kvstore.session.branch_past import BranchPast
 from kvstore.session.choosing import LayerChoices
 from kvstore.session.late_ranking import LateRanking
-from kvstore.session.past import Reading
+from kvstore.session.reading.past import Reading
 from kvstore.session.recall import Recall, cite
 from kvstore.session.stream_memory import StreamMemory
 from kvstore.session.view import StreamView
@@ -70,6 +71,9 @@ class Branch(BranchPast):
         self._scout_keys: dict[int, Tensor] = {}
         self._search = view.search(policy) if policy.retrieves else None
         self._choices: LayerChoices | None = None
+        self._asking_at = torch.empty(0, dtype=torch.int64)
+        whole = Reading.of(self._sinks, (), self._recent)
+        self._sink_tokens, self._near_tokens = whole.far[0], whole.near
         if isinstance(self._search, StreamMemory):
             self._choices = LayerChoices(view, policy, self._search, self._entries, self._recent_first, external)
         self._external = external
@@ -228,22 +232,42 @@ class Branch(BranchPast):
 
     def _extend_chosen(self, layer: int, query: Tensor, positions: Tensor) -> None:
         """Let a layer choose by its queries, if it is time to, and attend to what it chose."""
-        assert self._choices is not None, "asked by the caller"
-        if layer == 0 and self._phase is _Phase.ANSWER and not self._has_selected:
-            self._refresh()
+        choices = self._choices
+        assert choices is not None, "asked by the caller"
+        if layer == 0:
+            if self._phase is _Phase.ANSWER and not self._has_selected:
+                self._refresh()
+            self._asking_at = positions[:, 0] + self._end - self._tail_start
         is_first = self._phase is _Phase.RECALL or not self._has_selected
-        chosen = self._choices.choose(layer, query[0], positions[:, 0] + self._end - self._tail_start, is_first)
+        if layer == 0 and not is_first:
+            self._read_ahead(choices)
+        chosen = choices.choose(layer, query[0], self._asking_at, is_first)
         if chosen is not None:
-            reading = Reading.of(self._sinks, chosen.tokens, self._recent)
-            with self._choices.being_read(layer):
-                had = self.attend_to_difference(layer, reading) if chosen.estimate is None else None
+            reading = self._reading(chosen)
+            with choices.being_read([layer]):
+                had = self.attend_to_differences({layer: reading}).get(layer) if chosen.estimate is None else None
                 if had is None:
                     had = self.attend_to(self, reading, range(layer, layer + 1), chosen.estimate)
             self._votes.update(had - self._excluded)
         if layer == len(self.contexts) - 1:
-            self.recall.speculation = self._choices.speculation
+            choices.look_ahead()
+            self.recall.speculation = choices.speculation
             self._has_selected = True
             self._cite_votes()
+
+    def _read_ahead(self, choices: LayerChoices) -> None:
+        """Read what was chosen for this forward in all layers at once, as far as it lies on the device."""
+        readings = {layer: self._reading(chosen) for layer, chosen in choices.waiting().items()}
+        if len(readings) < 2:
+            return
+        with choices.being_read(list(readings)):
+            found = self.attend_to_differences(readings)
+        for layer, blocks in found.items():
+            choices.take(layer)
+            self._votes.update(blocks - self._excluded)
+
+    def _reading(self, chosen: Selection) -> Reading:
+        return Reading(tuple(torch.cat([self._sink_tokens, each]) for each in chosen.tokens), self._near_tokens)
 
     def _cite_votes(self) -> None:
         num_layers = len(self.contexts)

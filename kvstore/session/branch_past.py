@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.session.attending import Attending
 from kvstore.session.attention_inputs import ContextRule
-from kvstore.session.past import PastTokens, Reading
+from kvstore.session.reading.past import PastTokens, Reading
 from kvstore.session.recall import Recall
 from kvstore.session.view import StreamView
 
@@ -82,28 +83,30 @@ class BranchPast(Attending):
             self.recall.num_attended_tokens = max(self.recall.num_attended_tokens, placed.positions.shape[2])
         return past.blocks
 
-    def attend_to_difference(self, layer: int, reading: Reading) -> frozenset[int] | None:
-        """Like `attend_to`, by replacing what one layer does not read any more; None where that cannot be done."""
-        held = self._held.get(layer)
-        if held is None:
-            return None
+    def attend_to_differences(self, readings: Mapping[int, Reading]) -> dict[int, frozenset[int]]:
+        """Like `attend_to`, by replacing what layers do not read any more; see `DifferenceReader.read`.
+
+        Returns:
+            The blocks that the new tokens are in, by layer: of those that it could be done for.
+        """
         view = self._view
-        difference = view.reader.read_difference(
-            reading,
-            held,
+        differences = view.differences.read(
+            {layer: reading for layer, reading in readings.items() if layer in self._held},
+            self._held,
             self._entries,
             self._firsts,
             view.positions_of,
-            layer,
             self.recall.load,
             view.config.load_timeout_s,
         )
-        if difference is None:
-            return None
-        del self._held[layer]  # unknown, should this fail midway
-        self.replace_rows(layer, difference)
-        self._held[layer] = difference.numbers
-        return difference.blocks
+        if differences is None:
+            return {}
+        for number, rows in enumerate(self.rotated_rows(differences)):
+            layer = differences.layers[number]
+            del self._held[layer]  # unknown, should this fail midway
+            self.contexts[layer].replace(*rows)
+            self._held[layer] = differences.numbers[number]
+        return dict(zip(differences.layers, differences.blocks, strict=True))
 
     def _context_rule(self, past: PastTokens) -> ContextRule | None:
         """The rule for what was retrieved, if the policy has one: the rows between sinks and window."""

@@ -18,6 +18,7 @@ from kvstore.retrieval.triggers.trigger import Choice
 from kvstore.session.recall import Speculation
 from kvstore.session.stream_memory import StreamMemory
 from kvstore.session.view import StreamView
+from kvstore.spec import BlockKey
 from kvstore.store import Entries
 
 
@@ -55,6 +56,7 @@ class LayerChoices:
     speculation: Speculation = field(default_factory=Speculation)
     _layers: list[_Layer] = field(init=False)
     _firsts: Tensor = field(init=False)
+    _asking: dict[int, LayerQuery] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._firsts = self.entries.first_tokens
@@ -64,7 +66,7 @@ class LayerChoices:
         """Say what a forward reads in one layer.
 
         Args:
-            layer: layer index.
+            layer: layer index; layer 0 comes first.
             query: [num_heads, num_new, key_dim], before RoPE unless the stream's keys are rotated.
             positions: [rows, num_new] int64: where the queries would stand behind the whole stream.
             is_first: whether this forward begins the question.
@@ -72,6 +74,8 @@ class LayerChoices:
         Returns:
             The tokens; None to go on with those of the last time.
         """
+        if layer == 0:
+            self._asking.clear()  # of a forward that failed midway
         state, policy = self._layers[layer], self.policy
         newest = query[:, -1].float()
         if is_first or state.asked_by is None:
@@ -83,35 +87,63 @@ class LayerChoices:
             state.step += 1
             choice = policy.trigger.choose(state.step, newest, state.asked_by)
         if choice is Choice.KEEP:
-            return self._take_waiting(state)
+            return self._take_waiting(layer)
         state.asked_by = newest
         if state.is_full:
-            return Selection((torch.arange(self._first, max(self._first, self._end)),), (), torch.empty(1, 0))
-        made = self._select(layer, query, positions)
-        if choice is Choice.SELECT:
-            had, state.selection, state.waiting = state.selection, made, None
-            return None if _are_equal(made, had) and not is_first else made
-        had = self._take_waiting(state)
-        self._note(state.selection, made)
-        self._prefetch(layer, made)
-        state.waiting = made
-        return had
+            everything = torch.arange(self._first, max(self._first, self._end))
+            return Selection((everything,), (), torch.empty(1, 0, dtype=torch.bool), torch.empty(1, 0))
+        view = self.view
+        grouped = query.unflatten(0, (view.header.spec.kv_heads, -1))
+        asking = LayerQuery(grouped, positions, view.rotate, view.config.window_tokens)
+        if choice is Choice.SELECT_NEXT:
+            self._asking[layer] = asking
+            return self._take_waiting(layer)
+        made = self.memory.select(layer, asking, view.config.budget_tokens, self._end, self._extra(layer))
+        had, state.selection, state.waiting = state.selection, made, None
+        return None if _are_equal(made, had) and not is_first else made
+
+    def look_ahead(self) -> None:
+        """At the end of a forward: select for the next one, together in all layers that are to."""
+        if not self._asking:
+            return
+        layers, asking = list(self._asking), LayerQuery.joined(list(self._asking.values()))
+        self._asking.clear()
+        extra = [self._extra(layer) for layer in layers]
+        chosen = self.memory.select_together(layers, asking, self.view.config.budget_tokens, self._end, extra)
+        for layer, made in zip(layers, chosen, strict=True):
+            state = self._layers[layer]
+            self._note(state.selection, made)
+            state.waiting = None if _are_equal(made, state.selection) else made
+        self._prefetch(layers, chosen)
+
+    def waiting(self) -> dict[int, Selection]:
+        """By layer, what was selected ahead and differs from what the layer attends to; none that is estimated."""
+        return {
+            layer: state.waiting
+            for layer, state in enumerate(self._layers)
+            if state.waiting is not None and state.waiting.estimate is None
+        }
+
+    def take(self, layer: int) -> None:
+        """Note that a layer attends to what waited for it."""
+        self._take_waiting(layer)
 
     @contextmanager
-    def being_read(self, layer: int) -> Iterator[None]:
-        """Around the reading of what a layer chose: if it fails, the next forward chooses anew."""
+    def being_read(self, layers: Sequence[int]) -> Iterator[None]:
+        """Around the reading of what layers chose: if it fails, the next forward chooses anew."""
         try:
             yield
         except BaseException:
-            self._layers[layer] = _Layer()
+            for layer in layers:
+                self._layers[layer] = _Layer()
             raise
 
-    def _take_waiting(self, state: _Layer) -> Selection | None:
+    def _take_waiting(self, layer: int) -> Selection | None:
         """What was selected ahead for this forward; None where that is nothing new."""
+        state = self._layers[layer]
         had, state.waiting = state.waiting, None
-        if had is None or _are_equal(had, state.selection):
-            return None
-        state.selection = had
+        if had is not None:
+            state.selection = had
         return had
 
     @property
@@ -128,30 +160,32 @@ class LayerChoices:
         """Whether the device has room for everything; where it has not, the first layers choose like the others."""
         return len(self.entries) <= self.view.residency.num_unpinned
 
-    def _select(self, layer: int, query: Tensor, positions: Tensor) -> Selection:
-        view = self.view
-        grouped = query.unflatten(0, (view.header.spec.kv_heads, -1))
-        asking = LayerQuery(grouped, positions, view.rotate, view.config.window_tokens)
+    def _extra(self, layer: int) -> list[ExtraScores]:
+        """What other retrievers think of a layer's units."""
         extra, num_units = self._layers[layer].extra, self.memory.num_units(layer)
         if extra is None or any(each.scores.shape[0] != num_units for each in extra):  # the stream has grown
             scores = [
                 (self.memory.unit_scores(layer, each.scores, self._firsts), each.weight) for each in self.external
             ]
             extra = self._layers[layer].extra = [ExtraScores(*each) for each in scores]
-        return self.memory.select(layer, asking, view.config.budget_tokens, self._end, extra)
+        return extra
 
     def _note(self, had: Selection | None, made: Selection) -> None:
-        for number, units in enumerate(made.units):
-            self.speculation.num_chosen += units.shape[0]
-            if had is not None:
-                self.speculation.num_had += int(torch.isin(units, had.units[number]).sum())
+        self.speculation.num_chosen += sum(units.shape[0] for units in made.units)
+        if had is not None:  # since then, the stream may have grown
+            num_units = min(had.chosen.shape[1], made.chosen.shape[1])
+            self.speculation.num_had += int((had.chosen[:, :num_units] & made.chosen[:, :num_units]).sum())
 
-    def _prefetch(self, layer: int, made: Selection) -> None:
-        """Have the blocks of a selection brought to memory before it is read, as far as the device has them not."""
-        blocks = (torch.searchsorted(self._firsts, torch.cat(made.tokens), right=True) - 1).unique().tolist()
-        missing = self.view.residency.missing([self.entries[block].key for block in blocks], layer)
+    def _prefetch(self, layers: Sequence[int], chosen: Sequence[Selection]) -> None:
+        """Have blocks brought to memory before they are read, as far as the device has them not."""
+        lists = [torch.cat(made.tokens) for made in chosen]
+        block = torch.searchsorted(self._firsts, torch.cat(lists), right=True) - 1
+        missing: dict[BlockKey, None] = {}
+        for layer, of_layer in zip(layers, block.split([each.shape[0] for each in lists]), strict=True):
+            keys = [self.entries[number].key for number in of_layer.unique().tolist()]
+            missing.update(dict.fromkeys(self.view.residency.missing(keys, layer)))
         if missing:
-            self.view.store.prefetch(missing)
+            self.view.store.prefetch(list(missing))
 
 
 def _are_equal(made: Selection, had: Selection | None) -> bool:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -111,6 +111,20 @@ class Residency:
         if old is not None:
             self._pool.free(old.slot_idx)
         self._places[key] = _Place(slot_idx, set(range(num_layers)), pins=1 + (old.pins if old else 0))
+
+    def use(self, keys: Sequence[Sequence[BlockKey]]) -> LoadReport:
+        """Note that blocks that lie here are read where they are, some layers' after those of others.
+
+        Args:
+            keys: for each layer.
+        """
+        counts = Counter(key for each in keys for key in each)
+        self._store.note_attention({key: float(count) for key, count in counts.items()})
+        for key in counts:
+            self._places.move_to_end(key)
+        report, layout = LoadReport(), self._pool.layout
+        report.bytes_read["device"] += counts.total() * (layout.slot_nbytes // layout.spec.num_layers)
+        return report
 
     def unpin(self, keys: Sequence[BlockKey]) -> None:
         """Undo one `load` (or `adopt`) of each block."""

@@ -16,13 +16,17 @@ from kvstore.layout import BlockLayout
 from kvstore.retrieval.fusion import ExtraScores
 from kvstore.retrieval.index.choice import choose_index
 from kvstore.retrieval.index.partitions import LARGEST
-from kvstore.retrieval.memory import LayerMemory, Selection
+from kvstore.retrieval.memory import LayerMemory, Selection, select_together
 from kvstore.retrieval.policy import Policy
+from kvstore.retrieval.segmenters.frames import Frames
+from kvstore.retrieval.segmenters.pages import Pages
 from kvstore.retrieval.summary import received_of
 from kvstore.retrieval.tokens import LayerQuery, LayerTokens, Rotate
 from kvstore.store import Entry, FetchRequest, Store, StreamHeader
 
 _BATCH = 16
+_CUT_ALIKE = (Pages, Frames)
+"""Segmenters that look at no keys: all layers have the same units."""
 
 PositionsOf = Callable[[Entry], Tensor]
 """RoPE positions of a block: `[rows, num_tokens]` int64; raises `CorruptRecordError`."""
@@ -64,10 +68,10 @@ class StreamMemory:
 
     def _begin(self) -> None:
         spec = self._header.spec
-        self._layers = [
-            LayerMemory(self._policy, spec.kv_heads, spec.key_dim, choose_index, layer)
-            for layer in range(spec.num_layers)
-        ]
+        self._layers: list[LayerMemory] = []
+        for layer in range(spec.num_layers):
+            table = self._layers[0].table if layer and isinstance(self._policy.segmenter, _CUT_ALIKE) else None
+            self._layers.append(LayerMemory(self._policy, spec.kv_heads, spec.key_dim, choose_index, layer, table))
         self._known = 0
         self.damaged: dict[int, str] = {}
 
@@ -99,6 +103,25 @@ class StreamMemory:
     ) -> Selection:
         """Choose tokens before number `end` for one layer; see `LayerMemory.select`."""
         return self._layers[layer].select(query, budget_tokens, end, extra)
+
+    def select_together(
+        self,
+        layers: Sequence[int],
+        query: LayerQuery,
+        budget_tokens: int,
+        end: int,
+        extra: Sequence[Sequence[ExtraScores]] = (),
+    ) -> list[Selection]:
+        """Choose tokens before number `end` for several layers; see `kvstore.retrieval.memory.select_together`."""
+        memories = [self._layers[layer] for layer in layers]
+        if len({memory.table.num_units for memory in memories}) == 1:
+            return select_together(memories, query, budget_tokens, end, extra)
+        parts = query.by_layer(len(layers))
+        extra = extra or [()] * len(layers)
+        return [
+            memory.select(part, budget_tokens, end, each)
+            for memory, part, each in zip(memories, parts, extra, strict=True)
+        ]
 
     def num_units(self, layer: int) -> int:
         """Units of a layer, those of blocks that came after a question began included."""

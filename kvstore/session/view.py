@@ -16,7 +16,8 @@ from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.summary import Summary, SummaryKind
 from kvstore.retrieval.tokens import Rotate, Space
 from kvstore.session.late_ranking import LateRanking
-from kvstore.session.past import PastReader
+from kvstore.session.reading.differences import DifferenceReader
+from kvstore.session.reading.past import PastReader
 from kvstore.session.residency import Residency
 from kvstore.session.stream_memory import StreamMemory
 from kvstore.store import Entries, Entry, Store, StreamHeader
@@ -131,6 +132,7 @@ class StreamView:
         self.has_positions = rows > 1 or self.is_thinned
         """Whether positions are stored, because they are not the numbers of the tokens."""
         self.reader = PastReader(self.residency, rows, has_positions=self.has_positions)
+        self.differences = DifferenceReader(self.residency, self.reader)
         self.open_rows: list[OpenRows] = []
         self.entries = Entries()
         self.cursor: dict[str, JSON] = {}

@@ -55,26 +55,24 @@ class PastTokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """Rows of a past that are to hold other tokens.
+class BlockPositions:
+    """RoPE positions of some blocks.
 
     Args:
-        numbers: [num_lists, num_rows] int64: the token of each row afterwards.
-        heads: [num_replaced] int64: KV head of each.
-        rows: [num_replaced] int64: its row.
-        positions: [position rows, num_replaced] int64.
-        keys: [num_replaced, key_dim].
-        values: [num_replaced, value_dim].
-        blocks: indices of the blocks that the new tokens are in.
+        is_had: [num_blocks] bool: those that could be read.
+        table: [position rows, num_blocks, most tokens] int64; None where tokens are at their own numbers.
+        rows: rows of a position.
     """
 
-    numbers: Tensor
-    heads: Tensor
-    rows: Tensor
-    positions: Tensor
-    keys: Tensor
-    values: Tensor
-    blocks: frozenset[int]
+    is_had: Tensor
+    table: Tensor | None
+    rows: int
+
+    def at(self, block: Tensor, row: Tensor, numbers: Tensor) -> Tensor:
+        """Positions of tokens by block, row in it and number, `[...]` int64 each: `[position rows, ...]` int64."""
+        if self.table is None or not self.is_had.shape[0]:
+            return numbers.expand(self.rows, *numbers.shape)
+        return self.table[:, block, row]
 
 
 class PastReader:
@@ -122,9 +120,8 @@ class PastReader:
         where[present] = place
         row = (numbers - firsts[block.clamp_min(0)]).clamp_min(0) if len(entries) else numbers
         named = [entries[index] for index in used.tolist()]
-        table, had = None, torch.ones(len(named), dtype=torch.bool)
-        if self._has_positions:
-            table, had = self._positions(named, positions, report)
+        table = self.positions_of_blocks(named, positions, report)
+        had = table.is_had
         pieces = self._pieces(numbers, layers)
         step = max(1, self._residency.num_unpinned)
         wanted = [number for number, is_had in enumerate(had.tolist()) if is_had]
@@ -141,79 +138,28 @@ class PastReader:
             finally:
                 self._residency.unpin([named[number].key for number in found])
             had[[number for number in part if number not in set(found)]] = False
-        at = table[:, where, row] if table is not None and named else numbers.expand(self._rows, -1, -1)
+        at = table.at(where, row, numbers)
         blocks = frozenset(index for index, is_had in zip(used.tolist(), had.tolist(), strict=True) if is_had)
         if named and not bool(had.all()):
             return self._without(numbers, present & had[where], at, num_far, pieces, blocks)
         return PastTokens(numbers, at * present, num_far, *pieces, blocks)
 
-    def read_difference(
-        self,
-        reading: Reading,
-        held: Tensor,
-        entries: Sequence[Entry],
-        firsts: Tensor,
-        positions: Callable[[Entry], Tensor],
-        layer: int,
-        report: LoadReport,
-        timeout_s: float | None = None,
-    ) -> Difference | None:
-        """Bring what a selection reads and the one before it did not: most of it is the same (FreeKV, LServe).
-
-        Args:
-            reading: the new selection.
-            held: [num_lists, num_rows] int64: token of each row that the layer attends to.
-            entries: see `read`, as are the others.
-            firsts: likewise.
-            positions: likewise.
-            layer: the only one.
-            report: likewise.
-            timeout_s: likewise.
-
-        Returns:
-            None where lists have other lengths, or a block cannot be had: then all has to be read.
-        """
-        wanted = _table(reading)[0]
-        if wanted.shape != held.shape or bool((wanted < 0).any()) or bool((held < 0).any()):
-            return None
-        stream = (int(firsts[-1]) if len(entries) else 0) + self._residency.pool.layout.block_tokens
-        apart = torch.arange(wanted.shape[0])[:, None] * stream  # lists are compared in one go
-        leaves = ~torch.isin(held + apart, wanted + apart)
-        comes = ~torch.isin(wanted + apart, held + apart)
-        lists, rows = leaves.nonzero(as_tuple=True)
-        tokens = wanted[comes]  # as many of each list as leave it, in the same order of lists
-        changed = held.clone()
-        changed[leaves] = tokens
-        few = Reading((tokens,), tokens[:0])
-        past = self.read(few, entries, firsts, positions, range(layer, layer + 1), report, timeout_s)
-        if past.numbers.shape[1] != tokens.shape[0]:
-            return None
-        keys, values = past.keys[layer], past.values[layer]
-        heads = lists
-        if wanted.shape[0] == 1:
-            kv_heads = keys.shape[0]
-            heads = torch.arange(kv_heads).repeat_interleave(tokens.shape[0])
-            rows, at = rows.repeat(kv_heads), past.positions.repeat(1, 1, kv_heads)
-            keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-        else:
-            each = torch.arange(tokens.shape[0])
-            keys, values, at = keys[lists, each], values[lists, each], past.positions
-        return Difference(changed, heads, rows, at[:, 0], keys, values, past.blocks)
-
-    def _positions(
+    def positions_of_blocks(
         self, named: Sequence[Entry], positions: Callable[[Entry], Tensor], report: LoadReport
-    ) -> tuple[Tensor, Tensor]:
-        """RoPE positions of blocks: `[position rows, num_blocks, most tokens]` int64; and which could be read."""
+    ) -> BlockPositions:
+        """RoPE positions of blocks; those that cannot be read are reported as lost."""
+        had = torch.ones(len(named), dtype=torch.bool)
+        if not self._has_positions:
+            return BlockPositions(had, None, self._rows)
         longest = max((entry.num_tokens for entry in named), default=0)
         table = torch.zeros(self._rows, len(named), longest, dtype=torch.int64)
-        had = torch.ones(len(named), dtype=torch.bool)
         for number, entry in enumerate(named):
             try:
                 table[:, number, : entry.num_tokens] = positions(entry)
             except CorruptRecordError as error:
                 had[number] = False
                 report.lost[entry.key] = str(error)
-        return table, had
+        return BlockPositions(had, table, self._rows)
 
     def _pieces(self, numbers: Tensor, layers: range) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         pool, spec = self._residency.pool, self._residency.pool.layout.spec
