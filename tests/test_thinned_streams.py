@@ -20,7 +20,7 @@ from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.retention.received import MostReceived, SinkBuckets
 from kvstore.retrieval.retention.thinning import Thinning
 from kvstore.session.branch import Branch
-from kvstore.session.past import Reading
+from kvstore.session.reading.past import Reading
 from kvstore.session.session import Session
 from kvstore.session.view import SessionConfig
 from kvstore.store import Access, Store
