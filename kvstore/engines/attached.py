@@ -17,7 +17,7 @@ from kvstore.session.recall import Recall
 from kvstore.session.session import Session
 
 if TYPE_CHECKING:
-    from kvstore.engines.transformers import Model
+    from transformers import PreTrainedModel
 
 
 class Attached:
@@ -27,7 +27,7 @@ class Attached:
     caller brings along, and `use_cache=False`, are left alone.
     """
 
-    def __init__(self, model: Model, session: Session) -> None:
+    def __init__(self, model: PreTrainedModel, session: Session) -> None:
         self.model = model
         self.session = session
         self.last = Recall()
