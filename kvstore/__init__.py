@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvstore.face import open as open  # noqa: A004 - reads as kvstore.open
     from kvstore.session.recall import Recall as Recall
     from kvstore.session.recall import Span as Span
+    from kvstore.session.state import SavedState as SavedState
     from kvstore.session.stream import Stream as Stream
     from kvstore.spec import BlockKey as BlockKey
     from kvstore.spec import ModelSpec as ModelSpec
@@ -28,6 +29,7 @@ _HOMES = {
     "errors": ("KVStoreError",),
     "face": ("KVStore", "attach", "open"),
     "session.recall": ("Recall", "Span"),
+    "session.state": ("SavedState",),
     "session.stream": ("Stream",),
     "spec": ("BlockKey", "ModelSpec", "chain_key"),
 }

@@ -192,7 +192,8 @@ def open(  # noqa: A001 - reads as kvstore.open
 def attach(model: Model, stream: Stream) -> Iterator[Attached]:
     """Attach a stream to a transformers model: forwards append, `generate()` asks; see `kvstore.engines.transformers`.
 
-    On leaving the block, what was appended is stored, the last, unfinished block too. If the block raises, complete
+    On leaving the block, what was appended is stored, the last, unfinished block too, and the state of a hybrid model's
+    linear layers: the next one who attaches the stream goes on from it. If the block raises, complete
     blocks that a later forward or question has handed to the store stay; what came after them is not stored, unless the
     same stream is attached or committed again.
 
@@ -212,4 +213,5 @@ def attach(model: Model, stream: Stream) -> Iterator[Attached]:
             stream.is_attached = False
     stream.last = attached.last
     if session.view.store.is_writable:
+        attached.save_state()
         stream.commit()

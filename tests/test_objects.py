@@ -201,13 +201,17 @@ def test_damaged_rows_are_misses(tmp_path: Path, sizes: Sequence[int]) -> None:
         catalogue = store._disk.catalogue
         with catalogue.read() as view:
             key, value = next(view.scan(Table.META, prefix=b"object "))
+
+        def put(value: bytes) -> None:
+            catalogue.write(lambda view: view.put(Table.META, key, value))
+
         for at in range(0, len(value), 3):
             wrong = value[:at] + bytes([value[at] ^ 4]) + value[at + 1 :]
-            catalogue.write(lambda view, wrong=wrong: view.put(Table.META, key, wrong))
+            put(wrong)
             assert store.read_object("lecture", "index", 0, [0]) == [None]
             assert [entry.index for entry in store.objects("lecture", "index")] == [1]
         for wrong in (b"", value[:10], value + b"\0"):
-            catalogue.write(lambda view, wrong=wrong: view.put(Table.META, key, wrong))
+            put(wrong)
             assert store.read_object("lecture", "index", 0) == []
         store.remove_stream("lecture")  # a damaged row goes with its stream
         with catalogue.read() as view:

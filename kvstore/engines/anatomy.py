@@ -17,6 +17,7 @@ from kvstore.spec import ModelSpec
 
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _MOVING_ROPE = ("dynamic", "longrope")
+_LINEAR = ("linear_attention", "conv")
 _SAMPLE_ROWS = 64
 _KNOWN_ANGLES = 4
 
@@ -46,8 +47,16 @@ def rotary_of(model: nn.Module) -> nn.Module:
     return rotary
 
 
+def linear_layers(model: nn.Module) -> list[int]:
+    """Layers of a hybrid model that keep a state and no keys and values: linear attention, short convolutions."""
+    types = getattr(_text_config(model), "layer_types", None) or []
+    blocks: Any = decoder_of(model).layers
+    pairs = enumerate(zip(types, blocks, strict=False))
+    return [layer for layer, (kind, block) in pairs if kind in _LINEAR and not hasattr(block, "self_attn")]
+
+
 def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The decoder's attention modules in order of layers.
+    """The decoder's attention modules in order of layers; those of `linear_layers` have none.
 
     Raises:
         ConfigError: a layer's attention is missing, has fused projections, has no RoPE, or does not see the whole past.
@@ -57,7 +66,10 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     # Families without a type per layer pass the window to the mask only: no module knows of it.
     slides = not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None)
     modules = []
+    linear = linear_layers(model)
     for layer, block in enumerate(decoder.layers):  # type: ignore[arg-type]
+        if layer in linear:
+            continue
         attention = getattr(block, "self_attn", None)
         if attention is None or not all(hasattr(attention, part) for part in ("q_proj", "k_proj", "v_proj")):
             raise ConfigError(f"{name}: layer {layer} has no self_attn with q_proj, k_proj and v_proj")
@@ -70,6 +82,8 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
         ):
             raise ConfigError(f"{name}: layer {layer} does not attend to the whole past; only full attention is stored")
         modules.append(attention)
+    if not modules:
+        raise ConfigError(f"{name}: no layer attends; there are no keys and values to store")
     return modules
 
 

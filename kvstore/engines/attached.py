@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvstore.engines.anatomy import decoder_of
+from kvstore.engines.anatomy import decoder_of, linear_layers
+from kvstore.engines.linear_layers import LinearStates
 from kvstore.engines.tier_cache import TierCache
 from kvstore.errors import ShapeError
 from kvstore.retrieval.fusion import ExtraScores
@@ -31,10 +32,26 @@ class Attached:
         self.model = model
         self.session = session
         self.last = Recall()
+        self._states: LinearStates | None = None
+        if linear_layers(model):
+            self._states = LinearStates(model)
+            self._states.restore(session)
 
     def cache(self) -> TierCache:
         """A cache that appends to the stream: its length is the stream's."""
-        return TierCache(self.session, None)
+        return TierCache(self.session, None, self._states)
+
+    def save_state(self) -> None:
+        """Store the states of a hybrid model's linear layers, so that another process can go on from here.
+
+        Closes the last block although it has room; does nothing for other models, which need no more than the blocks.
+
+        Raises:
+            ConfigError: a forward failed midway since they were last restored.
+            CapacityError, StoreIOError: see `Session.commit`.
+        """
+        if self._states is not None:
+            self.session.save_state(self._states.pack(self.session.num_tokens))
 
     def question(
         self, input_ids: Tensor | None = None, external: Sequence[ExtraScores] = (), *, recent_tokens: int = 0
@@ -56,9 +73,9 @@ class Attached:
             _check(input_ids, "question")
         branch = self.session.branch(external=external, recent_tokens=recent_tokens)
         self.last = branch.recall
-        cache = TierCache(self.session, branch)
+        cache = TierCache(self.session, branch, self._states)
         if input_ids is not None and branch.selects_next:
-            with branch.recalling(), torch.no_grad():
+            with cache.recalling(), torch.no_grad():
                 decoder_of(self.model)(input_ids=input_ids, past_key_values=cache, use_cache=True)
             self.last = branch.recall
         return cache

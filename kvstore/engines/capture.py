@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,15 +19,20 @@ CAPTURE = "_kvstore_capture"
 class Capture:
     """The running forward of one attached model; empty between forwards. Its methods are hooks.
 
+    Args:
+        layers: the attention modules, in order.
+
     Attributes:
         cache: what the forward extends; None for one that is not ours.
         ids: [num_new] int64 content ids.
         positions: [rows, batch, num_new] or [batch, num_new] int64, as the rotary embedding got them.
         queries, keys: by layer, what the last projection or norm before RoPE made.
+        layer_of: number among the attention layers, by the model's own number of a layer.
         checked_layers: layers whose vectors were compared with the engine's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layer_of = {int(module.layer_idx): number for number, module in enumerate(layers)}  # type: ignore[arg-type]
         self.cache: TierCache | None = None
         self.ids = torch.empty(0, dtype=torch.int64)
         self.positions = torch.empty(0, dtype=torch.int64)
@@ -53,6 +58,13 @@ class Capture:
             ConfigError: the forward ended and its attention never came for its vectors.
         """
         is_unused = output is not None and bool(self.queries)
+        if (
+            self.cache is not None
+            and self.cache.branch is None
+            and self.cache.states is not None
+            and output is not None
+        ):
+            self.cache.states.end(self.cache.num_tokens)
         self.clear()
         if is_unused:
             raise ConfigError(f"{type(module).__name__}: its attention ignores the attention interface of transformers")

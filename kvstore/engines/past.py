@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvstore.engines.anatomy import attention_modules, decoder_of, position_rows, rotation_of
+from kvstore.engines.anatomy import attention_modules, decoder_of, linear_layers, position_rows, rotation_of
 from kvstore.errors import CalibrationError
 from kvstore.retrieval.tokens import Rotate
 
@@ -118,6 +118,7 @@ class _Weights:
 
 def read_run(model: Any, ids: Tensor, continuation: Tensor) -> Run:
     """Let a model read tokens, `ids` [1, num_tokens] int64, from position 0 on; `continuation` is not read."""
+    _refuse_hybrid(model)
     made: dict[int, Tensor] = {}
 
     def keeper(layer: int) -> Any:
@@ -242,4 +243,11 @@ def _growing(model: Any, keys: Tensor, values: Tensor) -> DynamicCache:
 
 
 def _positions(model: Any, keys: Tensor) -> Tensor:
+    _refuse_hybrid(model)
     return torch.arange(keys.shape[2], device=keys.device).expand(position_rows(model), 1, -1)
+
+
+def _refuse_hybrid(model: Any) -> None:
+    """A past of keys and values is not all that a hybrid model needs."""
+    if linear_layers(model):
+        raise CalibrationError(f"{type(model).__name__}: it has linear layers; use a lossless profile")

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
+from kvstore.engines.linear_layers import LinearStates
 from kvstore.errors import ConfigError, ShapeError
 from kvstore.session.attention_inputs import AttentionInputs
 from kvstore.session.branch import Branch
@@ -63,13 +66,24 @@ class TierCache(Cache):
     Args:
         session: the stream.
         branch: the question; None appends to the stream.
+        states: of the linear layers of a hybrid model, at the stream's end; a branch goes on with a copy.
     """
 
-    def __init__(self, session: Session, branch: Branch | None) -> None:
+    def __init__(self, session: Session, branch: Branch | None, states: LinearStates | None = None) -> None:
         self.session = session
         self.branch = branch
+        self.states = states if states is None or branch is None else states.copy()
         self.rope_deltas: Tensor | None = None
-        super().__init__(layers=[TierLayer(self) for _ in range(session.view.num_layers)])
+        linear: dict[int, LinearAttentionLayer] = {} if self.states is None else self.states.layers
+        count = session.view.num_layers + len(linear)
+        super().__init__(layers=[linear.get(layer) or TierLayer(self) for layer in range(count)])
+
+    @contextmanager
+    def recalling(self) -> Iterator[None]:
+        """Let the forward inside choose the branch's blocks, and leave nothing else behind; see `Branch.recalling`."""
+        assert self.branch is not None, "a stream recalls nothing"
+        with nullcontext() if self.states is None else self.states.kept(), self.branch.recalling():
+            yield
 
     @property
     def num_tokens(self) -> int:
@@ -89,7 +103,10 @@ class TierCache(Cache):
 
         Raises:
             ShapeError: a positive number, as transformers once counted.
+            ConfigError: the model has linear layers, whose states cannot be cut.
         """
+        if tokens_to_remove < 0 and self.states is not None:
+            raise ConfigError("a model with linear layers cannot take tokens back: their states cannot be cut")
         if tokens_to_remove > 0:
             raise ShapeError(f"crop({tokens_to_remove}): give a negative number, of tokens to remove")
         if tokens_to_remove < 0:
@@ -121,7 +138,10 @@ class TierCache(Cache):
 
         Raises:
             ShapeError: the forward is to choose blocks, and its sequences differ.
+            ConfigError: several sequences for a model with linear layers.
         """
+        if self.states is not None and tokens.shape[0] > 1:
+            raise ConfigError(f"a batch of {tokens.shape[0]} sequences: a model with linear layers takes one at a time")
         branch = self._branch_for(tokens.shape[0])
         if branch is not None and branch.selects_next and not _are_alike(tokens):
             raise ShapeError(
@@ -137,6 +157,8 @@ class TierCache(Cache):
         return self.branch.batch if self.branch is not None else 1
 
     def _rows(self, rows: Tensor) -> None:
+        if self.states is not None:
+            raise ConfigError("a model with linear layers takes one sequence at a time, without beams")
         self.branch = self._branch_for(rows.numel())
         if self.branch is not None:
             self.branch.take_rows(rows)

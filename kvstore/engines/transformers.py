@@ -17,10 +17,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kvstore.engines.anatomy import attention_modules, decoder_of, position_rows, rotary_of, spec_of
+from kvstore.engines.anatomy import attention_modules, decoder_of, linear_layers, position_rows, rotary_of, spec_of
 from kvstore.engines.attached import Attached
 from kvstore.engines.capture import CAPTURE, Capture
 from kvstore.engines.content import content_ids
+from kvstore.engines.linear_layers import LinearStates
 from kvstore.engines.rope_deltas import RopeDeltas
 from kvstore.engines.tier_cache import TierCache
 from kvstore.errors import ConfigError, ShapeError
@@ -34,6 +35,8 @@ Model = PreTrainedModel
 
 _NAME = "kvstore"
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux")
+_LAST = ("norm", "layernorm", "proj")
+"""What may be the last before RoPE: a norm of queries or keys, else their projection."""
 _CHECKED_TOKENS = 8
 
 
@@ -63,7 +66,7 @@ def _tiered_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    layer = capture.layer_of[int(module.layer_idx)]  # type: ignore[arg-type]
     positions = capture.positions if capture.positions.dim() == 3 else capture.positions[None]
     raw_query, raw_key = capture.take(capture.queries, layer, query), capture.take(capture.keys, layer, key)
     if layer not in capture.checked_layers:
@@ -111,12 +114,13 @@ def attach(model: PreTrainedModel, session: Session) -> Iterator[Attached]:
     """Attach a session to a model for the length of a `with` block; the model leaves it as it came.
 
     Args:
-        model: a decoder with full attention and NeoX-style RoPE: Llama, Qwen2, Qwen3, Mistral and their kin, or a
-            vision-language model around one.
+        model: a decoder with full attention and NeoX-style RoPE: Llama, Qwen2, Qwen3, Mistral and their kin, a
+            vision-language model around one, or a hybrid of such layers and linear ones (LFM2, Qwen3-Next).
         session: a session over a stream of this model's spec; see `rotation_of` and `spec_of`.
 
     Raises:
         ConfigError: the model's attention cannot be attached, or it is attached already; the message names the part.
+            A hybrid model, and no state was saved at the stream's end.
         SpecMismatchError: another model wrote the stream.
     """
     decoder, layers = decoder_of(model), attention_modules(model)
@@ -128,7 +132,7 @@ def attach(model: PreTrainedModel, session: Session) -> Iterator[Attached]:
             f"{type(model).__name__} has positions of {position_rows(model)} rows, the session of {session.view.rows}; "
             "make the session with rows=position_rows(model)"
         )
-    capture, attached = Capture(), Attached(model, session)
+    capture, attached = Capture(layers), Attached(model, session)
     with ExitStack() as undo:
         deltas = RopeDeltas(model)
         undo.callback(deltas.restore)
@@ -144,7 +148,7 @@ def attach(model: PreTrainedModel, session: Session) -> Iterator[Attached]:
             setattr(module, CAPTURE, capture)
             undo.callback(delattr, module, CAPTURE)
             for kind, store in (("q", capture.queries), ("k", capture.keys)):
-                last = getattr(module, f"{kind}_norm", None) or getattr(module, f"{kind}_proj")
+                last = next(getattr(module, f"{kind}_{part}") for part in _LAST if hasattr(module, f"{kind}_{part}"))
                 undo.callback(last.register_forward_hook(capture.keeper(store, layer)).remove)
         _answer_on_branches(attached, deltas, undo)
         _select_attention(model, undo)
@@ -224,9 +228,11 @@ def _decoder_hook(attached: Attached, capture: Capture) -> Callable[..., Any]:
             capture.cache, branch = cache, cache.branch
             if branch is None:
                 capture.ids = content_ids(ids, embeddings, kwargs.get("position_ids"))
+                if cache.states is not None:
+                    cache.states.begin(cache.num_tokens)
                 return args, kwargs
             if branch.needs_recall:
-                with branch.recalling():
+                with cache.recalling():
                     module.forward(*args, **kwargs)
             attached.last = branch.recall
         return args, kwargs

@@ -16,6 +16,7 @@ from kvstore.session.append_window import AppendWindow
 from kvstore.session.appender import Appender, Segment
 from kvstore.session.attention_inputs import AttentionInputs
 from kvstore.session.branch import Branch
+from kvstore.session.state import save_state
 from kvstore.session.view import OpenRows, SessionConfig, StreamView
 from kvstore.store import Store, StreamHeader
 from kvstore.tiers.manifest import JSON
@@ -163,6 +164,24 @@ class Session:
         """Wait until what was committed is durable; raises like `commit`."""
         self._writer()
         self._make_sure()
+
+    def save_state(self, parts: Sequence[bytes | memoryview]) -> None:
+        """Store what the model keeps of the stream beside keys and values, as it is now; see `kvstore.session.state`.
+
+        Closes the last block although it has room: a state stands for whole blocks. Returns before it is durable.
+
+        Args:
+            parts: the state; what was saved at this place before goes.
+
+        Raises:
+            CapacityError, StoreIOError: like `commit`.
+            ConfigError: more parts or bytes than an object may have.
+        """
+        self.commit(partial=True)
+        view = self.view
+        save_state(
+            view.store, view.header.name, max((entry.index + 1 for entry in view.entries[-1:]), default=0), parts
+        )
 
     def drop(self, num_tokens: int) -> None:
         """Forget the last tokens (assisted decoding); only tokens that are not handed on yet.

@@ -16,6 +16,7 @@ from kvstore.retrieval.tokens import Rotate
 from kvstore.session.branch import Branch
 from kvstore.session.recall import Recall
 from kvstore.session.session import Session
+from kvstore.session.state import SavedState, find_state
 from kvstore.session.view import SessionConfig
 from kvstore.store import Store
 from kvstore.tiers.manifest import StreamHeader
@@ -126,6 +127,33 @@ class Stream:
         if self._session is not None:
             self._session.commit(partial=True)
             self._session.flush()
+
+    def save_state(self, parts: Sequence[bytes | memoryview]) -> None:
+        """Store what the model keeps of the stream beside keys and values, such as recurrent states, as it is now.
+
+        Closes the last, unfinished block; returns when the state is durable. A rollback below drops it, a fork from
+        here on has it.
+
+        Args:
+            parts: the state, 1 GiB at most; what was saved at this place before goes.
+
+        Raises:
+            ConfigError: the stream is not bound, or more parts or bytes than an object may have.
+            StoreIOError, CapacityError: the store cannot be written.
+        """
+        session = self._bound()
+        session.save_state(parts)
+        session.flush()
+
+    def state(self) -> SavedState | None:
+        """Return the newest state that was saved of what the stream holds, and the tokens it stands for; None for none.
+
+        Raises:
+            StreamNotFoundError: the stream was removed.
+        """
+        if self._store.is_writable:
+            self._store.flush()
+        return find_state(self._store, self._header.name)
 
     def fork(self, name: str, at: int | None = None) -> Stream:
         """Make a stream that begins like this one; the blocks are shared, and both go on by themselves.

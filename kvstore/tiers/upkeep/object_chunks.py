@@ -64,8 +64,10 @@ def restore_objects(view: WriteView, stream_id: int, num_entries: int, rows: Seq
         with suppress(CorruptRecordError, UnsupportedFormatError):
             present = find_object(view, stream_id, row.kind, row.index)
         record = find_sound(view, row.body)
-        if present is not None or record is None or not record.is_object:
-            continue
-        if record.record_nbytes == unpack_head(row.first).body_nbytes:
+        is_stored = record is not None and (record.num_tokens, record.record_nbytes) == (
+            0,
+            unpack_head(row.first).body_nbytes,
+        )
+        if present is None and is_stored:
             add_reference(view, row.body)
             put_object(view, stream_id, num_entries, row)
