@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvstore.face import KVStore as KVStore
     from kvstore.face import attach as attach
     from kvstore.face import open as open  # noqa: A004 - reads as kvstore.open
+    from kvstore.session.contexts.contexts import Contexts as Contexts
     from kvstore.session.recall import Recall as Recall
     from kvstore.session.recall import Span as Span
     from kvstore.session.state import SavedState as SavedState
@@ -28,6 +29,7 @@ _HOMES = {
     "engines.anatomy": ("spec_of",),
     "errors": ("KVStoreError",),
     "face": ("KVStore", "attach", "open"),
+    "session.contexts.contexts": ("Contexts",),
     "session.recall": ("Recall", "Span"),
     "session.state": ("SavedState",),
     "session.stream": ("Stream",),

@@ -17,6 +17,7 @@ from kvstore.config import Access, Durability
 from kvstore.errors import SpecMismatchError, StreamNotFoundError
 from kvstore.layout import BlockLayout
 from kvstore.retrieval.registry import policy_named
+from kvstore.session.contexts.contexts import Contexts
 from kvstore.session.stream import Stream
 from kvstore.session.view import SessionConfig
 from kvstore.spec import BlockKey, ModelSpec
@@ -105,13 +106,58 @@ class KVStore:
             header = self.blocks.create_stream(new).header  # refuses a stream that was written with other settings
         else:
             header = self.blocks.manifest(name).header
-        check_spec(header, layout.spec)
-        if header.block_tokens != layout.block_tokens:
+        self._check(header)
+        return Stream(self.blocks, header, config)
+
+    def contexts(
+        self,
+        names: Sequence[str],
+        *,
+        policy: str = "ape",
+        placed: str = "parallel",
+        budget_tokens: int | None = None,
+        sink_tokens: int = 16,
+        device_nbytes: int = 256 << 20,
+        load_timeout_s: float | None = None,
+    ) -> Contexts:
+        """Put streams that were read apart under one question (docs/policies.md); `attach` takes them, to be asked.
+
+        Args:
+            names: the streams. What all of them begin with, as forks of one stream do, is stored and attended once.
+            policy: its temperature and scale count, and what it selects by where there is a budget.
+            placed: `parallel`, all behind what they begin with and over each other (APE, arXiv:2502.05431); or
+                `consecutive`, one behind the other (Block-Attention, arXiv:2409.15355).
+            budget_tokens: most tokens of retrieved units, of all contexts together; None reads them whole.
+            sink_tokens: of a stream that is alone, the first tokens that are read always.
+            device_nbytes: memory of the device pool; contexts that are larger are read in turns.
+            load_timeout_s: see `stream`.
+
+        Raises:
+            StreamNotFoundError: the store holds no stream of one of the names.
+            SpecMismatchError: another model wrote one of them, or this one with blocks of another size.
+            ConfigError: no such policy or place, a stream named twice, or streams that were written with other
+                settings.
+        """
+        headers = [self.blocks.manifest(name).header for name in names]
+        for header in headers:
+            self._check(header)
+        config = SessionConfig(
+            policy=policy_named(policy),
+            sink_tokens=sink_tokens,
+            budget_tokens=budget_tokens or 0,
+            device_nbytes=device_nbytes,
+            load_timeout_s=load_timeout_s,
+        )
+        return Contexts(self.blocks, headers, config, placed, is_whole=budget_tokens is None)
+
+    def _check(self, header: StreamHeader) -> None:
+        """Refuse a stream of another model, or with blocks of another size."""
+        check_spec(header, self._layout.spec)
+        if header.block_tokens != self._layout.block_tokens:
             raise SpecMismatchError(
-                f"stream {name!r} has blocks of {header.block_tokens} tokens, not {layout.block_tokens}; "
+                f"stream {header.name!r} has blocks of {header.block_tokens} tokens, not {self._layout.block_tokens}; "
                 f"open the store with block_tokens={header.block_tokens}"
             )
-        return Stream(self.blocks, header, config)
 
     def put(
         self,
@@ -196,6 +242,8 @@ def attach(model: Model, stream: Stream) -> Iterator[Attached]:
     linear layers: the next one who attaches the stream goes on from it. If the block raises, complete
     blocks that a later forward or question has handed to the store stay; what came after them is not stored, unless the
     same stream is attached or committed again.
+
+    Contexts of several streams are asked the same way; an appending forward is refused (`ReadOnlyError`).
 
     Raises:
         MissingDependencyError: transformers is not installed.

@@ -135,7 +135,7 @@ class StreamMemory:
         slots = torch.empty(len(entries), self._layout.slot_nbytes, dtype=torch.uint8)
         requests = [FetchRequest(entry.key, slot, None) for entry, slot in zip(entries, slots, strict=True)]
         report = self._store.fetch(requests)
-        summaries = self._store.summaries(self._header.name, entries[0].index, len(entries))
+        summaries = self._summaries(entries)
         keys, values = self._layout.keys(slots), self._layout.values(slots)
         rows = []
         for number, entry in enumerate(entries):
@@ -159,6 +159,10 @@ class StreamMemory:
         # What a lost block parts is never one unit.
         for _, run in groupby(enumerate(rows), lambda item: item[1].entry.index - item[0]):
             self._add_run([row for _, row in run])
+
+    def _summaries(self, entries: Sequence[Entry]) -> dict[int, bytes]:
+        """What is stored beside blocks that follow each other, by their indices."""
+        return self._store.summaries(self._header.name, entries[0].index, len(entries))
 
     def _add_run(self, rows: Sequence[_Block]) -> None:
         entries = [row.entry for row in rows]
