@@ -19,7 +19,7 @@ from kvstore.tiers.data_path import DataPath
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.manifest import JSON, Manifest, StreamHeader, check_spec
 from kvstore.tiers.moving.backing import Backing
-from kvstore.tiers.moving.forking import fork, rollback
+from kvstore.tiers.moving.fork_calls import ForkCalls
 from kvstore.tiers.moving.object_calls import ObjectCalls
 from kvstore.tiers.reading.request import FetchReport, FetchRequest
 from kvstore.tiers.reading.verify import BlockFault, Verifier, VerifyReport
@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 
-class Store(ObjectCalls):
+class Store(ForkCalls, ObjectCalls):
     """One open store folder; make it with `Store.open`, close it with `with`. Thread-safe.
 
     One process writes, any number read beside it what it has committed; changing calls raise `ReadOnlyError`
@@ -198,41 +198,6 @@ class Store(ObjectCalls):
             StreamNotFoundError: create it first.
         """
         self._writing().appender.append(name, blocks, cursor)
-
-    def fork(self, source: str, name: str, at: int | None = None, cursor: Mapping[str, JSON] | None = None) -> Manifest:
-        """Make a stream that begins like another, in one transaction; they share blocks, which are counted, not copied.
-
-        Args:
-            source: the other stream; what was appended to it before is part of it.
-            name: of the new one.
-            at: tokens to share, the end of a block; None for all.
-            cursor: where the producer of the new stream stands; None for `source`'s where all is shared, else for `{}`.
-
-        Raises:
-            StreamNotFoundError: there is no stream `source`.
-            ConfigError: `at` is inside a block or behind the end, or the name is taken.
-            KVStoreError: what an earlier append ran into.
-        """
-        self._check_open(writing=True)
-        fork(self._disk, self._data, source, name, at, cursor)
-        return self.manifest(name)
-
-    def rollback(self, name: str, at: int, cursor: Mapping[str, JSON] | None = None) -> int:
-        """Forget the end of a stream, in one transaction, and the blocks that nothing else needs.
-
-        Args:
-            name: the stream; nobody else may be appending to it.
-            at: tokens that stay, the end of a block.
-            cursor: where the producer stands there; None for `{}`, as the store cannot know.
-
-        Returns:
-            Bytes freed.
-
-        Raises:
-            StreamNotFoundError, ConfigError, KVStoreError: see `fork`.
-        """
-        self._check_open(writing=True)
-        return rollback(self._disk, self._data, name, at, cursor or {})
 
     def flush(self) -> None:
         """Wait until everything appended is durable; raises what the writer ran into, like `append`."""

@@ -17,11 +17,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kvstore.engines.anatomy import attention_modules, decoder_of, linear_layers, position_rows, rotary_of, spec_of
+from kvstore.engines.anatomy import attention_modules, decoder_of, position_rows, rotary_of, spec_of
 from kvstore.engines.attached import Attached
 from kvstore.engines.capture import CAPTURE, Capture
 from kvstore.engines.content import content_ids
-from kvstore.engines.linear_layers import LinearStates
 from kvstore.engines.rope_deltas import RopeDeltas
 from kvstore.engines.tier_cache import TierCache
 from kvstore.errors import ConfigError, ShapeError

@@ -23,6 +23,11 @@ Summarise = Callable[[Tensor, Tensor, int], bytes]
 """(positions [rows, num_tokens], received mass [num_layers, kv_heads, num_tokens], first token) -> stored summary."""
 
 
+def payload_of(ids: Tensor) -> bytes:
+    """What names tokens in the key of their block: `ids` `[num_tokens]` int64, 8 bytes each."""
+    return ids.to("cpu", torch.int64).numpy().astype("<i8").tobytes()
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A run of coming tokens that forms one block: its media span in seconds and its frame group."""
@@ -250,8 +255,7 @@ class Appender:
         if kept is not None and kept.shape[0] < num_tokens:
             positions, received, num_tokens = positions[:, kept], received[:, :, kept], kept.shape[0]
             space = f"{space};kept={','.join(map(str, kept.tolist()))}"
-        ids = torch.cat(block.ids).to(torch.int64).numpy().astype("<i8").tobytes()
-        key = chain_key(self._parent, ids, space)
+        key = chain_key(self._parent, payload_of(torch.cat(block.ids)), space)
         entry = Entry(
             self._next_index, key, num_tokens, self._next_token, segment.start_s, segment.end_s, segment.group
         )

@@ -238,20 +238,20 @@ class Session:
 
     def _open_appender(self) -> None:
         view = self.view
-        header, spec, wanted = view.header, view.header.spec, view.config.prefill
+        header, wanted = view.header, view.config.prefill
         if header.prefill != wanted:
             raise ConfigError(
                 f"stream {header.name!r} was written with {header.prefill}, not {wanted}; "
                 "use the same settings or another stream"
             )
-        namespace, thinning = f"{spec.fingerprint};{header.profile};{header.prefill}", view.config.policy.retention
+        thinning = view.config.policy.retention
         if thinning is not None and view.rotate is None:
             raise ConfigError(
                 f"stream {header.name!r}: its keys are stored rotated, and tokens are compared before RoPE to choose "
                 "those that are kept; use a policy without retention"
             )
         last = next(reversed(view.entries), None)
-        self._appender = Appender(view.residency, namespace, summarise, last, thinning, view.rotate)
+        self._appender = Appender(view.residency, header.namespace, summarise, last, thinning, view.rotate)
         report = self._window.open()
         if report.lost:
             raise CorruptRecordError(

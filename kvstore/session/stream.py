@@ -16,6 +16,7 @@ from kvstore.retrieval.tokens import Rotate
 from kvstore.session.branch import Branch
 from kvstore.session.recall import Recall
 from kvstore.session.session import Session
+from kvstore.session.sharing.adopting import adopt_prefix
 from kvstore.session.state import SavedState, find_state
 from kvstore.session.view import SessionConfig
 from kvstore.store import Store
@@ -154,6 +155,26 @@ class Stream:
         if self._store.is_writable:
             self._store.flush()
         return find_state(self._store, self._header.name)
+
+    def adopt_prefix(self, ids: Tensor) -> int:
+        """Take over what streams of the store hold of coming tokens, so that no forward has to compute it again.
+
+        Keys name a block by its tokens and all before them, so the longest run is found without a model (as vLLM and
+        SGLang find a prefix). Call it before `attach` or `bind`, then let the model read what is left.
+
+        Args:
+            ids: [num_tokens] int64: the tokens that come next, of an empty stream the text from its start.
+
+        Returns:
+            How many of them the stream holds now; whole blocks only, cut as in the stream that they are taken from.
+
+        Raises:
+            ReadOnlyError: the store was opened for reading.
+            ShapeError: ids are not one sequence of int64.
+            ConfigError: the stream is attached.
+        """
+        self._leave_session()
+        return adopt_prefix(self._store, self._header, self._config, ids)
 
     def fork(self, name: str, at: int | None = None) -> Stream:
         """Make a stream that begins like this one; the blocks are shared, and both go on by themselves.

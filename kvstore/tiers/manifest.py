@@ -60,6 +60,11 @@ class StreamHeader:
         """Layout of the stream's slots."""
         return BlockLayout(self.spec, self.block_tokens)
 
+    @property
+    def namespace(self) -> str:
+        """What decides the bytes of its blocks beside their tokens: a part of every block's key."""
+        return f"{self.spec.fingerprint};{self.profile};{self.prefill}"
+
     def describes_same(self, other: StreamHeader) -> bool:
         """True when both describe one stream: all but the time of creation is equal."""
         return replace(self, created_unix_s=0.0) == replace(other, created_unix_s=0.0)

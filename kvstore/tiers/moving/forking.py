@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forking and rolling back streams: one transaction each, then extents are free and memory follows."""
+"""Forking, continuing and rolling back streams: one transaction each, then extents are free and memory follows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from kvstore.tiers.data_path import DataPath
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.manifest import JSON, dump_json
 from kvstore.tiers.tables.forks import cut_stream, fork_stream
+from kvstore.tiers.tables.prefixes import KeyOf, continue_stream, find_continuation
 from kvstore.tiers.tables.streams import find_stream
 
 
@@ -28,6 +29,24 @@ def fork(
             header = find_stream(view, source).header
         forked = replace(header, name=name, created_unix_s=time.time())
         disk.catalogue.write(lambda view: fork_stream(view, source, forked, at, cursor_json))
+
+
+def adopt(disk: DiskTier, data: DataPath | None, name: str, key_of: KeyOf) -> int:
+    """Continue a stream by what others hold; returns the tokens added. See `Store.adopt`."""
+    if data is None or data.write is None:
+        return _adopt(disk, name, key_of)
+    with data.write.appender.stopped(name):
+        data.write.writer.flush()
+        return _adopt(disk, name, key_of)
+
+
+def _adopt(disk: DiskTier, name: str, key_of: KeyOf) -> int:
+    with disk.mutation:  # what is found stays true until it is written
+        with disk.catalogue.read() as view:
+            found = find_continuation(view, name, key_of)
+        if found.entries:
+            disk.catalogue.write(lambda view: continue_stream(view, name, found))
+    return sum(entry.num_tokens for entry in found.entries)
 
 
 def rollback(disk: DiskTier, data: DataPath | None, name: str, at: int, cursor: Mapping[str, JSON]) -> int:

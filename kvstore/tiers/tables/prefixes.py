@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The longest run of stored blocks that some stream has for coming tokens, found by the names they would get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from kvstore.errors import KVStoreError
+from kvstore.spec import BlockKey
+from kvstore.tiers.catalogue import ReadView, Table, WriteView
+from kvstore.tiers.tables.blocks import find_sound
+from kvstore.tiers.tables.records import Entry, position_key
+from kvstore.tiers.tables.streams import (
+    StreamRow,
+    append_entries,
+    every_stream,
+    find_state,
+    find_stream,
+    read_entries,
+)
+
+KeyOf = Callable[[BlockKey | None, int, int], BlockKey | None]
+"""(key of the block before, first token counted from the stream's end, number of tokens) -> the key of a block of these
+tokens; None where there are not as many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What a stream may go on with.
+
+    Args:
+        entries: numbered to follow it.
+        summaries: stored beside each.
+    """
+
+    entries: list[Entry]
+    summaries: list[bytes]
+
+
+def find_continuation(view: ReadView, name: str, key_of: KeyOf) -> Continuation:
+    """Find the stream that holds most of what comes next. One key says all that came before, so one is looked at first.
+
+    A stream or entry that is damaged, and a block that is not stored, end a run; they are no error.
+
+    Args:
+        view: the transaction.
+        name: the stream that is to go on.
+        key_of: see `KeyOf`.
+
+    Raises:
+        StreamNotFoundError: there is none of that name.
+        CorruptRecordError: the stream itself is damaged.
+    """
+    own = find_stream(view, name)
+    state = find_state(view, own.stream_id)
+    last = next(read_entries(view, own.stream_id, state.num_entries - 1), None) if state.num_entries else None
+    best, source = list[Entry](), own
+    for _, other in every_stream(view):
+        if not isinstance(other, StreamRow) or other.header.block_tokens != own.header.block_tokens:
+            continue
+        run = list(_run(view, other, state.num_entries, last, key_of))
+        if sum(entry.num_tokens for entry in run) > sum(entry.num_tokens for entry in best):
+            best, source = run, other
+    keys = [position_key(source.stream_id, entry.index) for entry in best]
+    entries, first = [], state.num_tokens
+    for entry in best:
+        entries.append(replace(entry, first_token=first))
+        first += entry.num_tokens
+    return Continuation(entries, [view.get(Table.SUMMARIES, key) or b"" for key in keys])
+
+
+def continue_stream(view: WriteView, name: str, found: Continuation) -> None:
+    """Append what was found; its blocks have one reference more each, and the cursor stays.
+
+    Raises:
+        StreamNotFoundError, CorruptRecordError: see `append_entries`.
+    """
+    stream_id = find_stream(view, name).stream_id
+    append_entries(view, stream_id, found.entries, found.summaries, find_state(view, stream_id).cursor_json)
+
+
+def _run(view: ReadView, stream: StreamRow, first_entry: int, last: Entry | None, key_of: KeyOf) -> Iterator[Entry]:
+    """Entries of a stream that continue `last`, as long as `key_of` names their blocks so and they are stored."""
+    entries = _sound(view, stream, max(first_entry - 1, 0))
+    if last is not None:
+        before = next(entries, None)
+        if before is None or before.key != last.key:
+            return
+    parent, token = last.key if last is not None else None, 0
+    for index, entry in enumerate(entries, start=first_entry):
+        is_whole = entry.index == index and 1 <= entry.num_tokens <= stream.header.block_tokens
+        if not is_whole or key_of(parent, token, entry.num_tokens) != entry.key or find_sound(view, entry.key) is None:
+            return
+        yield entry
+        parent, token = entry.key, token + entry.num_tokens
+
+
+def _sound(view: ReadView, stream: StreamRow, first: int) -> Iterator[Entry]:
+    with suppress(KVStoreError):
+        yield from read_entries(view, stream.stream_id, first)
