@@ -128,7 +128,8 @@ class LinearStates:
             tensor = _tensor(described, data).to(self._device)
             if name not in _FIELDS or getattr(state, name)[number] is not None:
                 raise ValueError(f"a state {name!r} of layer {described['layer']}")
-            state.lazy_initialization(**{name: tensor}, state_idx=number)
+            fields: dict[str, Any] = {name: tensor}
+            state.lazy_initialization(**fields, state_idx=number)
             getattr(state, name)[number].copy_(tensor)
             state.has_previous_state[number] = True
             found.add(described["layer"])

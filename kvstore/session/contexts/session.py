@@ -11,7 +11,7 @@ from kvstore.session.appender import Appender
 from kvstore.session.attention_inputs import ContextRule
 from kvstore.session.branch import Branch
 from kvstore.session.contexts.view import ContextsView
-from kvstore.session.past import PastTokens
+from kvstore.session.reading.past import PastTokens
 from kvstore.session.session import Session
 
 
@@ -43,13 +43,15 @@ class ContextsSession(Session):
         self.view = view
         self.num_spare = 0
 
-    def branch(self, *, continues: bool = False, external: Sequence[ExtraScores] = ()) -> Branch:
+    def branch(
+        self, *, continues: bool = False, external: Sequence[ExtraScores] = (), recent_tokens: int = 0
+    ) -> Branch:
         """Start a question; see `Session.branch`.
 
         Raises:
-            ReadOnlyError: it was to continue the contexts: they have no end of their own to go on from.
+            ReadOnlyError: it was to continue the contexts, or to read their end: they have none of their own.
         """
-        if continues:
+        if continues or recent_tokens:
             self._writer()
         assert isinstance(self.view, ContextsView), "made so"
         return ContextsBranch(self.view, external=external)

@@ -16,7 +16,7 @@ from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.tokens import Rotate
 from kvstore.session.contexts.joining import Joined, Origin, join
 from kvstore.session.contexts.memory import ContextsMemory
-from kvstore.session.past import PastReader
+from kvstore.session.reading.past import PastReader
 from kvstore.session.view import SessionConfig, StreamView
 from kvstore.spec import BlockKey
 from kvstore.store import Entries, Entry, Store, StreamHeader
