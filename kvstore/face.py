@@ -26,7 +26,8 @@ from kvstore.tiers.manifest import StreamHeader
 from kvstore.tiers.moving.backing import Backing
 
 if TYPE_CHECKING:
-    from kvstore.engines.transformers import Attached, Model
+    from kvstore.engines.attached import Attached
+    from kvstore.engines.model import Model
 
 
 class KVStore:

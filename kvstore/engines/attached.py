@@ -18,7 +18,7 @@ from kvstore.session.recall import Recall
 from kvstore.session.session import Session
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from kvstore.engines.model import Model
 
 
 class Attached:
@@ -28,7 +28,7 @@ class Attached:
     caller brings along, and `use_cache=False`, are left alone.
     """
 
-    def __init__(self, model: PreTrainedModel, session: Session) -> None:
+    def __init__(self, model: Model, session: Session) -> None:
         self.model = model
         self.session = session
         self.last = Recall()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -21,6 +21,7 @@ from kvstore.engines.anatomy import attention_modules, decoder_of, position_rows
 from kvstore.engines.attached import Attached
 from kvstore.engines.capture import CAPTURE, Capture
 from kvstore.engines.content import content_ids
+from kvstore.engines.model import Model
 from kvstore.engines.rope_deltas import RopeDeltas
 from kvstore.engines.tier_cache import TierCache
 from kvstore.errors import ConfigError, ShapeError
@@ -29,8 +30,6 @@ from kvstore.store import check_spec
 
 __all__ = ["Attached", "Model", "TierCache", "attach"]
 
-Model = PreTrainedModel
-"""What can be attached, for annotations elsewhere: other modules do not import transformers."""
 
 _NAME = "kvstore"
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux")
@@ -109,7 +108,7 @@ def _check_layer(
 
 
 @contextmanager
-def attach(model: PreTrainedModel, session: Session) -> Iterator[Attached]:
+def attach(model: Model, session: Session) -> Iterator[Attached]:
     """Attach a session to a model for the length of a `with` block; the model leaves it as it came.
 
     Args:
@@ -154,7 +153,7 @@ def attach(model: PreTrainedModel, session: Session) -> Iterator[Attached]:
         yield attached
 
 
-def _select_attention(model: PreTrainedModel, undo: ExitStack) -> None:
+def _select_attention(model: Model, undo: ExitStack) -> None:
     """Make the text decoder call `_attention`, and leave a vision tower as it is."""
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
