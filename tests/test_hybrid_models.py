@@ -22,10 +22,14 @@ from transformers import (
 
 import kvstore
 from kvstore.engines.anatomy import rotation_of, spec_of
+from kvstore.engines.loading import LanguageModel
 from kvstore.engines.past import read_run
 from kvstore.errors import CalibrationError, ConfigError, CorruptRecordError
 from kvstore.session.stream import Stream
 from kvstore.store import Access, Store
+from kvstore.video.ingest import ingest
+from kvstore.video.settings import IngestConfig
+from tests.test_transformers_generate import generate
 from tests.tiny_models import BLOCK_TOKENS, SIZES, build, make_model, token_ids
 
 LFM2 = {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention", "conv"]}
@@ -70,6 +74,12 @@ def grow(path: Path, model: PreTrainedModel, ids: Tensor, chunks: Sequence[int],
         return [model(part).logits for part in ids.split(list(chunks), dim=1)]
 
 
+def num_saved(stream: Stream) -> int | None:
+    """Tokens that the newest state stands for."""
+    found = stream.state()
+    return None if found is None else found.num_tokens
+
+
 def same(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
 
@@ -92,11 +102,11 @@ def test_a_rollback_and_a_fork_go_on_from_the_state_at_their_ends(tmp_path: Path
     grow(tmp_path, model, ids[:, :16], [16])
     grow(tmp_path, model, ids[:, 16:], [24])
     with opened(tmp_path, model) as stream:
-        assert stream.state().num_tokens == 40
+        assert num_saved(stream) == 40
         fork = stream.fork("fork", 16)
-        assert fork.state().num_tokens == 16
+        assert num_saved(fork) == 16
         stream.rollback(24)
-        assert stream.state().num_tokens == 16
+        assert num_saved(stream) == 16
         with pytest.raises(ConfigError, match=r"24 tokens, and the state .* last saved at 16: roll it back to there"):
             kvstore.attach(model, stream).__enter__()
         stream.rollback(16)
@@ -114,16 +124,15 @@ def test_a_rollback_and_a_fork_go_on_from_the_state_at_their_ends(tmp_path: Path
 @pytest.mark.parametrize("policy", ["maxsim", "quest"])
 def test_questions_leave_the_states_as_they_are(tmp_path: Path, family: str, policy: str) -> None:
     model, ids, question = make_hybrid(family), token_ids(48), token_ids(6, seed=3)
-    wanted = uninterrupted(model, ids, [32, 16])
     with opened(tmp_path, model, policy=policy, budget_tokens=16) as stream, kvstore.attach(model, stream) as attached:
         logits = [model(ids[:, :32]).logits]
-        answers = [model.generate(question, max_new_tokens=4, do_sample=False) for _ in range(2)]
-        assert torch.equal(*answers)
-        cache = attached.question(question)
-        again = model.generate(question, past_key_values=cache, max_new_tokens=4, do_sample=False)
-        assert again.shape == answers[0].shape
+        assert torch.equal(generate(model, question), generate(model, question))
+        assert generate(model, question, past_key_values=attached.question(question)).shape[1] > 0
+        reply = attached.reply(question, max_new_tokens=3, do_sample=False)
         logits.append(model(ids[:, 32:]).logits)
-    assert same(logits, wanted)
+    whole = torch.cat([ids[:, :32], question, reply, ids[:, 32:]], dim=1)
+    wanted = uninterrupted(model, whole, [32, 5, 1 + reply.shape[1], 16])
+    assert same(logits, [wanted[0], wanted[3]])
 
 
 def test_a_question_goes_on_from_the_streams_state(tmp_path: Path) -> None:
@@ -238,3 +247,10 @@ def test_states_of_any_model_are_saved_and_found(tmp_path: Path) -> None:
         assert fork.state() == kvstore.SavedState(5, [b"state 1", bytes(1)])
     with Store.open(tmp_path, access=Access.READ) as store:
         assert store.verify().is_clean
+
+
+def test_an_ingest_refuses_a_model_whose_states_it_does_not_save(tmp_path: Path) -> None:
+    reader = LanguageModel(make_hybrid("lfm2"), tokenizer=None, path=tmp_path)
+    with pytest.raises(ConfigError, match="linear layers"):
+        ingest(tmp_path / "video.mp4", tmp_path / "store", "s", reader, IngestConfig(), lambda progress: None)
+    assert not (tmp_path / "store").exists()

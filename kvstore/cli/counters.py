@@ -63,7 +63,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _plain(stats: StoreStats, processes: list[LiveStats]) -> dict[str, object]:
     return {
-        "disk": {**asdict(stats.usage), "blocks": stats.num_blocks, "streams": stats.num_streams},
+        "disk": {
+            **asdict(stats.usage),
+            "blocks": stats.num_blocks,
+            "streams": stats.num_streams,
+            "objects": stats.num_objects,
+        },
         "processes": [_process(each) for each in processes],
     }
 
@@ -77,6 +82,7 @@ def _process(live: LiveStats) -> dict[str, object]:
 def _lines(folder: Path, stats: StoreStats, processes: list[LiveStats], earlier: dict[int, LiveStats]) -> list[str]:
     usage = stats.usage
     held = f"{text.count(stats.num_streams, 'stream')}, {text.count(stats.num_blocks, 'block')}"
+    held += f", {text.count(stats.num_objects, 'object')}" if stats.num_objects else ""
     lines = [
         f"{folder}: {held}; {text.size(usage.extent_used_nbytes)} of blocks, {text.size(usage.total_nbytes)} on disk, "
         f"{text.size(usage.catalogue_nbytes)} of it catalogue"

@@ -52,7 +52,7 @@ def run_export(options: argparse.Namespace) -> int:
         )
     for key in report.missing:
         print(f"missing: block {key.hex()[:16]}; `kvstore verify` says where")
-    print(f"exported {text.printable(options.stream)}: {_size(report.num_entries, report.nbytes)}")
+    print(f"exported {text.printable(options.stream)}: {_size(report.num_entries, report.num_objects, report.nbytes)}")
     return _EXIT_MISSING if report.missing else 0
 
 
@@ -73,7 +73,8 @@ def run_import(options: argparse.Namespace) -> int:
     for key in report.missing:
         print(f"missing: block {key.hex()[:16]}; neither the file nor the store holds it")
     word = "imported" if report.is_new else "was there already, and is whole again:"
-    print(f"{word} {text.printable(report.header.name)}: {_size(report.num_entries, path.stat().st_size)}")
+    size = _size(report.num_entries, report.num_objects, path.stat().st_size)
+    print(f"{word} {text.printable(report.header.name)}: {size}")
     return _EXIT_MISSING if report.missing else 0
 
 
@@ -81,5 +82,6 @@ def _add_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=arguments.path, metavar="FILE", help="the file")
 
 
-def _size(num_entries: int, nbytes: int) -> str:
-    return f"{text.count(num_entries, 'block')}, a file of {text.size(nbytes)}"
+def _size(num_entries: int, num_objects: int, nbytes: int) -> str:
+    objects = f"{text.count(num_objects, 'object')}, " if num_objects else ""
+    return f"{text.count(num_entries, 'block')}, {objects}a file of {text.size(nbytes)}"

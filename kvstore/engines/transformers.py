@@ -113,7 +113,7 @@ def attach(model: Model, session: Session) -> Iterator[Attached]:
 
     Args:
         model: a decoder with full attention and NeoX-style RoPE: Llama, Qwen2, Qwen3, Mistral and their kin, a
-            vision-language model around one, or a hybrid of such layers and linear ones (LFM2, Qwen3-Next).
+            vision-language model around one, or a hybrid of such layers and linear ones (LFM2).
         session: a session over a stream of this model's spec; see `rotation_of` and `spec_of`.
 
     Raises:

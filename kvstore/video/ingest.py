@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kvstore.engines.anatomy import position_rows, rotation_of, spec_of
+from kvstore.engines.anatomy import linear_layers, position_rows, rotation_of, spec_of
 from kvstore.engines.loading import LanguageModel
 from kvstore.engines.pictures import PictureMaker
 from kvstore.engines.transformers import attach
@@ -53,13 +53,19 @@ def ingest(
 
     Raises:
         MediaError: not a readable video.
-        ConfigError: the stream exists with another video or other settings, or a frame does not fit the window.
+        ConfigError: the stream exists with another video or other settings, a frame does not fit the window, or the
+            model has linear layers.
         CorruptRecordError: the stream's cursor or its last blocks cannot be read.
         SpecMismatchError: the stream exists with another model.
         CapacityError: the disk or the budget is full; what is stored can be asked, and resumed when there is room.
         ReadOnlyError: the folder cannot be written.
         BusyError: another process writes this store.
     """
+    if linear_layers(language_model.model):
+        raise ConfigError(
+            f"{type(language_model.model).__name__} has linear layers, whose states an ingest does not save with every "
+            "checkpoint; use a model that attends in all layers"
+        )
     info = probe(video)
     spec = spec_of(language_model.model)
     preamble = language_model.encode(prompts_of(language_model).preamble)

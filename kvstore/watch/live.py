@@ -162,6 +162,7 @@ def _parsed(data: bytes) -> LiveStats | None:
             remote=None if given.get("remote") is None else _remote(given["remote"]),
             usage=DiskUsage(**{field.name: int(given["usage"][field.name]) for field in fields(DiskUsage)}),
             durations=durations,
+            num_objects=int(given.get("num_objects", 0)),
             **{
                 name: int(given[name])
                 for name in ("num_blocks", "num_streams", "host_slots", "host_slots_used", "queued_blocks")

@@ -72,6 +72,7 @@ class StoreCollector(Collector):
             ("host_slots_used", "Slots of the host tier that hold a block.", stats.host_slots_used),
             ("stored_blocks", "Blocks on disk.", stats.num_blocks),
             ("streams", "Streams on disk.", stats.num_streams),
+            ("stored_objects", "Objects of streams on disk.", stats.num_objects),
             *((f"disk_{part}", "Bytes on disk.", nbytes) for part, nbytes in asdict(stats.usage).items()),
         ):
             gauge = GaugeMetricFamily(f"kvstore_{name}", text, labels=["store"])
