@@ -100,13 +100,13 @@ class KVStore:
                 name, layout.spec, layout.block_tokens, self._profile, config.prefill, {}, created_unix_s=time.time()
             )
             try:
-                header = self.blocks.manifest(name).header
+                header = self.blocks.header(name)
                 new = replace(new, source=header.source)
             except StreamNotFoundError:
                 pass
             header = self.blocks.create_stream(new).header  # refuses a stream that was written with other settings
         else:
-            header = self.blocks.manifest(name).header
+            header = self.blocks.header(name)
         self._check(header)
         return Stream(self.blocks, header, config)
 
@@ -139,7 +139,7 @@ class KVStore:
             ConfigError: no such policy or place, a stream named twice, or streams that were written with other
                 settings.
         """
-        headers = [self.blocks.manifest(name).header for name in names]
+        headers = [self.blocks.header(name) for name in names]
         for header in headers:
             self._check(header)
         config = SessionConfig(

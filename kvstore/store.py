@@ -172,6 +172,12 @@ class Store(ForkCalls, ObjectCalls):
         self._check_open()
         return take_manifest(self._disk.catalogue, name, known)
 
+    def header(self, name: str) -> StreamHeader:
+        """What is fixed about a stream, without a look at what grows; raises `StreamNotFoundError`."""
+        self._check_open()
+        with self._disk.catalogue.read() as view:
+            return find_stream(view, name).header
+
     def streams(self) -> list[StreamHeader]:
         """List all streams by name."""
         self._check_open()

@@ -216,8 +216,7 @@ class Asker:
             tokens_attended=recall.num_attended_tokens,
             damaged=[
                 f"block {entry.index}, {stamp(entry.start_s)}-{stamp(entry.end_s)}: {reason}"
-                for entry in view.entries
-                if (reason := load.lost.get(entry.key) or view.damaged.get(entry.index)) is not None
+                for entry, reason in view.losses(load.lost)
             ],
             num_unsearched=len(view.damaged),
         )
