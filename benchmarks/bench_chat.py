@@ -138,8 +138,8 @@ class Chat:
         self._latest = [*self._latest, *ids][-(window + 2 * block) :]
 
 
-def report_quarters(report: Report, policy: str, quarters: Sequence[Quarter]) -> None:
-    """One row per figure and quarter, and the growth of memory behind the first ones."""
+def report_quarters(report: Report, policy: str, quarters: Sequence[Quarter], token_nbytes: int) -> None:
+    """One row per figure and quarter, and the growth of memory and disk behind the first ones."""
     first = quarters[0]
     for number, quarter in enumerate(quarters):
         case = {"policy": policy, "quarter": number + 1}
@@ -160,11 +160,13 @@ def report_quarters(report: Report, policy: str, quarters: Sequence[Quarter]) ->
             )
     settled = quarters[SETTLED:] or quarters
     times = list(itertools.chain.from_iterable(quarter.times_s for quarter in settled))
-    grown = [
-        slope(times, list(itertools.chain.from_iterable(values)))
-        for values in ([each.memory_mib for each in settled], [each.disk_mib for each in settled])
-    ]
-    report.value("growth", "MiB/h", (policy, grown[0]), ("disk", grown[1]), policy=policy, settled=SETTLED)
+    said = ("KV of what is said", 3600 * TOKENS_PER_S * token_nbytes / 2**20)
+    for metric, values in (
+        ("growth of memory", [each.memory_mib for each in settled]),
+        ("growth of disk", [each.disk_mib for each in settled]),
+    ):
+        grown = slope(times, list(itertools.chain.from_iterable(values)))
+        report.value(metric, "MiB/h", (policy, grown), said, policy=policy, settled=SETTLED)
 
 
 def table(found: dict[str, list[Quarter]]) -> str:
@@ -186,16 +188,17 @@ def main() -> None:
     hours = settings.hours or (QUICK_HOURS if settings.quick else HOURS)
     num_tokens = int(hours * 3600 * TOKENS_PER_S)
     language_model = load(settings.model)
+    spec = spec_of(language_model.model)
     report = Report(settings, {"model": language_model.path.stem, "tokens": num_tokens})
     found: dict[str, list[Quarter]] = {}
     for policy in settings.policies:
         torch.manual_seed(0)
         with (
             TemporaryDirectory(dir=settings.folder) as scratch,
-            kvstore.open(Path(scratch) / "store", spec_of(language_model.model), host_nbytes=HOST_NBYTES) as store,
+            kvstore.open(Path(scratch) / "store", spec, host_nbytes=HOST_NBYTES) as store,
         ):
             found[policy] = talk(language_model, store, policy, num_tokens)
-        report_quarters(report, policy, found[policy])
+        report_quarters(report, policy, found[policy], spec.token_nbytes)
         report.write()  # what is there, should the next one be stopped
     print(table(found))
 

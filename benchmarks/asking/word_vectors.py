@@ -34,7 +34,8 @@ class WordVectors:
 
     def __init__(self, lines: Sequence[Line], entries: Sequence[Entry]) -> None:
         counts = torch.stack([_counts(line.text) for line in lines])
-        self._rarity = (len(lines) / (counts > 0).sum(dim=0).clamp_min(1)).log()
+        num_lines = (counts > 0).sum(dim=0)
+        self._rarity = (len(lines) / num_lines.clamp_min(1)).log() * (num_lines > 0)
         self._num_blocks = len(entries)
         self._vectors = ExternalVectors(DIM)
         for line, vector in zip(lines, self._weighed(counts), strict=True):
