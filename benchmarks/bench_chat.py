@@ -29,7 +29,7 @@ from demo_scoring import is_hit
 
 HOURS, QUICK_HOURS = 3.0, 1 / 6
 REPLY_TOKENS = 24
-SAMPLE_EVERY = 6
+SAMPLE_EVERY = 4
 HOST_NBYTES = 64 << 20
 SETTLED = 2
 """Quarters until caches are full: growth is measured behind them."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvstore.engines import attached as attached_module
 from kvstore.errors import ConfigError, ShapeError
 from kvstore.retrieval.positions import PositionPolicy
 from tests.tiny_models import ALL, ORIGINAL, attached_stream, make_model, policy, settings, token_ids
@@ -75,3 +76,28 @@ def test_turns_that_cannot_be_are_refused_and_leave_nothing(tmp_path: Path) -> N
         with pytest.raises(ConfigError, match="recent_tokens"):
             attached.question(recent_tokens=-1)
         assert attached.session.num_tokens == 0
+
+
+@pytest.mark.parametrize("name", ["maxsim", "rekv", "auto", "infllm"])
+def test_what_only_fills_a_pass_up_changes_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    rule = policy(name, beyond=None, full_layers=0)
+    found = []
+    for step in (1, 16):
+        monkeypatch.setattr(attached_module, "_SHORT_STEP", step)
+        with attached_stream(tmp_path / str(step), model, settings(rule, window=32, budget=16)) as attached:
+            model(token_ids(120))
+            replies = [attached.reply(turn, max_new_tokens=NEW, do_sample=False).tolist() for turn in TURNS]
+            attached.question(TURNS[0])
+            spans = [(span.first_token, span.score) for span in attached.last.spans]
+            found.append(
+                (
+                    replies,
+                    attached.session.num_tokens,
+                    [entry.num_tokens for entry in attached.session.view.entries],
+                    spans,
+                )
+            )
+    assert found[0][:3] == found[1][:3]
+    assert [place for place, _ in found[0][3]] == [place for place, _ in found[1][3]]
+    assert [score for _, score in found[0][3]] == pytest.approx([score for _, score in found[1][3]], rel=1e-4)

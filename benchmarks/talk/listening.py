@@ -18,6 +18,8 @@ from kvstore.engines.tier_cache import TierCache
 from kvstore.engines.transformers import Model
 from talk.turns import Turn
 
+STEP_TOKENS = 128
+
 
 class Listener:
     """Surprise of a model at the user's words, in nats per token. Not thread-safe.
@@ -60,18 +62,21 @@ class Listener:
             before: token ids of the sinks and of the window.
             turn: what follows them.
         """
-        ids = torch.tensor([[*before, *turn.ids[:-1]]], device=self._decoder.device)
-        hidden = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = self._decoder(input_ids=self._filled([*before, *turn.ids[:-1]]), use_cache=False).last_hidden_state
         return self._surprise(hidden[0, len(before) :], turn)
 
     def looking_back(self, attached: Attached, turn: Turn) -> Tensor:
         """The same on a branch, with what the first half of the passage brings back."""
         half = (turn.text.start + turn.text.stop) // 2
-        ids = torch.tensor([turn.ids[:-1]], device=self._decoder.device)
+        ids = self._filled(turn.ids[:-1])
         window = attached.session.view.config.window_tokens
         cache = attached.question(ids[:, :half], recent_tokens=window)
         hidden = self._decoder(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
         return self._surprise(hidden[0], turn)
+
+    def _filled(self, ids: list[int]) -> Tensor:
+        """Ids up to a length that comes again: kernels are kept for each."""
+        return torch.tensor([[*ids, *ids[-1:] * (-len(ids) % STEP_TOKENS)]], device=self._decoder.device)
 
     def _surprise(self, hidden: Tensor, turn: Turn) -> Tensor:
         before = hidden[turn.text.start - 1 : turn.text.stop - 1]

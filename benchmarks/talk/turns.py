@@ -15,12 +15,12 @@ from machine import ROOT
 
 Encode = Callable[[str], list[int]]
 
-FEWEST_TOKENS, MOST_TOKENS = 300, 500
+FEWEST_TOKENS, MOST_TOKENS = 500, 900
 """Of a passage."""
 REFERENCE_PARTS = 5
-TELL_EVERY = 8
-ASK_AFTER = 12
-"""Turns between a note and the question for it: about 5,000 tokens."""
+TELL_EVERY = 4
+ASK_AFTER = 8
+"""Turns between a note and the question for it: about 6,000 tokens."""
 
 
 @dataclass(frozen=True, slots=True)

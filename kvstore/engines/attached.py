@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from kvstore.engines.model import Model
 
 
+_SHORT_TOKENS = 128
+_SHORT_STEP, _STEP = 16, 64
+
+
 class Attached:
     """A model with a stream attached: what the `with` statement of `attach` hands out.
 
@@ -75,8 +79,9 @@ class Attached:
         self.last = branch.recall
         cache = TierCache(self.session, branch, self._states)
         if input_ids is not None and branch.selects_next:
+            filled, branch.num_spare = self._filled(input_ids)
             with cache.recalling(), torch.no_grad():
-                decoder_of(self.model)(input_ids=input_ids, past_key_values=cache, use_cache=True)
+                decoder_of(self.model)(input_ids=filled, past_key_values=cache, use_cache=True)
             self.last = branch.recall
         return cache
 
@@ -101,15 +106,37 @@ class Attached:
         """
         _check(input_ids, "turn")
         model: Any = self.model
-        decoder = decoder_of(model)
         with torch.no_grad():
             if input_ids.shape[1] > 1:
-                decoder(input_ids=input_ids[:, :-1], past_key_values=self.cache(), use_cache=True)
+                self._append(input_ids[:, :-1])
             cache = self.question(input_ids, external, recent_tokens=self.session.view.config.window_tokens)
             said: Tensor = model.generate(input_ids[:, -1:], past_key_values=cache, **generation)
             _check(said, "reply")
-            decoder(input_ids=said, past_key_values=self.cache(), use_cache=True)
+            self._append(said)
         return said[:, 1:]
+
+    def _append(self, input_ids: Tensor) -> None:
+        filled, num_spare = self._filled(input_ids)
+        self.session.num_spare = num_spare
+        try:
+            decoder_of(self.model)(input_ids=filled, past_key_values=self.cache(), use_cache=True)
+            if num_spare:
+                self.session.drop(num_spare)
+        finally:
+            self.session.num_spare = 0
+
+    def _filled(self, input_ids: Tensor) -> tuple[Tensor, int]:
+        """Fill tokens up to one of few lengths, and say by how many.
+
+        oneDNN compiles and keeps kernels for every length that it meets, 2 MB each for a model of 135 million
+        parameters: a process that takes turns of all lengths grew by hundreds of megabytes. No token attends to those
+        behind it; but what a linear layer has read, it cannot forget.
+        """
+        num_tokens = input_ids.shape[1]
+        spare = -num_tokens % (_SHORT_STEP if num_tokens <= _SHORT_TOKENS else _STEP)
+        if self._states is not None or not spare:
+            return input_ids, 0
+        return torch.cat([input_ids, input_ids[:, -1:].expand(-1, spare)], dim=1), spare
 
 
 def _check(input_ids: Tensor, what: str) -> None:

@@ -69,6 +69,8 @@ class Branch(BranchPast):
         self._excluded = frozenset((*range(len(self._sinks)), *range(self._recent_first, len(self._entries))))
         self._scout = Attending(view.residency, view.rotate, PositionPolicy.CONSECUTIVE, 0, view.rows)
         self._scout_keys: dict[int, Tensor] = {}
+        self.num_spare = 0
+        """Last tokens of the coming pass over the question that only fill it up: nothing is retrieved by them."""
         self._search = view.search(policy) if policy.retrieves else None
         self._choices: LayerChoices | None = None
         self._asking_at = torch.empty(0, dtype=torch.int64)
@@ -150,6 +152,7 @@ class Branch(BranchPast):
         for context in (*self.contexts, *self._scout.contexts):
             context.drop_tail(context.num_tail)
         self._scout_keys.clear()
+        self.num_spare = 0
         self._phase = _Phase.ANSWER
 
     def extend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> AttentionInputs:
@@ -170,10 +173,11 @@ class Branch(BranchPast):
         if layer == 0:
             self._forget_unfinished()
         if self._phase is _Phase.SCOUT:
-            self._scout_keys[layer] = keys[0]
+            self._scout_keys[layer] = keys[0, :, : keys.shape[2] - self.num_spare]
             return self._scout.inputs(layer, query, keys, values, positions)
         if self._choices is not None:
-            self._extend_chosen(layer, query, positions)
+            count = query.shape[2] - self.num_spare
+            self._extend_chosen(layer, query[:, :, :count], positions[:, :, :count])
         elif not self._has_selected and layer == 0:  # no pass came before: there was nothing to choose
             self.attend_to(self, Reading.of(self._sinks, (), self._recent), range(len(self.contexts)))
             self._has_selected = True
