@@ -44,4 +44,5 @@ class Reserve:
 def _ranks(scores: Tensor) -> Tensor:
     """Place of each score in its row, 0 for the largest; of equals, the earlier ones first."""
     order = scores.argsort(dim=1, descending=True, stable=True)
-    return torch.empty_like(order).scatter_(1, order, torch.arange(scores.shape[1]).expand_as(order))
+    places = torch.arange(scores.shape[1], device=scores.device)
+    return torch.empty_like(order).scatter_(1, order, places.expand_as(order))
