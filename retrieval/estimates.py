@@ -64,6 +64,10 @@ class EstimateTable:
         means = sums[:, :, : self._key_dim] / counts
         self._append(torch.cat([means, counts, sums[:, :, self._key_dim :]], dim=2))
 
+    def cut_back(self, num_units: int) -> None:
+        """Forget the last units, all but `num_units`."""
+        self._num_units = min(self._num_units, num_units)
+
     def of(self, units: Sequence[Tensor]) -> Estimate:
         """Look chosen units up: `[num_chosen]` int64 for each KV head."""
         rows = torch.nn.utils.rnn.pad_sequence(

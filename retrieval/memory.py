@@ -14,7 +14,7 @@ from kvstore.retrieval.estimates import Estimate, EstimateTable
 from kvstore.retrieval.fusion import ExtraScores, ReciprocalRank
 from kvstore.retrieval.index.partitions import MatrixIndex, PartitionedIndex
 from kvstore.retrieval.policy import Policy
-from kvstore.retrieval.selectors.budget import LayeredSelector, TokenBudget
+from kvstore.retrieval.selectors.budget import LayeredSelector, SharingSelector, TokenBudget
 from kvstore.retrieval.tokens import LayerQuery, LayerTokens
 from kvstore.retrieval.unit_table import UnitTable
 from kvstore.retrieval.units import Units
@@ -48,6 +48,8 @@ class Selection:
 class LayerMemory:
     """What one layer can select from. Not thread-safe.
 
+    Where units end depends on the tokens alone: what is pending can be looked at before it is cut (`show_pending`).
+
     Args:
         policy: says how; it has views.
         kv_heads: of the model.
@@ -71,18 +73,21 @@ class LayerMemory:
         selector = policy.selector
         self.selector = selector.in_layer(layer) if isinstance(selector, LayeredSelector) else selector
         self._segmenter = policy.segmenter
+        self._key_dim = key_dim
         self.scale = key_dim**-0.5
         self._kv_heads = kv_heads
         self.indices = [make_index(kv_heads, view.summariser.width(key_dim)) for view in policy.views]
         self._estimates = EstimateTable(kv_heads, key_dim) if policy.estimated_share else None
         self._pending: LayerTokens | None = None
+        self._shown: list[MatrixIndex] = []
+        """By view, summaries of what is pending, if it is shown; its units are the last ones of the tables then."""
         self._has_own_table = table is None
         self.table = UnitTable(kv_heads) if table is None else table
 
     @property
     def num_tokens(self) -> int:
         """Tokens in units; what was added behind them is pending."""
-        return self.table.num_tokens
+        return self.table.num_tokens - (self.num_pending if self._shown else 0)
 
     @property
     def num_pending(self) -> int:
@@ -105,6 +110,7 @@ class LayerMemory:
             ShapeError: they do not follow those that are pending.
             ConfigError: keys are stored rotated, and a view compares them before RoPE.
         """
+        self._hide_pending()
         if self._pending:
             if tokens.first != self._pending.first + self._pending.num_tokens:
                 raise ShapeError(
@@ -115,15 +121,32 @@ class LayerMemory:
 
     def close(self) -> None:
         """Cut all that is pending into units: what follows, if anything, is parted from it."""
+        self._hide_pending()
         if self._pending:
             self._cut(self._pending, is_end=True)
+
+    def show_pending(self) -> None:
+        """Let questions choose from what is pending, as if nothing followed, until more comes."""
+        if self._pending and not self._shown:
+            units = tuple(self._segmenter.cut(self._pending, is_end=True))
+            shown = [MatrixIndex(self._kv_heads, view.summariser.width(self._key_dim)) for view in self.policy.views]
+            self._index(self._pending, units, shown)
+            self._shown = shown
+
+    def _hide_pending(self) -> None:
+        self._shown = []
+        num_units = self.indices[0].num_rows
+        if self._has_own_table:
+            self.table.cut_back(num_units)
+        if self._estimates is not None:
+            self._estimates.cut_back(num_units)
 
     def _cut(self, tokens: LayerTokens, *, is_end: bool) -> None:
         units = tuple(self._segmenter.cut(tokens, is_end=is_end))
         taken = units[0].num_tokens
         rest = tokens.part(taken, tokens.num_tokens)
         if taken:
-            self._index(tokens.part(0, taken), units)
+            self._index(tokens.part(0, taken), units, self.indices)
             rest = rest.copied()  # a part would hold the memory of all: that of a batch of blocks in all layers
         self._pending = rest if rest.num_tokens else None
 
@@ -149,8 +172,13 @@ class LayerMemory:
         """Fused scores of all units: `[kv_heads, num_units]`, or `[1, num_units]` where heads select together."""
         return _scores([self], query)
 
-    def _index(self, tokens: LayerTokens, units: tuple[Units, ...]) -> None:
-        for view, index in zip(self.policy.views, self.indices, strict=True):
+    def scores_in_view(self, number: int, lifted: Tensor) -> Tensor:
+        """Inner products of what asks in a view, by its number, with all units; see `PartitionedIndex.scores`."""
+        found = self.indices[number].scores(lifted)
+        return torch.cat([found, self._shown[number].scores(lifted)], dim=2) if self._shown else found
+
+    def _index(self, tokens: LayerTokens, units: tuple[Units, ...], indices: Sequence[PartitionedIndex]) -> None:
+        for view, index in zip(self.policy.views, indices, strict=True):
             index.add(view.summaries(tokens, units))
         if self._estimates is not None:
             self._estimates.add(tokens, units)
@@ -221,6 +249,39 @@ def select_together(
     return made
 
 
+def share_budget(
+    memories: Sequence[LayerMemory],
+    made: Sequence[Selection],
+    selector: SharingSelector,
+    budget_tokens: int,
+    end: int | None = None,
+) -> list[Selection]:
+    """Choose anew what several layers read, of one budget, by the scores that they chose by.
+
+    Args:
+        memories: of the layers; nothing was added since they chose.
+        made: what each of them chose by itself.
+        selector: chooses.
+        budget_tokens: per KV head, on average over all layers.
+        end: as they chose; see `LayerMemory.select`.
+    """
+    whole = [_rows([memory.table.sizes], each.scores.shape[0]) for memory, each in zip(memories, made, strict=True)]
+    sizes = whole
+    if end is not None:
+        before = [memory.table.sizes_before(end) for memory in memories]
+        sizes = [_rows([table], each.scores.shape[0]) for table, each in zip(before, made, strict=True)]
+    fits = [
+        some.where(some > 0, full).expand_as(each.scores) for some, full, each in zip(sizes, whole, made, strict=True)
+    ]
+    lists = selector.select_together([each.scores for each in made], fits, budget_tokens)
+    shared = []
+    for memory, each, chosen, some, full in zip(memories, made, lists, sizes, whole, strict=True):
+        units = tuple(row.nonzero()[:, 0] for row in chosen)
+        estimated = memory.estimate(each.scores, chosen, (some < full).expand_as(chosen))
+        shared.append(Selection(memory.table.tokens_of(units, end), units, chosen, each.scores, *estimated))
+    return shared
+
+
 def _scores(memories: Sequence[LayerMemory], query: LayerQuery) -> Tensor:
     """Fused scores of all units: `[layers * kv_heads, num_units]`, or `[layers, num_units]` where heads agree."""
     policy, count = memories[0].policy, len(memories)
@@ -228,7 +289,7 @@ def _scores(memories: Sequence[LayerMemory], query: LayerQuery) -> Tensor:
     for number, view in enumerate(policy.views):
         num_asking = query.query.shape[2] if view.pool is Pool.EACH else 1
         asking = view.lifted(query).chunk(count)
-        parts = [memory.indices[number].scores(part) for memory, part in zip(memories, asking, strict=True)]
+        parts = [memory.scores_in_view(number, part) for memory, part in zip(memories, asking, strict=True)]
         met = parts[0] if count == 1 else torch.cat(parts)
         scores.append(view.agree(met, num_asking, memories[0].scale, count))
     if count > 1 and len({each.shape[0] for each in scores}) > 1:  # a layer's list counts for each of its heads

@@ -11,7 +11,7 @@ from kvstore.retrieval.fusion import Fusion, ReciprocalRank
 from kvstore.retrieval.maxsim import LateInteraction
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.retention.thinning import Thinning
-from kvstore.retrieval.selectors.budget import Selector, TokenBudget
+from kvstore.retrieval.selectors.budget import Selector, SharingSelector, TokenBudget
 from kvstore.retrieval.tokens import Space
 from kvstore.retrieval.triggers.trigger import OncePerQuestion, Trigger
 from kvstore.retrieval.units import Segmenter
@@ -75,6 +75,11 @@ class Policy:
                 f"policy {self.name}: one ranking for all layers needs a pass over the question: it goes with neither "
                 "views nor another trigger than once per question"
             )
+        if self.shares_layers and (self.retrieves_while_appending or not isinstance(self.trigger, OncePerQuestion)):
+            raise ConfigError(
+                f"policy {self.name}: one budget for all layers needs a pass over the question: it goes with no other "
+                "trigger than once per question, and not with appending"
+            )
         if self.late is not None and self.retrieves_while_appending:
             raise ConfigError(f"policy {self.name}: what is appended asks no question to rank blocks by")
         is_moved = self.position is not PositionPolicy.ORIGINAL
@@ -105,6 +110,11 @@ class Policy:
         for name in ("full_layers", "recent_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"policy {self.name}: {name} is {getattr(self, name)}; it must not be negative")
+
+    @property
+    def shares_layers(self) -> bool:
+        """Whether layers share one budget."""
+        return isinstance(self.selector, SharingSelector)
 
     @property
     def retrieves(self) -> bool:

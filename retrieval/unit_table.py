@@ -93,6 +93,14 @@ class UnitTable:
         self._sizes.add(torch.stack([each.sizes for each in units]))
         self._ends.add(torch.stack([each.tokens[each.starts[1:] - 1] + 1 for each in units]))
 
+    def cut_back(self, num_units: int) -> None:
+        """Forget the last units, all but `num_units`, which hold the same tokens in every table."""
+        if num_units < self.num_units:
+            self._before = None
+            self._tokens.num_columns = int(self._starts.used[0, num_units])
+            for columns in (self._starts, self._sizes, self._ends):
+                columns.num_columns = num_units
+
     def tokens_of(self, units: Sequence[Tensor], end: int | None = None) -> tuple[Tensor, ...]:
         """Tokens of chosen units, ascending.
 

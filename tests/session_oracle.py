@@ -6,12 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from kvstore.engines.transformers import Attached
 from kvstore.retrieval.estimates import Estimate
 from kvstore.retrieval.positions import PositionPolicy
+from kvstore.session.branch import Branch
+from kvstore.session.reading.past import Reading
 from kvstore.store import FetchRequest
 from tests.tiny_models import BLOCK_TOKENS
 
@@ -22,6 +25,36 @@ class Choices:
 
     by_layer: dict[int, list[list[int]]] = field(default_factory=dict)
     estimates: dict[int, Estimate | None] = field(default_factory=dict)
+
+
+def record(monkeypatch: pytest.MonkeyPatch) -> Choices:
+    """Record what `Branch` attends to from now on."""
+    seen = Choices()
+    attend_to: Any = Branch.attend_to
+    attend_to_differences: Any = Branch.attend_to_differences
+
+    def recording(
+        self: Branch, attending: Any, reading: Reading, layers: range, estimate: Estimate | None = None
+    ) -> frozenset[int]:
+        if attending is self:
+            lists = [[*far.tolist(), *reading.near.tolist()] for far in reading.far]
+            assert all(len(set(tokens)) == len(tokens) for tokens in lists), "a token is attended once"
+            for layer in layers:
+                seen.by_layer[layer] = lists * (2 // len(lists))
+                seen.estimates[layer] = estimate
+        had: frozenset[int] = attend_to(self, attending, reading, layers, estimate)
+        return had
+
+    def recording_differences(self: Branch, readings: dict[int, Reading]) -> dict[int, frozenset[int]]:
+        had: dict[int, frozenset[int]] = attend_to_differences(self, readings)
+        for layer in had:
+            lists = [[*far.tolist(), *readings[layer].near.tolist()] for far in readings[layer].far]
+            seen.by_layer[layer] = lists * (2 // len(lists))
+        return had
+
+    monkeypatch.setattr(Branch, "attend_to", recording)
+    monkeypatch.setattr(Branch, "attend_to_differences", recording_differences)
+    return seen
 
 
 def stored(attached: Attached, layer: int) -> tuple[Tensor, Tensor]:

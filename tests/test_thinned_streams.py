@@ -19,12 +19,10 @@ from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.retention.received import MostReceived, SinkBuckets
 from kvstore.retrieval.retention.thinning import Thinning
-from kvstore.session.branch import Branch
-from kvstore.session.reading.past import Reading
 from kvstore.session.session import Session
 from kvstore.session.view import SessionConfig
 from kvstore.store import Access, Store
-from tests.session_oracle import Choices, oracle, stored
+from tests.session_oracle import Choices, oracle, record, stored
 from tests.tiny_models import BLOCK_TOKENS, attached_stream, make_model, open_session, policy, settings, token_ids
 
 NUM_FRAMES = 12
@@ -128,19 +126,7 @@ def test_a_resumed_stream_equals_an_uninterrupted_one(name: str, killed: int, tm
 @pytest.fixture
 def choices(monkeypatch: pytest.MonkeyPatch) -> Choices:
     """Record what `Branch` attends to."""
-    seen = Choices()
-    attend_to: Any = Branch.attend_to
-
-    def recording(self: Branch, attending: Any, reading: Reading, layers: range, estimate: Any = None) -> Any:
-        if attending is self:
-            lists = [[*far.tolist(), *reading.near.tolist()] for far in reading.far]
-            for layer in layers:
-                seen.by_layer[layer] = lists * (2 // len(lists))
-                seen.estimates[layer] = estimate
-        return attend_to(self, attending, reading, layers, estimate)
-
-    monkeypatch.setattr(Branch, "attend_to", recording)
-    return seen
+    return record(monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from kvstore.session.stream_memory import StreamMemory
 from tests.tiny_models import attached_stream, make_model, policy, settings, token_ids
 
 
-@pytest.mark.parametrize("method", ["add", "close", "_index"])
+@pytest.mark.parametrize("method", ["add", "show_pending", "_index"])
 @pytest.mark.parametrize("calls_before", [0, 1, 2, 4])
 def test_an_interrupted_question_can_be_asked_again(
     method: str, calls_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvstore.retrieval.memory import LayerMemory
 from kvstore.retrieval.registry import policy_named
 from kvstore.retrieval.segmenters.clusters import Clusters
 from kvstore.retrieval.segmenters.pages import Pages
 from kvstore.retrieval.units import Segmenter
+from kvstore.session.stream_memory import StreamMemory
 from tests.layer_tokens import layer_query, layer_tokens
 from tests.tiny_models import attached_stream, make_model, policy, settings, token_ids
 
@@ -56,3 +58,24 @@ def test_a_question_with_room_for_everything_sees_everything(segmenter: Segmente
         attached.session.commit()
         model(token_ids(5, seed=3), past_key_values=attached.question())
         assert attached.last.num_attended_tokens == 160
+
+
+@pytest.mark.parametrize("segmenter", SEGMENTERS)
+def test_units_do_not_depend_on_when_questions_came(segmenter: Segmenter, tmp_path: Path) -> None:
+    model, rule = make_model(), policy("quest", segmenter=segmenter, recent_tokens=0, full_layers=0)
+    found = []
+    for asks in (True, False):
+        with attached_stream(tmp_path / str(asks), model, settings(rule, window=24, sinks=4)) as attached:
+            for number, part in enumerate(token_ids(168).split(24, dim=1)):
+                model(part)
+                if asks or number == 6:
+                    had = model(token_ids(5, seed=3), past_key_values=attached.question()).logits
+                    assert attached.last.num_attended_tokens == 24 * (number + 1), "all can be found, cut or not"
+            search = attached.session.view.search(rule)
+            assert isinstance(search, StreamMemory)
+            tables = [memory.table for memory in search._layers]
+            found.append((had, [(table.tokens_of([torch.arange(table.num_units)]), table.sizes) for table in tables]))
+    assert torch.equal(found[0][0], found[1][0])
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert torch.equal(one[1], other[1])
+        assert all(torch.equal(a, b) for a, b in zip(one[0], other[0], strict=True))

@@ -40,7 +40,7 @@ class AppendWindow(Attending):
         self._firsts = torch.empty(0, dtype=torch.int64)
         self._past: PastTokens | None = None
         self._placed_past: PlacedPast | None = None
-        # Its own: questions cut what is pending into units, and know blocks of the window.
+        # Its own: that of questions knows blocks of the window.
         self._memory = view.new_memory(config.policy) if self.retrieves else None
         self.is_stale = True
         """Whether the contexts are not those of the coming forward."""

@@ -106,8 +106,8 @@ class Branch(BranchPast):
 
     @property
     def needs_recall(self) -> bool:
-        """Whether a pass over the question must come before the coming forward: one list serves all layers."""
-        return self.selects_next and self._choices is None
+        """Whether a pass over the question must come before the coming forward: layers share a list or a budget."""
+        return self.selects_next and (self._choices is None or self._policy.shares_layers)
 
     @contextmanager
     def recalling(self) -> Iterator[None]:
@@ -143,6 +143,8 @@ class Branch(BranchPast):
             raise ConfigError("nothing to retrieve by: no question ran through all layers of the model")
         self._leave_recall()
         if self._choices is not None:
+            for layer, chosen in self._choices.share().items():
+                self._attend_to_chosen(self._choices, layer, chosen)
             self._cite_votes()
 
     def _leave_recall(self) -> None:
@@ -211,7 +213,7 @@ class Branch(BranchPast):
         if self._search is not None:
             self._search.refresh(self._view.num_sink_blocks, self._entries)
         if isinstance(self._search, StreamMemory):
-            self._search.close_units()
+            self._search.show_pending()
 
     def _select_for_all(self) -> None:
         late = self._search
@@ -247,17 +249,21 @@ class Branch(BranchPast):
             self._read_ahead(choices)
         chosen = choices.choose(layer, query[0], self._asking_at, is_first)
         if chosen is not None:
-            reading = self._reading(chosen)
-            with choices.being_read([layer]):
-                had = self.attend_to_differences({layer: reading}).get(layer) if chosen.estimate is None else None
-                if had is None:
-                    had = self.attend_to(self, reading, range(layer, layer + 1), chosen.estimate)
-            self._votes.update(had - self._excluded)
+            self._attend_to_chosen(choices, layer, chosen)
         if layer == len(self.contexts) - 1:
             choices.look_ahead()
             self.recall.speculation = choices.speculation
             self._has_selected = True
             self._cite_votes()
+
+    def _attend_to_chosen(self, choices: LayerChoices, layer: int, chosen: Selection) -> None:
+        """Read what a layer chose, and vote for the blocks that it is in."""
+        reading = self._reading(chosen)
+        with choices.being_read([layer]):
+            had = self.attend_to_differences({layer: reading}).get(layer) if chosen.estimate is None else None
+            if had is None:
+                had = self.attend_to(self, reading, range(layer, layer + 1), chosen.estimate)
+        self._votes.update(had - self._excluded)
 
     def _read_ahead(self, choices: LayerChoices) -> None:
         """Read what was chosen for this forward in all layers at once, as far as it lies on the device."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvstore.retrieval.fusion import ExtraScores
 from kvstore.retrieval.memory import Selection
 from kvstore.retrieval.policy import Policy
+from kvstore.retrieval.selectors.budget import SharingSelector
 from kvstore.retrieval.tokens import LayerQuery
 from kvstore.retrieval.triggers.trigger import Choice
 from kvstore.session.recall import Speculation
@@ -32,6 +33,7 @@ class _Layer:
     selection: Selection | None = None
     waiting: Selection | None = None
     extra: list[ExtraScores] | None = None
+    extra_at: int = -1
 
 
 @dataclass(slots=True)
@@ -128,6 +130,20 @@ class LayerChoices:
         """Note that a layer attends to what waited for it."""
         self._take_waiting(layer)
 
+    def share(self) -> dict[int, Selection]:
+        """Let the layers that chose by themselves choose anew, of one budget; what each reads now.
+
+        Nothing where the policy gives each layer its own, and none of layers that read everything.
+        """
+        selector = self.policy.selector
+        made = {layer: state.selection for layer, state in enumerate(self._layers) if state.selection is not None}
+        if not isinstance(selector, SharingSelector) or not made:
+            return {}
+        shared = self.memory.share_budget(made, selector, self.view.config.budget_tokens, self._end)
+        for layer, selection in shared.items():
+            self._layers[layer].selection = selection
+        return shared
+
     @contextmanager
     def being_read(self, layers: Sequence[int]) -> Iterator[None]:
         """Around the reading of what layers chose: if it fails, the next forward chooses anew."""
@@ -162,12 +178,14 @@ class LayerChoices:
 
     def _extra(self, layer: int) -> list[ExtraScores]:
         """What other retrievers think of a layer's units."""
-        extra, num_units = self._layers[layer].extra, self.memory.num_units(layer)
-        if extra is None or any(each.scores.shape[0] != num_units for each in extra):  # the stream has grown
+        state = self._layers[layer]
+        extra = state.extra
+        if extra is None or state.extra_at != self.memory.num_changes:  # units are others now
             scores = [
                 (self.memory.unit_scores(layer, each.scores, self._firsts), each.weight) for each in self.external
             ]
-            extra = self._layers[layer].extra = [ExtraScores(*each) for each in scores]
+            extra = state.extra = [ExtraScores(*each) for each in scores]
+            state.extra_at = self.memory.num_changes
         return extra
 
     def _note(self, had: Selection | None, made: Selection) -> None:

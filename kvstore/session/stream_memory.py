@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,10 +16,11 @@ from kvstore.layout import BlockLayout
 from kvstore.retrieval.fusion import ExtraScores
 from kvstore.retrieval.index.choice import choose_index
 from kvstore.retrieval.index.partitions import LARGEST
-from kvstore.retrieval.memory import LayerMemory, Selection, select_together
+from kvstore.retrieval.memory import LayerMemory, Selection, select_together, share_budget
 from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.segmenters.frames import Frames
 from kvstore.retrieval.segmenters.pages import Pages
+from kvstore.retrieval.selectors.budget import SharingSelector
 from kvstore.retrieval.summary import received_of
 from kvstore.retrieval.tokens import LayerQuery, LayerTokens, Rotate
 from kvstore.store import Entry, FetchRequest, Store, StreamHeader
@@ -64,6 +65,8 @@ class StreamMemory:
         self._layout = BlockLayout(header.spec, header.block_tokens)
         self._policy = policy
         self._is_torn = False
+        self.num_changes = 0
+        """Grows whenever units may be others than before."""
         self._begin()
 
     def _begin(self) -> None:
@@ -81,6 +84,7 @@ class StreamMemory:
         if self._is_torn:
             self._begin()
         self._is_torn = True
+        self.num_changes += 1
         yield
         self._is_torn = False
 
@@ -123,9 +127,13 @@ class StreamMemory:
             for memory, part, each in zip(memories, parts, extra, strict=True)
         ]
 
-    def num_units(self, layer: int) -> int:
-        """Units of a layer, those of blocks that came after a question began included."""
-        return self._layers[layer].table.num_units
+    def share_budget(
+        self, made: Mapping[int, Selection], selector: SharingSelector, budget_tokens: int, end: int
+    ) -> dict[int, Selection]:
+        """Choose anew what layers read, of one budget; see `kvstore.retrieval.memory.share_budget`."""
+        memories = [self._layers[layer] for layer in made]
+        shared = share_budget(memories, list(made.values()), selector, budget_tokens, end)
+        return dict(zip(made, shared, strict=True))
 
     def unit_scores(self, layer: int, scores: Tensor, firsts: Tensor) -> Tensor:
         """Turn scores of blocks, whose first tokens are `firsts`, to those of a layer's units: `[num_units]`."""
@@ -193,10 +201,16 @@ class StreamMemory:
         return torch.arange(0) if end is None else torch.arange(end - self._layers[0].num_pending, end)
 
     def close_units(self) -> None:
-        """Cut what is pending into units: it is to be found although more will come."""
+        """Cut what is pending into units for good: what follows is parted from it."""
         with self._changing():
             for memory in self._layers:
                 memory.close()
+
+    def show_pending(self) -> None:
+        """Let what is in no unit yet be found, without cutting it: where units end must not depend on questions."""
+        with self._changing():
+            for memory in self._layers:
+                memory.show_pending()
 
 
 def _is_usable(elements: Tensor, largest: float) -> bool:

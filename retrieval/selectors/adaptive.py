@@ -18,8 +18,7 @@ class Adaptive:
     reaches it with few units, a flat one needs many. The best unit of every partition is taken even when these alone
     exceed the budget.
 
-    Over the KV heads of one layer it is head-adaptive. Over `[num_layers * kv_heads, num_units]`, which a caller joins
-    where the queries of all layers are known (a pass over the question comes first), it is layer-adaptive.
+    Over the KV heads of one layer it is head-adaptive; over those of all layers (`AcrossLayers`), layer-adaptive.
 
     Source: StreamKV (arXiv:2511.07278), over layers. Its code finds the share by bisection, counts units, and bends the
     counts into a band around their mean; ours finds it exactly, counts tokens, and leaves them.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -32,6 +33,23 @@ class LayeredSelector(Selector, Protocol):
 
     def in_layer(self, layer: int) -> Selector:
         """The one for a layer, counted from 0."""
+
+
+@runtime_checkable
+class SharingSelector(Selector, Protocol):
+    """A selector that can choose for all layers at once."""
+
+    def select_together(self, scores: Sequence[Tensor], sizes: Sequence[Tensor], budget_tokens: int) -> list[Tensor]:
+        """Choose units of several layers.
+
+        Args:
+            scores: of each layer; see `Selector`. Layers may have different units.
+            sizes: of each layer, likewise.
+            budget_tokens: most tokens to read, on average over the partitions of all layers.
+
+        Returns:
+            For each layer what `select` returns.
+        """
 
 
 @dataclass(frozen=True, slots=True)
