@@ -134,7 +134,7 @@ def _change(folder: Path, work: Callable[[WriteView], object]) -> None:
     catalogue.close()
 
 
-@pytest.mark.parametrize("value", [b"x", b"\x02" + bytes(47)])
+@pytest.mark.parametrize("value", [b"x", b"\x03" + bytes(47)])
 def test_a_damaged_row_of_one_block_costs_no_other_and_is_replaced_when_the_block_comes_along(
     tmp_path: Path, value: bytes
 ) -> None:
