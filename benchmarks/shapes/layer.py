@@ -101,5 +101,6 @@ class Layer:
 
 
 def attend_to_all(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Torch's sdpa over keys that lie rotated in one piece; groups of query heads share a KV head."""
-    return torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+    """Torch's sdpa over keys that lie rotated in one piece: of one token, a KV head's query heads are its queries."""
+    grouped = query.unflatten(1, (keys.shape[1], -1))[:, :, :, 0]
+    return torch.nn.functional.scaled_dot_product_attention(grouped, keys, values).flatten(1, 2)[:, :, None]
