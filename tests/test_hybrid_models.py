@@ -120,6 +120,27 @@ def test_a_rollback_and_a_fork_go_on_from_the_state_at_their_ends(tmp_path: Path
             kvstore.attach(model, stream).__enter__()
 
 
+def test_an_adopted_prefix_brings_the_state_at_its_end(tmp_path: Path) -> None:
+    model, ids = make_hybrid("lfm2"), token_ids(40)
+    grow(tmp_path, model, ids[:, :16], [16])
+    grow(tmp_path, model, ids[:, 16:32], [16])
+    wanted = uninterrupted(model, ids, [16, 16, 8])
+    with opened(tmp_path, model, "other") as stream:
+        assert stream.adopt_prefix(ids[0]) == 32
+        with kvstore.attach(model, stream):
+            assert torch.equal(model(ids[:, 32:]).logits, wanted[2])
+    with opened(tmp_path, model, "third") as stream:
+        assert stream.adopt_prefix(ids[0, :24]) == 24
+        with pytest.raises(ConfigError, match="roll it back to there"):
+            kvstore.attach(model, stream).__enter__()
+        stream.rollback(16)
+        with kvstore.attach(model, stream):
+            assert torch.equal(model(ids[:, 16:32]).logits, wanted[1])
+        assert num_saved(stream) == 32
+    with Store.open(tmp_path, access=Access.READ) as store:
+        assert store.verify().is_clean
+
+
 @pytest.mark.parametrize("family", ["lfm2", "qwen3-next"])
 @pytest.mark.parametrize("policy", ["maxsim", "quest"])
 def test_questions_leave_the_states_as_they_are(tmp_path: Path, family: str, policy: str) -> None:
@@ -188,6 +209,11 @@ def test_what_a_state_cannot_do_is_refused(tmp_path: Path) -> None:
             model(ids.expand(2, -1))
         with pytest.raises(ConfigError, match="without beams"):
             attached.question().reorder_cache(torch.tensor([0, 0]))
+    with (
+        kvstore.open(tmp_path, spec_of(model), block_tokens=BLOCK_TOKENS) as store,
+        pytest.raises(ConfigError, match="cannot be joined"),
+    ):
+        kvstore.attach(model, store.contexts(["s"])).__enter__()
     with pytest.raises(CalibrationError, match="linear layers"):
         read_run(model, ids, ids)
 

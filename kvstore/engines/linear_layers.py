@@ -16,6 +16,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from kvstore.engines.anatomy import linear_layers
 from kvstore.errors import ConfigError, CorruptRecordError
+from kvstore.session.contexts.session import ContextsSession
 from kvstore.session.session import Session
 from kvstore.session.state import find_state
 
@@ -98,9 +99,13 @@ class LinearStates:
         """Take up the states at the end of a stream; an empty stream needs none.
 
         Raises:
-            ConfigError: no state was saved there.
+            ConfigError: no state was saved there, or these are several streams, whose states cannot be joined.
             CorruptRecordError: what was saved are not states of this model.
         """
+        if isinstance(session, ContextsSession):
+            raise ConfigError(
+                f"contexts {session.view.header.name}: states of linear layers cannot be joined; ask the streams alone"
+            )
         if session.num_tokens == 0:
             return
         name = session.view.header.name

@@ -52,11 +52,12 @@ def put_object(view: WriteView, stream_id: int, num_entries: int, row: ObjectRow
 
 
 def share_objects(view: WriteView, source_id: int, stream_id: int, num_blocks: int) -> None:
-    """Give a fork the objects that describe no more than its blocks; those whose bodies are lost are left out."""
+    """Give a fork the objects that describe no more than its blocks; what it has stays, what is lost is left out."""
     for row in object_rows(view, source_id):
-        if row.num_blocks <= num_blocks and find_sound(view, row.body) is not None:
+        key = row_key(stream_id, row.kind, row.index)
+        is_new = view.get(Table.META, key) is None
+        if is_new and row.num_blocks <= num_blocks and find_sound(view, row.body) is not None:
             add_reference(view, row.body)
-            key = row_key(stream_id, row.kind, row.index)
             view.put(Table.META, key, pack_row(key, row))
 
 

@@ -11,6 +11,7 @@ from kvstore.errors import KVStoreError
 from kvstore.spec import BlockKey
 from kvstore.tiers.catalogue import ReadView, Table, WriteView
 from kvstore.tiers.tables.blocks import find_sound
+from kvstore.tiers.tables.objects import share_objects
 from kvstore.tiers.tables.records import Entry, position_key
 from kvstore.tiers.tables.streams import (
     StreamRow,
@@ -33,10 +34,12 @@ class Continuation:
     Args:
         entries: numbered to follow it.
         summaries: stored beside each.
+        source_id: the stream that has them.
     """
 
     entries: list[Entry]
     summaries: list[bytes]
+    source_id: int
 
 
 def find_continuation(view: ReadView, name: str, key_of: KeyOf) -> Continuation:
@@ -68,17 +71,22 @@ def find_continuation(view: ReadView, name: str, key_of: KeyOf) -> Continuation:
     for entry in best:
         entries.append(replace(entry, first_token=first))
         first += entry.num_tokens
-    return Continuation(entries, [view.get(Table.SUMMARIES, key) or b"" for key in keys])
+    return Continuation(entries, [view.get(Table.SUMMARIES, key) or b"" for key in keys], source.stream_id)
 
 
 def continue_stream(view: WriteView, name: str, found: Continuation) -> None:
     """Append what was found; its blocks have one reference more each, and the cursor stays.
 
+    A stream that was empty is a fork then, and has the objects of its blocks, too; another one has objects of its own.
+
     Raises:
         StreamNotFoundError, CorruptRecordError: see `append_entries`.
     """
     stream_id = find_stream(view, name).stream_id
-    append_entries(view, stream_id, found.entries, found.summaries, find_state(view, stream_id).cursor_json)
+    state = find_state(view, stream_id)
+    append_entries(view, stream_id, found.entries, found.summaries, state.cursor_json)
+    if state.num_entries == 0:
+        share_objects(view, found.source_id, stream_id, len(found.entries))
 
 
 def _run(view: ReadView, stream: StreamRow, first_entry: int, last: Entry | None, key_of: KeyOf) -> Iterator[Entry]:
