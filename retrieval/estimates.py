@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvstore.errors import ShapeError
 from kvstore.retrieval.summarisers.bounds import reduce
 from kvstore.retrieval.tokens import LayerTokens
 from kvstore.retrieval.units import Units
@@ -62,7 +63,7 @@ class EstimateTable:
         )
         counts = torch.stack([each.sizes for each in per_head])[:, :, None].float()
         means = sums[:, :, : self._key_dim] / counts
-        self._append(torch.cat([means, counts, sums[:, :, self._key_dim :]], dim=2))
+        self.append(torch.cat([means, counts, sums[:, :, self._key_dim :]], dim=2))
 
     def cut_back(self, num_units: int) -> None:
         """Forget the last units, all but `num_units`."""
@@ -76,7 +77,18 @@ class EstimateTable:
         centroids, counts, value_sums = rows.tensor_split([self._key_dim, self._key_dim + 1], dim=2)
         return Estimate(centroids, counts[:, :, 0], value_sums)
 
-    def _append(self, rows: Tensor) -> None:
+    def between(self, first: int, end: int) -> Tensor:
+        """The rows of some units: `[kv_heads, end - first, any]` float32."""
+        return self._rows[:, first:end]
+
+    def append(self, rows: Tensor) -> None:
+        """Append what `between` returned, of another table.
+
+        Raises:
+            ShapeError: rows of another width.
+        """
+        if self._num_units and rows.shape[2] != self._rows.shape[2]:
+            raise ShapeError(f"estimates of {rows.shape[2]} elements behind others of {self._rows.shape[2]}")
         needed = self._num_units + rows.shape[1]
         if needed > self._rows.shape[1]:
             grown = torch.empty(rows.shape[0], max(needed, 2 * self._rows.shape[1]), rows.shape[2])

@@ -14,7 +14,7 @@ from kvstore.retrieval.estimates import Estimate, EstimateTable
 from kvstore.retrieval.fusion import ExtraScores, ReciprocalRank
 from kvstore.retrieval.index.partitions import MatrixIndex, PartitionedIndex
 from kvstore.retrieval.policy import Policy
-from kvstore.retrieval.selectors.budget import LayeredSelector, SharingSelector, TokenBudget
+from kvstore.retrieval.selectors.budget import LayeredSelector, TokenBudget
 from kvstore.retrieval.tokens import LayerQuery, LayerTokens
 from kvstore.retrieval.unit_table import UnitTable
 from kvstore.retrieval.units import Units
@@ -75,13 +75,14 @@ class LayerMemory:
         self._segmenter = policy.segmenter
         self._key_dim = key_dim
         self.scale = key_dim**-0.5
-        self._kv_heads = kv_heads
+        self.kv_heads = kv_heads
         self.indices = [make_index(kv_heads, view.summariser.width(key_dim)) for view in policy.views]
-        self._estimates = EstimateTable(kv_heads, key_dim) if policy.estimated_share else None
+        self.estimates = EstimateTable(kv_heads, key_dim) if policy.estimated_share else None
         self._pending: LayerTokens | None = None
         self._shown: list[MatrixIndex] = []
         """By view, summaries of what is pending, if it is shown; its units are the last ones of the tables then."""
-        self._has_own_table = table is None
+        self._next: int | None = None
+        self.has_own_table = table is None
         self.table = UnitTable(kv_heads) if table is None else table
 
     @property
@@ -96,8 +97,17 @@ class LayerMemory:
 
     @property
     def next_token(self) -> int | None:
-        """Number of the token that follows what is pending; None where nothing is."""
-        return self._pending.first + self._pending.num_tokens if self._pending else None
+        """Number of the token that follows what was added; None where nothing was."""
+        return self._next
+
+    @property
+    def num_units(self) -> int:
+        """Units that are cut for good."""
+        return self.indices[0].num_rows
+
+    def go_on_at(self, token: int) -> None:
+        """Note that units were put in from elsewhere, up to this token; nothing is pending."""
+        self._next = token
 
     def add(self, tokens: LayerTokens, *, is_end: bool = False) -> None:
         """Take in the next tokens of the stream.
@@ -110,18 +120,19 @@ class LayerMemory:
             ShapeError: they do not follow those that are pending.
             ConfigError: keys are stored rotated, and a view compares them before RoPE.
         """
-        self._hide_pending()
+        self.hide_pending()
         if self._pending:
             if tokens.first != self._pending.first + self._pending.num_tokens:
                 raise ShapeError(
                     f"tokens from {tokens.first} on do not follow {self._pending.first + self._pending.num_tokens - 1}"
                 )
             tokens = self._pending.followed_by(tokens)
+        self._next = tokens.first + tokens.num_tokens
         self._cut(tokens, is_end=is_end)
 
     def close(self) -> None:
         """Cut all that is pending into units: what follows, if anything, is parted from it."""
-        self._hide_pending()
+        self.hide_pending()
         if self._pending:
             self._cut(self._pending, is_end=True)
 
@@ -129,17 +140,18 @@ class LayerMemory:
         """Let questions choose from what is pending, as if nothing followed, until more comes."""
         if self._pending and not self._shown:
             units = tuple(self._segmenter.cut(self._pending, is_end=True))
-            shown = [MatrixIndex(self._kv_heads, view.summariser.width(self._key_dim)) for view in self.policy.views]
+            shown = [MatrixIndex(self.kv_heads, view.summariser.width(self._key_dim)) for view in self.policy.views]
             self._index(self._pending, units, shown)
             self._shown = shown
 
-    def _hide_pending(self) -> None:
+    def hide_pending(self) -> None:
+        """Undo `show_pending`."""
         self._shown = []
-        num_units = self.indices[0].num_rows
-        if self._has_own_table:
+        num_units = self.num_units
+        if self.has_own_table:
             self.table.cut_back(num_units)
-        if self._estimates is not None:
-            self._estimates.cut_back(num_units)
+        if self.estimates is not None:
+            self.estimates.cut_back(num_units)
 
     def _cut(self, tokens: LayerTokens, *, is_end: bool) -> None:
         units = tuple(self._segmenter.cut(tokens, is_end=is_end))
@@ -180,23 +192,23 @@ class LayerMemory:
     def _index(self, tokens: LayerTokens, units: tuple[Units, ...], indices: Sequence[PartitionedIndex]) -> None:
         for view, index in zip(self.policy.views, indices, strict=True):
             index.add(view.summaries(tokens, units))
-        if self._estimates is not None:
-            self._estimates.add(tokens, units)
-        if self._has_own_table:
+        if self.estimates is not None:
+            self.estimates.add(tokens, units)
+        if self.has_own_table:
             self.table.add(units)
 
     def estimate(self, scores: Tensor, chosen: Tensor, is_cut: Tensor) -> tuple[tuple[Tensor, ...], Estimate | None]:
         """Units next in order, whose attention is to be estimated, and what from; none that are read or cut short."""
-        if self._estimates is None:
+        if self.estimates is None:
             return (), None
         units = self._next_best(scores.masked_fill(chosen | is_cut, float("-inf")))
-        return units, self._estimates.of(units) if any(each.shape[0] for each in units) else None
+        return units, self.estimates.of(units) if any(each.shape[0] for each in units) else None
 
     def _next_best(self, scores: Tensor) -> tuple[Tensor, ...]:
         count = min(round(self.policy.estimated_share * scores.shape[1]), scores.shape[1])
         best = scores.topk(count, dim=1)
         found = [row[value.isfinite()].sort().values for row, value in zip(best.indices, best.values, strict=True)]
-        return tuple(found) if len(found) == self._kv_heads else tuple(found * self._kv_heads)
+        return tuple(found) if len(found) == self.kv_heads else tuple(found * self.kv_heads)
 
 
 def select_together(
@@ -223,10 +235,10 @@ def select_together(
     if any(extra):
         scores = _fused(scores, extra)
     of_layer = scores.shape[0] // count
-    whole = _rows([memory.table.sizes for memory in memories], of_layer)
+    whole = list_rows([memory.table.sizes for memory in memories], of_layer)
     sizes = whole
     if end is not None:
-        sizes = _rows([memory.table.sizes_before(end) for memory in memories], of_layer)
+        sizes = list_rows([memory.table.sizes_before(end) for memory in memories], of_layer)
     scores = scores.masked_fill(sizes == 0, float("-inf"))
     usable = sizes.where(sizes > 0, whole).expand_as(scores)
     if isinstance(first.selector, TokenBudget):  # each list by itself: so all of them at once
@@ -247,39 +259,6 @@ def select_together(
         estimated, estimate = memory.estimate(scores[part], chosen[part], is_cut[part])
         made.append(Selection(read, units[part], chosen[part], scores[part], estimated, estimate))
     return made
-
-
-def share_budget(
-    memories: Sequence[LayerMemory],
-    made: Sequence[Selection],
-    selector: SharingSelector,
-    budget_tokens: int,
-    end: int | None = None,
-) -> list[Selection]:
-    """Choose anew what several layers read, of one budget, by the scores that they chose by.
-
-    Args:
-        memories: of the layers; nothing was added since they chose.
-        made: what each of them chose by itself.
-        selector: chooses.
-        budget_tokens: per KV head, on average over all layers.
-        end: as they chose; see `LayerMemory.select`.
-    """
-    whole = [_rows([memory.table.sizes], each.scores.shape[0]) for memory, each in zip(memories, made, strict=True)]
-    sizes = whole
-    if end is not None:
-        before = [memory.table.sizes_before(end) for memory in memories]
-        sizes = [_rows([table], each.scores.shape[0]) for table, each in zip(before, made, strict=True)]
-    fits = [
-        some.where(some > 0, full).expand_as(each.scores) for some, full, each in zip(sizes, whole, made, strict=True)
-    ]
-    lists = selector.select_together([each.scores for each in made], fits, budget_tokens)
-    shared = []
-    for memory, each, chosen, some, full in zip(memories, made, lists, sizes, whole, strict=True):
-        units = tuple(row.nonzero()[:, 0] for row in chosen)
-        estimated = memory.estimate(each.scores, chosen, (some < full).expand_as(chosen))
-        shared.append(Selection(memory.table.tokens_of(units, end), units, chosen, each.scores, *estimated))
-    return shared
 
 
 def _scores(memories: Sequence[LayerMemory], query: LayerQuery) -> Tensor:
@@ -312,7 +291,7 @@ def _fused(scores: Tensor, extra: Sequence[Sequence[ExtraScores]]) -> Tensor:
     return fusion.fuse([torch.cat(each) for each in lists])
 
 
-def _rows(tables: Sequence[Tensor], of_layer: int) -> Tensor:
+def list_rows(tables: Sequence[Tensor], of_layer: int) -> Tensor:
     """A row for each list of scores from those of tables, by layer; one row where all are the same."""
     if of_layer == 1:  # one list: of tables that differ, the largest counts
         tables = [each.amax(dim=0, keepdim=True) for each in tables]

@@ -93,6 +93,19 @@ class UnitTable:
         self._sizes.add(torch.stack([each.sizes for each in units]))
         self._ends.add(torch.stack([each.tokens[each.starts[1:] - 1] + 1 for each in units]))
 
+    def is_boundary(self, unit: int) -> bool:
+        """Whether the units before this one hold the same tokens in every table, and no others before the last."""
+        if unit in (0, self.num_units):
+            return True
+        starts = self._starts.used[:, unit]
+        return bool((starts == starts[0]).all())
+
+    def between(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Tokens and sizes of some units, from a boundary to a boundary: `[num_tables, any]` int64 each."""
+        starts = self._starts.used
+        columns = [int(starts[0, unit]) if unit < self.num_units else self.num_tokens for unit in (first, end)]
+        return self._tokens.used[:, columns[0] : columns[1]], self.sizes[:, first:end]
+
     def cut_back(self, num_units: int) -> None:
         """Forget the last units, all but `num_units`, which hold the same tokens in every table."""
         if num_units < self.num_units:

@@ -213,6 +213,8 @@ class Branch(BranchPast):
         if self._search is not None:
             self._search.refresh(self._view.num_sink_blocks, self._entries)
         if isinstance(self._search, StreamMemory):
+            if self._view.store.is_writable and self._search.is_to_keep(self._entries):
+                self._search.keep(self._view.num_sink_blocks, self._entries)
             self._search.show_pending()
 
     def _select_for_all(self) -> None:

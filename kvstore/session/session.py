@@ -17,6 +17,7 @@ from kvstore.session.appender import Appender, Segment
 from kvstore.session.attention_inputs import AttentionInputs
 from kvstore.session.branch import Branch
 from kvstore.session.state import save_state
+from kvstore.session.stream_memory import StreamMemory
 from kvstore.session.view import OpenRows, SessionConfig, StreamView
 from kvstore.store import Store, StreamHeader
 from kvstore.tiers.manifest import JSON
@@ -159,6 +160,8 @@ class Session:
             self._window.is_stale = True  # it sees less of them now
         self._is_broken = False
         self._note_open_rows()
+        if blocks:
+            self._keep_views()
 
     def flush(self) -> None:
         """Wait until what was committed is durable; raises like `commit`."""
@@ -235,6 +238,15 @@ class Session:
             self._is_broken = True
             raise
         self._writer()
+
+    def _keep_views(self) -> None:
+        """Keep what questions search by, now and then: a process that asks need not read all keys then."""
+        view = self.view
+        search = view.search(view.policy) if view.policy.views else None
+        if isinstance(search, StreamMemory) and search.is_to_keep(view.entries):
+            self._make_sure()
+            search.keep(view.num_sink_blocks, view.entries)
+            search.show_pending()  # to a question that is being answered
 
     def _open_appender(self) -> None:
         view = self.view

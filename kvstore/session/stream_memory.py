@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,18 +12,19 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from kvstore.errors import CorruptRecordError
+from kvstore.errors import CorruptRecordError, ShapeError, UnsupportedFormatError
 from kvstore.layout import BlockLayout
 from kvstore.retrieval.fusion import ExtraScores
-from kvstore.retrieval.index.choice import choose_index
 from kvstore.retrieval.index.partitions import LARGEST
-from kvstore.retrieval.memory import LayerMemory, Selection, select_together, share_budget
+from kvstore.retrieval.memory import LayerMemory, Selection, select_together
 from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.segmenters.frames import Frames
 from kvstore.retrieval.segmenters.pages import Pages
 from kvstore.retrieval.selectors.budget import SharingSelector
+from kvstore.retrieval.shared_budget import share_budget
 from kvstore.retrieval.summary import received_of
 from kvstore.retrieval.tokens import LayerQuery, LayerTokens, Rotate
+from kvstore.session.kept_views import LEAST_TOKENS, KeptViews, make_index
 from kvstore.store import Entry, FetchRequest, Store, StreamHeader
 
 _BATCH = 16
@@ -64,6 +66,7 @@ class StreamMemory:
         self._positions = positions
         self._layout = BlockLayout(header.spec, header.block_tokens)
         self._policy = policy
+        self._num_kept_tokens = 0
         self._is_torn = False
         self.num_changes = 0
         """Grows whenever units may be others than before."""
@@ -74,7 +77,8 @@ class StreamMemory:
         self._layers: list[LayerMemory] = []
         for layer in range(spec.num_layers):
             table = self._layers[0].table if layer and isinstance(self._policy.segmenter, _CUT_ALIKE) else None
-            self._layers.append(LayerMemory(self._policy, spec.kv_heads, spec.key_dim, choose_index, layer, table))
+            self._layers.append(LayerMemory(self._policy, spec.kv_heads, spec.key_dim, make_index, layer, table))
+        self._kept = KeptViews(self._store, self._header.name, self._policy)
         self._known = 0
         self.damaged: dict[int, str] = {}
 
@@ -89,18 +93,55 @@ class StreamMemory:
         self._is_torn = False
 
     def refresh(self, num_sink_blocks: int, entries: Sequence[Entry]) -> None:
-        """Take in the stream's blocks that are not known yet.
+        """Take in the stream's blocks that are not known yet: from what is kept of them, or else from their keys.
 
         Args:
             num_sink_blocks: leading blocks to leave out: they are attended always.
             entries: the stream's entries from the first one on; their blocks are durable.
         """
         with self._changing():
+            if self._known == 0:
+                self._load(num_sink_blocks, entries)
             self._known = max(self._known, num_sink_blocks)
             while self._known < len(entries):
                 batch = entries[self._known : self._known + _BATCH]
                 self._add(batch)
                 self._known += len(batch)
+
+    def is_to_keep(self, entries: Sequence[Entry]) -> bool:
+        """Whether the stream has grown by enough since its units were kept, as far as this process knows."""
+        grown = _end_of(entries) - self._num_kept_tokens
+        return grown >= max(LEAST_TOKENS, self._num_kept_tokens // 8)
+
+    def keep(self, num_sink_blocks: int, entries: Sequence[Entry]) -> None:
+        """Keep the units in the store, for the next process; nothing of a stream that has lost blocks.
+
+        Arguments are those of `refresh`.
+
+        Raises:
+            KVStoreError: what the store's writer ran into before.
+        """
+        self.refresh(num_sink_blocks, entries)
+        if not self.is_to_keep(entries):  # another process has
+            return
+        if not self.damaged:
+            self._kept.keep(self._layers, num_sink_blocks, len(entries))
+        self._num_kept_tokens = _end_of(entries)
+
+    def _load(self, num_sink_blocks: int, entries: Sequence[Entry]) -> None:
+        """Begin with what is kept; with nothing where that is damaged."""
+        start = _end_of(entries[:num_sink_blocks])
+        for memory in self._layers:
+            memory.go_on_at(start)
+        try:
+            num_blocks = self._kept.load(self._layers, num_sink_blocks, len(entries), _end_of(entries))
+        except (CorruptRecordError, UnsupportedFormatError, ShapeError):
+            self._begin()
+            return
+        # What was pending in a layer is read again.
+        start = min(start if memory.next_token is None else memory.next_token for memory in self._layers)
+        self._known = bisect_right(entries, start, key=_end)
+        self._num_kept_tokens = _end_of(entries[:num_blocks])
 
     def select(
         self, layer: int, query: LayerQuery, budget_tokens: int, end: int, extra: Sequence[ExtraScores] = ()
@@ -130,7 +171,7 @@ class StreamMemory:
     def share_budget(
         self, made: Mapping[int, Selection], selector: SharingSelector, budget_tokens: int, end: int
     ) -> dict[int, Selection]:
-        """Choose anew what layers read, of one budget; see `kvstore.retrieval.memory.share_budget`."""
+        """Choose anew what layers read, of one budget; see `kvstore.retrieval.shared_budget.share_budget`."""
         memories = [self._layers[layer] for layer in made]
         shared = share_budget(memories, list(made.values()), selector, budget_tokens, end)
         return dict(zip(made, shared, strict=True))
@@ -179,20 +220,15 @@ class StreamMemory:
         received = torch.cat([row.received for row in rows], dim=2)
         positions = torch.cat([row.positions for row in rows], dim=1)
         groups = torch.cat([torch.full((entry.num_tokens,), entry.group) for entry in entries])
+        first = entries[0].first_token
         for layer, memory in enumerate(self._layers):
-            if memory.next_token != entries[0].first_token:
+            tokens = LayerTokens(first, keys[layer], values[layer], positions, received[layer], groups, self._rotate)
+            known = (memory.next_token or 0) - first
+            if known >= tokens.num_tokens:
+                continue  # what is kept of this layer goes further than that of another one
+            if known < 0:
                 memory.close()
-            memory.add(
-                LayerTokens(
-                    entries[0].first_token,
-                    keys[layer],
-                    values[layer],
-                    positions,
-                    received[layer],
-                    groups,
-                    self._rotate,
-                )
-            )
+            memory.add(tokens.part(max(known, 0), tokens.num_tokens) if known > 0 else tokens)
 
     @property
     def pending(self) -> Tensor:
@@ -211,6 +247,15 @@ class StreamMemory:
         with self._changing():
             for memory in self._layers:
                 memory.show_pending()
+
+
+def _end(entry: Entry) -> int:
+    return entry.first_token + entry.num_tokens
+
+
+def _end_of(entries: Sequence[Entry]) -> int:
+    """Number of the token that follows these blocks."""
+    return _end(entries[-1]) if entries else 0
 
 
 def _is_usable(elements: Tensor, largest: float) -> bool:

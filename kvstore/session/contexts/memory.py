@@ -42,6 +42,13 @@ class ContextsMemory(StreamMemory):
             super().refresh(num_sink_blocks, entries[:end])
             self.close_units()
 
+    def is_to_keep(self, entries: Sequence[Entry]) -> bool:
+        """Never: the blocks are those of other streams."""
+        return False
+
+    def _load(self, num_sink_blocks: int, entries: Sequence[Entry]) -> None:
+        """Nothing is kept."""
+
     def _summaries(self, entries: Sequence[Entry]) -> dict[int, bytes]:
         found = {}
         for entry in entries:
