@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kvstore.errors import CorruptRecordError, UnsupportedFormatError
+from kvstore.session.recall import losses
 from kvstore.spec import BlockKey
 from kvstore.store import Entries, Entry
 from kvstore.tiers.catalogue import ReadView, Table
@@ -74,6 +75,15 @@ def test_what_was_taken_stays_while_others_go_on_in_two_ways(count: int) -> None
     assert again == [*made(count), *made(800, count, group=1)]
     assert left == again[: count + 700]
     assert left != right
+
+
+def test_losses_are_told_in_order_each_once() -> None:
+    entries = Entries.of([replace(entry, key=BlockKey(bytes([entry.index]) * 32)) for entry in made(6)])
+    torn, gone = (entries[5], "torn"), (entries[2], "gone")
+    assert losses(entries, {}, {}) == []
+    assert losses(entries, {5: "torn"}, {}) == [torn]
+    assert losses(entries, {5: "torn"}, {entries[2].key: "gone"}) == [gone, torn]
+    assert losses(entries, {5: "torn", 2: "torn"}, {entries[2].key: "gone"}) == [gone, torn]
 
 
 @pytest.mark.parametrize(

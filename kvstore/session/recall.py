@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.session.residency import LoadReport
+from kvstore.spec import BlockKey
 from kvstore.store import Entry
 
 MAX_SPANS = 8
@@ -88,3 +89,19 @@ def cite(scores: Iterable[tuple[int, float]], entries: Sequence[Entry], attended
         elif block in attended and not old.is_attended:
             spans[place] = Span(old.start_s, old.end_s, old.score, True, old.group, old.first_token)
     return list(spans.values())
+
+
+def losses(
+    entries: Sequence[Entry], damaged: Mapping[int, str], lost: Mapping[BlockKey, str]
+) -> list[tuple[Entry, str]]:
+    """Blocks that a question had to do without, in order, with the reason.
+
+    Args:
+        entries: the stream's entries.
+        damaged: blocks that could not be searched, by index.
+        lost: blocks that could not be loaded, which then is the reason.
+    """
+    reasons = dict(damaged)
+    if lost:  # else nobody looks at all names of a long stream
+        reasons.update({entry.index: lost[entry.key] for entry in entries if entry.key in lost})
+    return [(entries[index], reasons[index]) for index in sorted(reasons)]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -21,7 +20,6 @@ from kvstore.session.reading.differences import DifferenceReader
 from kvstore.session.reading.past import PastReader
 from kvstore.session.residency import Residency
 from kvstore.session.stream_memory import StreamMemory
-from kvstore.spec import BlockKey
 from kvstore.store import Entries, Entry, Store, StreamHeader
 from kvstore.tiers.device.pool import DevicePool
 from kvstore.tiers.manifest import JSON, Manifest
@@ -155,13 +153,6 @@ class StreamView:
     def damaged(self) -> dict[int, str]:
         """Blocks that could not be searched, by index, with the reason."""
         return {index: why for search in self._searches.values() for index, why in search.damaged.items()}
-
-    def losses(self, lost: Mapping[BlockKey, str]) -> list[tuple[Entry, str]]:
-        """Blocks that could not be searched, and those that a question lost, in order, with the reason."""
-        reasons = self.damaged
-        if lost:  # else nobody looks at all names of a long stream
-            reasons.update({entry.index: lost[entry.key] for entry in self.entries if entry.key in lost})
-        return [(self.entries[index], reasons[index]) for index in sorted(reasons)]
 
     @property
     def num_layers(self) -> int:

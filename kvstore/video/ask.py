@@ -20,7 +20,7 @@ from kvstore.layout import BlockLayout
 from kvstore.retrieval.fusion import ExtraScores
 from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.registry import policy_named
-from kvstore.session.recall import Recall, Span
+from kvstore.session.recall import Recall, Span, losses
 from kvstore.session.session import Session
 from kvstore.session.view import SessionConfig
 from kvstore.store import Access, Store, check_spec
@@ -216,7 +216,7 @@ class Asker:
             tokens_attended=recall.num_attended_tokens,
             damaged=[
                 f"block {entry.index}, {stamp(entry.start_s)}-{stamp(entry.end_s)}: {reason}"
-                for entry, reason in view.losses(load.lost)
+                for entry, reason in losses(view.entries, view.damaged, load.lost)
             ],
             num_unsearched=len(view.damaged),
         )
