@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.store import Manifest
+from kvstore.store import Access, Manifest
 from kvstore.tiers.catalogue import Catalogue, ReadView, Table
+from kvstore.tiers.placing import taken
+from kvstore.tiers.placing.taken import TakenBytes
 from kvstore.tiers.tables import take_manifest as taking
 from kvstore.tiers.tables.streams import read_manifest
-from tests.store_blocks import HEADER, make_blocks, open_store
+from tests.store_blocks import EXTENT_NBYTES, HEADER, make_blocks, open_store
 
 VALUE = bytes(range(250)) * 8
 NUM_VALUES = 12_000
@@ -110,3 +112,26 @@ def test_a_manifest_read_in_parts_is_that_of_the_last_part(tmp_path: Path, monke
         assert seen == [2, 4, 2]
         assert [entry.index for entry in found.entries] == [0, 1]
         assert (found.num_tokens, found.cursor) == (80, {})
+
+
+def test_a_reader_counts_the_bytes_of_many_extents_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taken, "_PART_ROWS", 2)
+    with open_store(tmp_path) as store:
+        store.create_stream(HEADER)
+        store.append("lecture", make_blocks(5), {})
+        store.flush()
+        used = store.stats().usage.extent_used_nbytes
+        assert used == 5 * EXTENT_NBYTES
+        counting = TakenBytes(store._disk.catalogue)
+        assert counting.nbytes() == used
+        store.append("lecture", make_blocks(3, 5), {})
+        store.flush()
+        monkeypatch.setattr(taken, "_SHORT_S", -1.0)
+        assert counting.nbytes() == 8 * EXTENT_NBYTES
+        monkeypatch.setattr(taken, "_SHARE", 1e-9)
+        counting = TakenBytes(store._disk.catalogue)
+        assert counting.nbytes() == 8 * EXTENT_NBYTES
+        store.rollback("lecture", 0)
+        assert counting.nbytes() == 8 * EXTENT_NBYTES
+    with open_store(tmp_path, Access.READ) as reader:
+        assert reader.stats().usage.extent_used_nbytes == 0

@@ -23,6 +23,7 @@ from kvstore.tiers.extents import ExtentFiles
 from kvstore.tiers.lock import claim_folder
 from kvstore.tiers.placing.allocator import ExtentAllocator
 from kvstore.tiers.placing.extent_folders import add_folders
+from kvstore.tiers.placing.taken import TakenBytes
 from kvstore.tiers.room import describe_full
 from kvstore.tiers.tables.blocks import (
     delete_block,
@@ -92,6 +93,7 @@ class DiskTier:
             cleanup.callback(self.catalogue.close)
             self.calibrations = Calibrations(self.catalogue)
             self._allocated_nbytes = 0
+            self._taken = TakenBytes(self.catalogue)
             if self.is_writable:
                 self._numbers = count(self.catalogue.write(lambda view: begin_epoch(view, time.time())))
                 self._uses = Uses(self._numbers)
@@ -216,9 +218,7 @@ class DiskTier:
         catalogue_nbytes = self.catalogue.nbytes
         if self.is_writable:
             return DiskUsage(self.allocator.used_nbytes, self.allocator.file_nbytes, catalogue_nbytes)
-        with self.catalogue.read() as view:
-            used_nbytes = sum(extent.nbytes for extent in taken_extents(view))
-        return DiskUsage(used_nbytes, sum(self.files.sizes().values()), catalogue_nbytes)
+        return DiskUsage(self._taken.nbytes(), sum(self.files.sizes().values()), catalogue_nbytes)
 
     def close(self) -> None:
         """Give free tails of the extent files back, close everything, let the next writer in."""
