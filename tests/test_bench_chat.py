@@ -29,8 +29,8 @@ def test_rows_of_a_short_chat_have_their_baselines(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(bench_chat, "SAMPLE_EVERY", 2)
     monkeypatch.setattr(bench_chat, "REPLY_TOKENS", 3)
     monkeypatch.setattr(bench_chat, "QUARTER_S", 100.0)  # 1,000 tokens: what the window holds
-    for name in ("TELL_EVERY", "ASK_AFTER"):
-        monkeypatch.setattr(turns_module, name, 2)
+    for name, value in (("FEWEST_TOKENS", 200), ("MOST_TOKENS", 300), ("TELL_EVERY", 2), ("ASK_AFTER", 2)):
+        monkeypatch.setattr(turns_module, name, value)
     arguments = ["--hours", "0.06", "--threads", "1", "--json", str(path), "--folder", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["bench", *arguments, "--policies", "streaming_llm", "maxsim"])
 
@@ -44,7 +44,7 @@ def test_rows_of_a_short_chat_have_their_baselines(tmp_path: Path, monkeypatch: 
         if row["metric"] == "second halves"
     }
     quarters = [quarter for name, quarter, what in halves if name == "streaming_llm" and what == "fresh window"]
-    assert len(quarters) > 2
+    assert quarters == [1, 2]
     for quarter in quarters:
         fresh, window, back = (
             halves["streaming_llm", quarter, what]

@@ -93,7 +93,7 @@ def test_words_find_the_blocks_of_their_time() -> None:
 
 
 def test_some_of_the_questions_are_spread_over_all(tmp_path: Path) -> None:
-    assert spread(list(range(48)), 12) == list(range(0, 48, 4))  # type: ignore[arg-type]
+    assert spread(list(range(48)), 12) == list(range(0, 48, 4))  # type: ignore[arg-type, comparison-overlap]
     assert spread([], 3) == []
     with pytest.raises(SystemExit, match="make demo"):
         Recording.of(tmp_path)
