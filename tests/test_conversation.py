@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +104,19 @@ def test_what_only_fills_a_pass_up_changes_nothing(name: str, tmp_path: Path, mo
     assert found[0][:3] == found[1][:3]
     assert [place for place, _ in found[0][3]] == [place for place, _ in found[1][3]]
     assert [score for _, score in found[0][3]] == pytest.approx([score for _, score in found[1][3]], rel=1e-4)
+
+
+def test_what_is_searched_within_the_trained_length_goes_when_the_stream_is_longer(tmp_path: Path) -> None:
+    model = make_model()
+    config = replace(settings(policy("auto"), window=32, budget=16), trained_tokens=100)
+    with attached_stream(tmp_path, model, config) as attached:
+        view = attached.session.view
+        model(token_ids(90))
+        attached.question(TURNS[0])
+        memory = weakref.ref(view.search(view.policy))
+        assert memory() is not None
+        model(token_ids(20))
+        attached.question(TURNS[0])
+        gc.collect()
+        assert view.policy.name == "maxsim"
+        assert memory() is None

@@ -226,10 +226,10 @@ class StreamView:
         """What a policy that retrieves searches the stream by; made when it is first asked for."""
         found = self._searches.get(policy)
         if found is None:
-            if policy.late is not None:
-                found = LateRanking(self.store, self.header, policy.late)
-            else:
-                found = self.new_memory(policy)
+            late = policy.late
+            found = LateRanking(self.store, self.header, late) if late is not None else self.new_memory(policy)
+            if policy == self.config.policy.beyond:  # a stream only grows: the policy before it is not asked again
+                self._searches.pop(self.config.policy, None)
             self._searches[policy] = found
         return found
 
