@@ -35,11 +35,11 @@ def adopt_prefix(store: Store, header: StreamHeader, config: SessionConfig, ids:
     """
     if ids.dim() != 1 or ids.dtype != torch.int64:
         raise ShapeError(f"ids are {list(ids.shape)} {ids.dtype}; give [num_tokens] int64")
-    payload = payload_of(ids)
+    payload, namespace = payload_of(ids), header.namespace
 
     def key_of(parent: BlockKey | None, first: int, num_tokens: int) -> BlockKey | None:
         part = payload[_ID_NBYTES * first : _ID_NBYTES * (first + num_tokens)]
-        return chain_key(parent, part, header.namespace) if len(part) == _ID_NBYTES * num_tokens else None
+        return chain_key(parent, part, namespace) if len(part) == _ID_NBYTES * num_tokens else None
 
     added = store.adopt(header.name, key_of)
     before = store.manifest(header.name).num_tokens - added

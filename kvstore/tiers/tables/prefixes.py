@@ -12,14 +12,14 @@ from kvstore.spec import BlockKey
 from kvstore.tiers.catalogue import ReadView, Table, WriteView
 from kvstore.tiers.tables.blocks import find_sound
 from kvstore.tiers.tables.objects import share_objects
-from kvstore.tiers.tables.records import Entry, position_key
+from kvstore.tiers.tables.records import Entry, position_key, unpack_entry
 from kvstore.tiers.tables.streams import (
     StreamRow,
     append_entries,
-    every_stream,
     find_state,
     find_stream,
     read_entries,
+    stream_ids,
 )
 
 KeyOf = Callable[[BlockKey | None, int, int], BlockKey | None]
@@ -43,7 +43,7 @@ class Continuation:
 
 
 def find_continuation(view: ReadView, name: str, key_of: KeyOf) -> Continuation:
-    """Find the stream that holds most of what comes next. One key says all that came before, so one is looked at first.
+    """Find the stream that holds most of what comes next. A key says all that came before: one is looked at in each.
 
     A stream or entry that is damaged, and a block that is not stored, end a run; they are no error.
 
@@ -60,9 +60,7 @@ def find_continuation(view: ReadView, name: str, key_of: KeyOf) -> Continuation:
     state = find_state(view, own.stream_id)
     last = next(read_entries(view, own.stream_id, state.num_entries - 1), None) if state.num_entries else None
     best, source = list[Entry](), own
-    for _, other in every_stream(view):
-        if not isinstance(other, StreamRow) or other.header.block_tokens != own.header.block_tokens:
-            continue
+    for other in _alike(view, own, max(state.num_entries - 1, 0), last, key_of):
         run = list(_run(view, other, state.num_entries, last, key_of))
         if sum(entry.num_tokens for entry in run) > sum(entry.num_tokens for entry in best):
             best, source = run, other
@@ -89,13 +87,21 @@ def continue_stream(view: WriteView, name: str, found: Continuation) -> None:
         share_objects(view, found.source_id, stream_id, len(found.entries))
 
 
+def _alike(view: ReadView, own: StreamRow, index: int, last: Entry | None, key_of: KeyOf) -> Iterator[StreamRow]:
+    """Other streams whose entry `index` is `last`, or where there is none, has the key of what comes next."""
+    names = {position_key(stream_id, index): name for name, stream_id in stream_ids(view)}
+    for place, packed in view.get_many(Table.ENTRIES, names).items():
+        with suppress(KVStoreError):
+            entry = unpack_entry(index, packed)
+            if entry.key == (last.key if last is not None else key_of(None, 0, entry.num_tokens)):
+                other = find_stream(view, names[place])
+                if other.stream_id != own.stream_id and other.header.block_tokens == own.header.block_tokens:
+                    yield other
+
+
 def _run(view: ReadView, stream: StreamRow, first_entry: int, last: Entry | None, key_of: KeyOf) -> Iterator[Entry]:
     """Entries of a stream that continue `last`, as long as `key_of` names their blocks so and they are stored."""
-    entries = _sound(view, stream, max(first_entry - 1, 0))
-    if last is not None:
-        before = next(entries, None)
-        if before is None or before.key != last.key:
-            return
+    entries = _sound(view, stream, first_entry)
     parent, token = last.key if last is not None else None, 0
     for index, entry in enumerate(entries, start=first_entry):
         is_whole = entry.index == index and 1 <= entry.num_tokens <= stream.header.block_tokens

@@ -93,6 +93,14 @@ def every_stream(view: ReadView) -> Iterator[tuple[bytes, StreamRow | KVStoreErr
             yield key, error
 
 
+def stream_ids(view: ReadView) -> Iterator[tuple[str, int]]:
+    """Yield name and id of all streams without looking at their headers; damaged ones are left out."""
+    for key, value in view.scan(Table.STREAMS):
+        with suppress(UnicodeDecodeError, CorruptRecordError, UnsupportedFormatError):
+            name = key.decode()
+            yield name, _unpack_fixed(name, value)
+
+
 def ensure_stream(view: WriteView, header: StreamHeader) -> None:
     """Create an empty stream, unless there is an equal one.
 
