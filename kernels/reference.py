@@ -71,21 +71,21 @@ def received_mass(query: Tensor, keys: Tensor, *, num_received: int, mask: Tenso
         query: [1, num_heads, num_queries, key_dim].
         keys: [1, kv_heads, num_keys, key_dim].
         num_received: keys, counted from the end, to report.
-        mask: as in `attend`, bool.
+        mask: as in `attend`, bool; or of the last keys only, where the queries may look at all others.
         scale: multiplies the logits.
 
     Returns:
         [kv_heads, num_received] float32: sums over queries and over the query heads of each KV head.
     """
     kv_heads, num_queries = keys.shape[1], query.shape[2]
-    folded = query[0].reshape(
-        kv_heads, -1, query.shape[3]
-    )  # a group's heads follow each other: one product per KV head
-    logits = torch.bmm(folded, keys[0].transpose(1, 2)).float().mul_(scale)
+    # A group's heads follow each other: one product per KV head.
+    folded = query[0].reshape(kv_heads, -1, query.shape[3]).float() * scale
+    logits = torch.bmm(folded, keys[0].float().transpose(1, 2))
     if mask is not None:
         allowed = mask[0].unflatten(0, (kv_heads, -1)) if mask.shape[1] > 1 else mask
         logits = logits.view(kv_heads, -1, num_queries, keys.shape[2])
-        logits = logits.masked_fill_(~allowed, float("-inf")).flatten(1, 2)
+        logits[..., keys.shape[2] - allowed.shape[-1] :].masked_fill_(~allowed, float("-inf"))
+        logits = logits.flatten(1, 2)
     return logits.softmax(dim=-1)[..., keys.shape[2] - num_received :].sum(dim=1)
 
 

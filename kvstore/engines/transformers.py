@@ -77,7 +77,8 @@ def _tiered_attention(
     else:
         mask = inputs.mask(attention_mask)
     is_ours = inputs.query_far is not None or inputs.context is not None
-    if is_ours or (inputs.is_one_token and not kwargs.get("dropout")):
+    is_faster = inputs.is_grouped and not kwargs.get("dropout") and (mask is not None or raw_query.shape[2] == 1)
+    if is_ours or is_faster:
         return inputs.attend(inputs.mask(attention_mask), scale).transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, inputs.query, inputs.keys, inputs.values, mask, **kwargs)
 

@@ -180,8 +180,10 @@ class Attending:
             estimate: units whose attention is estimated: each is met as one more token, of their mean key and mean
                 value, that counts as many times as the unit has tokens.
         """
-        keys = torch.cat([past.keys[layer], *(plane for plane, _ in open_planes)], dim=1)
-        values = torch.cat([past.values[layer], *(plane for _, plane in open_planes)], dim=1)
+        keys, values = past.keys[layer], past.values[layer]
+        if open_planes:
+            keys = torch.cat([keys, *(plane for plane, _ in open_planes)], dim=1)
+            values = torch.cat([values, *(plane for _, plane in open_planes)], dim=1)
         if self.contexts[layer].num_tail:  # it is rotated already: what moves is the past, since only distances count
             held = self._placed[layer].offset
             placed = replace(placed, positions=placed.positions + (held - placed.offset), offset=held)
@@ -222,13 +224,14 @@ class Attending:
             positions: [rows, batch, num_new] int64, as the engine counts them.
         """
         context, placed = self.contexts[layer], self._placed[layer]
-        moved = positions + placed.offset
-        all_keys, all_values = context.append(self._rotated(keys, moved), values)
+        both = self._rotated(torch.cat([query, keys], dim=1), positions + placed.offset)
+        moved_query, moved_keys = both.split([query.shape[1], keys.shape[1]], dim=1)
+        all_keys, all_values = context.append(moved_keys, values)
         query_far = None
         if placed.num_far:
             query_far = self._rotated(query, torch.full_like(positions, self._far_position))
         return AttentionInputs(
-            self._rotated(query, moved),
+            moved_query,
             all_keys,
             all_values,
             context.num_past,

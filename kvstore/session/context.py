@@ -40,16 +40,24 @@ class LayerContext:
             keys: [1, kv_heads, num_past, key_dim], already at their positions.
             values: [1, kv_heads, num_past, value_dim].
         """
-        tail_keys, tail_values = self._tail()
-        batch = tail_keys.shape[0] if tail_keys is not None else 1
-        num_past = keys.shape[2]
-        self._keys = _buffer(keys, batch, num_past + self.num_tail + _SPARE_TOKENS)
-        self._values = _buffer(values, batch, num_past + self.num_tail + _SPARE_TOKENS)
+        num_past, start = keys.shape[2], self.num_past
+        end = num_past + self.num_tail
+        old_keys, old_values = self._keys, self._values
+        batch = old_keys.shape[0] if old_keys is not None and self.num_tail else 1
+        fits = old_keys is not None and end <= old_keys.shape[2] <= 2 * (end + _SPARE_TOKENS)
+        if old_keys is None or not fits or old_keys.shape[0] != batch:
+            self._keys = _buffer(keys, batch, end + _SPARE_TOKENS)
+            self._values = _buffer(values, batch, end + _SPARE_TOKENS)
+        assert self._keys is not None, "just made"
+        assert self._values is not None, "likewise"
+        is_moved = num_past != start or old_keys is not self._keys
+        if old_keys is not None and old_values is not None and self.num_tail and is_moved:
+            tail = slice(start, start + self.num_tail)
+            # Copies: in one buffer the two places may overlap.
+            self._keys[:, :, num_past:end] = old_keys[:, :, tail].clone()
+            self._values[:, :, num_past:end] = old_values[:, :, tail].clone()
         self._keys[:, :, :num_past] = keys
         self._values[:, :, :num_past] = values
-        if tail_keys is not None and tail_values is not None:
-            self._keys[:, :, num_past : num_past + self.num_tail] = tail_keys
-            self._values[:, :, num_past : num_past + self.num_tail] = tail_values
         self.num_past = num_past
 
     @torch.inference_mode(False)
@@ -118,12 +126,6 @@ class LayerContext:
         if self._keys is not None and self._values is not None:
             self._keys = self._keys.index_select(0, rows.to(self._keys.device))
             self._values = self._values.index_select(0, rows.to(self._values.device))
-
-    def _tail(self) -> tuple[Tensor | None, Tensor | None]:
-        if self._keys is None or self._values is None or self.num_tail == 0:
-            return None, None
-        end = self.num_past + self.num_tail
-        return self._keys[:, :, self.num_past : end], self._values[:, :, self.num_past : end]
 
 
 def _buffer(like: Tensor, batch: int, tokens: int) -> Tensor:

@@ -13,6 +13,9 @@ from kvstore.errors import CorruptRecordError
 from kvstore.session.residency import LoadReport, Residency
 from kvstore.store import Entry
 
+_RUN_TOKENS = 16
+"""Mean length from which on runs are copied one by one: a copy costs about as much as this many rows by index."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -122,7 +125,7 @@ class PastReader:
         named = [entries[index] for index in used.tolist()]
         table = self.positions_of_blocks(named, positions, report)
         had = table.is_had
-        pieces = self._pieces(numbers, layers)
+        pieces = self._pieces(present, layers)
         step = max(1, self._residency.num_unpinned)
         wanted = [number for number, is_had in enumerate(had.tolist()) if is_had]
         for start in range(0, len(wanted), step):
@@ -134,15 +137,17 @@ class PastReader:
                 slots = torch.full((len(named),), -1, dtype=torch.int64)
                 for number in found:
                     slots[number] = self._residency.slot_of(named[number].key)
-                self._gather(pieces, present & (slots[where] >= 0) if named else present, slots[where], row)
+                takes = present & (slots[where] >= 0) if named else present
+                self._gather(pieces, layers, takes, slots[where], row)
             finally:
                 self._residency.unpin([named[number].key for number in found])
             had[[number for number in part if number not in set(found)]] = False
         at = table.at(where, row, numbers)
         blocks = frozenset(index for index, is_had in zip(used.tolist(), had.tolist(), strict=True) if is_had)
         if named and not bool(had.all()):
-            return self._without(numbers, present & had[where], at, num_far, pieces, blocks)
-        return PastTokens(numbers, at * present, num_far, *pieces, blocks)
+            return self._without(numbers, present & had[where], at, num_far, pieces, layers, blocks)
+        keys, values = (dict(zip(layers, outs, strict=True)) for outs in pieces)
+        return PastTokens(numbers, at * present, num_far, keys, values, blocks)
 
     def positions_of_blocks(
         self, named: Sequence[Entry], positions: Callable[[Entry], Tensor], report: LoadReport
@@ -161,23 +166,35 @@ class PastReader:
                 report.lost[entry.key] = str(error)
         return BlockPositions(had, table, self._rows)
 
-    def _pieces(self, numbers: Tensor, layers: range) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    def _pieces(self, present: Tensor, layers: range) -> tuple[Tensor, Tensor]:
+        """Room for keys and values, `[num_layers, kv_heads, num_rows, dim]`; zeros where not all rows are filled."""
         pool, spec = self._residency.pool, self._residency.pool.layout.spec
-        like, rows = pool.keys(0), numbers.shape[1]
-        shapes = ((spec.kv_heads, rows, spec.key_dim), (spec.kv_heads, rows, spec.value_dim))
-        keys, values = ({layer: like.new_zeros(shape) for layer in layers} for shape in shapes)
+        make = torch.empty if bool(present.all()) else torch.zeros
+        like, shape = pool.keys(0), (len(layers), spec.kv_heads, present.shape[1])
+        keys, values = (
+            make(*shape, dim, dtype=like.dtype, device=like.device) for dim in (spec.key_dim, spec.value_dim)
+        )
         return keys, values
 
-    def _gather(
-        self, pieces: tuple[dict[int, Tensor], dict[int, Tensor]], takes: Tensor, slots: Tensor, row: Tensor
-    ) -> None:
+    def _gather(self, pieces: tuple[Tensor, Tensor], layers: range, takes: Tensor, slots: Tensor, row: Tensor) -> None:
         """Copy the rows that `takes` says, `[num_lists, num_rows]`, out of their slots."""
         pool = self._residency.pool
         lists, rows = takes.nonzero(as_tuple=True)
-        slot, token = slots[lists, rows].to(pool.device), row[lists, rows].to(pool.device)
-        lists, rows = lists.to(pool.device), rows.to(pool.device)
+        slot, token = slots[lists, rows], row[lists, rows]
+        if takes.shape[0] == 1 and rows.shape[0]:
+            breaks = ((slot.diff() != 0) | (token.diff() != 1) | (rows.diff() != 1)).nonzero()[:, 0] + 1
+            if breaks.shape[0] * _RUN_TOKENS <= rows.shape[0]:  # as of whole blocks, in all layers at once
+                starts = [0, *breaks.tolist()]
+                counts = torch.tensor([*starts, rows.shape[0]]).diff().tolist()
+                runs = torch.stack([rows, slot, token])[:, starts].T.tolist()
+                for (first, place, start), count in zip(runs, counts, strict=True):
+                    for outs, sources in zip(pieces, pool.planes, strict=True):
+                        of_block = sources[place, layers.start : layers.stop, :, start : start + count]
+                        outs[:, :, first : first + count] = of_block
+                return
+        lists, rows, slot, token = (each.to(pool.device) for each in (lists, rows, slot, token))
         for outs, sources in zip(pieces, pool.planes, strict=True):
-            for layer, out in outs.items():
+            for layer, out in zip(layers, outs, strict=True):
                 if takes.shape[0] == 1:
                     out[:, rows] = sources[slot, layer, :, token].transpose(0, 1)
                 else:
@@ -189,7 +206,8 @@ class PastReader:
         stays: Tensor,
         at: Tensor,
         num_far: int,
-        pieces: tuple[dict[int, Tensor], dict[int, Tensor]],
+        pieces: tuple[Tensor, Tensor],
+        layers: range,
         blocks: frozenset[int],
     ) -> PastTokens:
         """Close up the gaps that lost blocks left: what follows takes their places."""
@@ -197,10 +215,15 @@ class PastReader:
         order = torch.cat([far, near], dim=1)
         there = order.ge(0) & torch.cat([far >= 0, near >= num_far], dim=1)
         order = order.clamp(0, max(numbers.shape[1] - 1, 0))
-        heads = next(iter(pieces[0].values())).shape[0]
-        index = order.expand(heads, -1).to(self._residency.pool.device)[:, :, None]
+        heads, device = pieces[0].shape[1], self._residency.pool.device
+        index = order.expand(heads, -1).to(device)[:, :, None]
+        is_gone = ~stays.expand(heads, -1).to(device)[:, :, None]  # never filled: nobody sees it, and 0 times it is 0
         keys, values = (
-            {layer: out.gather(1, index.expand(-1, -1, out.shape[2])) for layer, out in outs.items()} for outs in pieces
+            {
+                layer: out.masked_fill(is_gone, 0).gather(1, index.expand(-1, -1, out.shape[2]))
+                for layer, out in zip(layers, outs, strict=True)
+            }
+            for outs in pieces
         )
         moved = numbers.gather(1, order).masked_fill(~there, -1)
         where = at.gather(2, order.expand(at.shape[0], -1, -1)) * there
