@@ -109,6 +109,13 @@ def encode_byte_rows(
     rows: Buffer, codes: Buffer, low: Buffer, step: Buffer, partitions: int, num_rows: int, width: int
 ) -> None: ...
 def score_byte_rows(jobs: Sequence[tuple[Sequence[ByteRows], Buffer, Buffer, int, int]], num_threads: int) -> None: ...
+def choose_units(
+    views: Sequence[tuple[Buffer, float, float]],
+    table: Sequence[Buffer],
+    budget_tokens: int,
+    num_lists: int,
+    out: Sequence[Buffer],
+) -> bool: ...
 def limit_simd(level: str) -> None: ...
 def probe_record(
     record: Buffer,

@@ -33,6 +33,8 @@ Rows of an index (csrc/index/byte_rows.hpp):
     encode_byte_rows(rows, codes, low, step, partitions, num_rows, width): the codes of float32 rows, and their ranges.
     score_byte_rows(jobs, num_threads): a job is (segments, queries, scores, num_queries, stride): float32 queries
         [partitions, num_queries, width], and float32 scores [partitions, num_queries, stride] to be written.
+    choose_units(views, table, budget_tokens, num_lists, out) -> bool: units that a budget holds for each list, by the
+        sum of standard scores (csrc/index/unit_choice.hpp); a view is (scores, weight, share of neighbours).
 
 Memory and files:
     Arena(nbytes, pinned): page-aligned writable memory, zero-filled, `nbytes` rounded up to pages; a buffer of uint8.
@@ -79,6 +81,7 @@ try:
         RecordPart,
         Ticket,
         build_info,
+        choose_units,
         copy_memory,
         copy_to_device,
         copy_to_host,
@@ -120,6 +123,7 @@ __all__ = [
     "RecordPart",
     "Ticket",
     "build_info",
+    "choose_units",
     "copy_memory",
     "copy_to_device",
     "copy_to_host",

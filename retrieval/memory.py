@@ -16,6 +16,7 @@ from kvstore.retrieval.index.partitions import MatrixIndex, PartitionedIndex
 from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.selectors.budget import LayeredSelector, TokenBudget
 from kvstore.retrieval.tokens import LayerQuery, LayerTokens
+from kvstore.retrieval.unit_choice import choose
 from kvstore.retrieval.unit_table import UnitTable
 from kvstore.retrieval.units import Units
 from kvstore.retrieval.view import Pool
@@ -182,7 +183,7 @@ class LayerMemory:
 
     def score(self, query: LayerQuery) -> Tensor:
         """Fused scores of all units: `[kv_heads, num_units]`, or `[1, num_units]` where heads select together."""
-        return _scores([self], query)
+        return self.policy.fusion.fuse(_view_scores([self], query))
 
     def scores_in_view(self, number: int, lifted: Tensor) -> Tensor:
         """Inner products of what asks in a view, by its number, with all units; see `PartitionedIndex.scores`."""
@@ -231,7 +232,18 @@ def select_together(
         ShapeError: extra scores are not one per unit.
     """
     first, count = memories[0], len(memories)
-    scores = _scores(memories, query)
+    views = _view_scores(memories, query)
+    is_one_table = first.table.has_one_list and all(memory.table is first.table for memory in memories)
+    if is_one_table and not any(extra) and first.policy.estimated_share == 0:
+        native = choose(first.policy.fusion, first.selector, views, first.table, end, budget_tokens)
+        if native is not None:
+            of_layer = native.scores.shape[0] // count
+            layers = [slice(start, start + of_layer) for start in range(0, native.scores.shape[0], of_layer)]
+            return [
+                Selection(native.tokens[part], native.units[part], native.marks[part], native.scores[part])
+                for part in layers
+            ]
+    scores = first.policy.fusion.fuse(views)
     if any(extra):
         scores = _fused(scores, extra)
     of_layer = scores.shape[0] // count
@@ -248,7 +260,7 @@ def select_together(
         chosen = torch.cat([memory.selector.select(of, fit, budget_tokens) for memory, of, fit in lists])
     units = chosen.nonzero()[:, 1].split(chosen.sum(dim=1).tolist())
     parts = [slice(start, start + of_layer) for start in range(0, scores.shape[0], of_layer)]
-    if first.table.has_one_list and all(memory.table is first.table for memory in memories):
+    if is_one_table:
         found = first.table.tokens_of(units, end)
         tokens = [found[part] for part in parts]
     else:
@@ -261,8 +273,8 @@ def select_together(
     return made
 
 
-def _scores(memories: Sequence[LayerMemory], query: LayerQuery) -> Tensor:
-    """Fused scores of all units: `[layers * kv_heads, num_units]`, or `[layers, num_units]` where heads agree."""
+def _view_scores(memories: Sequence[LayerMemory], query: LayerQuery) -> list[Tensor]:
+    """Scores of all units by view: `[layers * kv_heads, num_units]`, or `[layers, num_units]` where heads agree."""
     policy, count = memories[0].policy, len(memories)
     scores = []
     for number, view in enumerate(policy.views):
@@ -274,7 +286,7 @@ def _scores(memories: Sequence[LayerMemory], query: LayerQuery) -> Tensor:
     if count > 1 and len({each.shape[0] for each in scores}) > 1:  # a layer's list counts for each of its heads
         most = max(each.shape[0] for each in scores)
         scores = [each.repeat_interleave(most // each.shape[0], dim=0) for each in scores]
-    return policy.fusion.fuse(scores)
+    return scores
 
 
 def _fused(scores: Tensor, extra: Sequence[Sequence[ExtraScores]]) -> Tensor:

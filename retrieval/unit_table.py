@@ -26,7 +26,8 @@ class UnitTable:
         self._sizes = _Growing()
         self._ends = _Growing()
         self._num_tables = 0
-        self._is_ascending = True  # number by number, as pages are and clusters are not
+        self.is_ascending = True
+        """Whether tokens follow each other number by number, unit after unit, as those of pages do."""
         self._before: tuple[int, int, Tensor] | None = None
 
     @property
@@ -53,6 +54,14 @@ class UnitTable:
     def has_one_list(self) -> bool:
         """Whether all KV heads are cut alike."""
         return self._num_tables <= 1
+
+    def columns(self, end: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the one table that all heads have: units' starts in its tokens, sizes, sizes before `end`, and the tokens.
+
+        All int64, of one dimension.
+        """
+        before = self.sizes if end is None else self.sizes_before(end)
+        return self._starts.used[0], self.sizes[0], before[0], self._tokens.used[0]
 
     def sizes_before(self, end: int) -> Tensor:
         """Tokens of each unit that come before token `end`: `[num_tables, num_units]` int64; not to be written."""
@@ -88,7 +97,7 @@ class UnitTable:
         last = self._tokens.used[:, -1:] if base else torch.full((len(units), 1), -1)
         self._tokens.add(torch.stack([each.tokens for each in units]))
         new = self._tokens.used[:, base:]
-        self._is_ascending &= bool((torch.cat([last, new], dim=1).diff(dim=1) > 0).all())
+        self.is_ascending &= bool((torch.cat([last, new], dim=1).diff(dim=1) > 0).all())
         self._starts.add(torch.stack([each.starts[:-1] + base for each in units]))
         self._sizes.add(torch.stack([each.sizes for each in units]))
         self._ends.add(torch.stack([each.tokens[each.starts[1:] - 1] + 1 for each in units]))
@@ -146,7 +155,7 @@ class UnitTable:
         last = torch.tensor([each.shape[0] for each in lists]).cumsum(0)
         lengths = torch.cat([last.new_zeros(1), behind])[last].diff(prepend=last.new_zeros(1)).tolist()
         found = tokens.split(lengths)
-        return found if self._is_ascending else tuple(each.sort().values for each in found)
+        return found if self.is_ascending else tuple(each.sort().values for each in found)
 
     def best_of_blocks(self, scores: Tensor, block_starts: Tensor) -> Tensor:
         """Give each unit the best score among the blocks that its tokens lie in.

@@ -8,6 +8,7 @@
 #include "bindings/bind.hpp"
 #include "bindings/buffers.hpp"
 #include "index/byte_rows.hpp"
+#include "index/unit_choice.hpp"
 
 namespace py = pybind11;
 using py::literals::operator""_a;
@@ -90,6 +91,37 @@ void score(const std::vector<Job>& asked, std::size_t num_threads) {
   score_byte_rows(jobs, num_threads);
 }
 
+// Scores, weight, share of the neighbours.
+using View = std::tuple<py::buffer, float, float>;
+using Buffers = std::vector<py::buffer>;
+
+bool choose(const std::vector<View>& asked,
+            const Buffers& table,
+            std::int64_t budget_tokens,
+            std::size_t num_lists,
+            const Buffers& out) {
+  KV_EXPECT(
+      table.size() == 4 && out.size() == 5, ShapeError,
+      "a table is starts, sizes, before, tokens; room is fused, chosen, units, tokens, counts");
+  std::vector<HeldBuffer> held;
+  std::vector<UnitScores> views;
+  held.reserve(asked.size() + table.size() + out.size());
+  for (const auto& [scores, weight, share] : asked) {
+    views.push_back({held.emplace_back(scores, false).readable(), weight, share});
+  }
+  std::vector<ConstBytes> from;
+  for (const py::buffer& each : table) {
+    from.push_back(held.emplace_back(each, false).readable());
+  }
+  std::vector<Bytes> to;
+  for (const py::buffer& each : out) {
+    to.push_back(held.emplace_back(each, true).writable());
+  }
+  const py::gil_scoped_release released;
+  return choose_units(views, {from[0], from[1], from[2], from[3]}, budget_tokens, num_lists,
+                      {to[0], to[1], to[2], to[3], to[4]});
+}
+
 }  // namespace
 
 void bind_index(py::module_& module) {
@@ -100,6 +132,8 @@ void bind_index(py::module_& module) {
   module.def("encode_byte_rows", &encode, "rows"_a, "codes"_a, "low"_a, "step"_a, "partitions"_a,
              "num_rows"_a, "width"_a);
   module.def("score_byte_rows", &score, "jobs"_a, "num_threads"_a);
+  module.def("choose_units", &choose, "views"_a, "table"_a, "budget_tokens"_a, "num_lists"_a,
+             "out"_a);
 }
 
 }  // namespace kv::bindings

@@ -117,9 +117,11 @@ class Snapshot:
         rows = [segment.rows for segment in segments]
         scored = sum(each.num_rows for each in rows)
         of_tail = max(end - self.body.end, 0)
-        scores = torch.empty(*queries.shape[:2], scored + of_tail, device=queries.device)
-        if of_tail:
-            scores[:, :, scored:] = torch.bmm(queries, self.tail[:, :of_tail].transpose(1, 2))
+        met = _products(queries, self.tail[:, :of_tail])
+        scores = met
+        if scored:
+            scores = torch.empty(*queries.shape[:2], scored + of_tail, device=queries.device)
+            scores[:, :, scored:] = met
         numbers, dead = self.body.numbers, None
         if numbers is not None:
             numbers = torch.cat([numbers[:columns], torch.arange(self.body.end, self.body.end + of_tail)])
@@ -195,6 +197,13 @@ def best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns = torch.cat([columns, rest.expand(*columns.shape[:-1], -1)], dim=-1)
     found = scores.gather(-1, columns).topk(k, dim=-1)
     return found.values, columns.gather(-1, found.indices)
+
+
+def _products(queries: Tensor, rows: Tensor) -> Tensor:
+    """Inner products `[num_partitions, num_queries, num_rows]`; of one query, torch is twice as fast the other way."""
+    if queries.shape[1] == 1:
+        return torch.bmm(rows, queries.transpose(1, 2)).view(rows.shape[0], 1, -1)
+    return torch.bmm(queries, rows.transpose(1, 2))
 
 
 def _marks(marks: Tensor | None, count: int) -> Tensor:

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Standard scores under a token budget in one native call: what `StandardScores` and `TokenBudget` say together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvstore.native import choose_units
+from kvstore.retrieval.fusion import Fusion, StandardScores
+from kvstore.retrieval.selectors.budget import Selector, TokenBudget
+from kvstore.retrieval.unit_table import UnitTable
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What is read of units, list by list.
+
+    Args:
+        scores: [num_lists, num_units] float32: fused; -inf for units that may not be chosen.
+        marks: [num_lists, num_units] bool: units that are.
+        units: the same as numbers, ascending: [num_chosen] int64 each.
+        tokens: those of them that may be read, ascending: [num_tokens] int64 each.
+    """
+
+    scores: Tensor
+    marks: Tensor
+    units: tuple[Tensor, ...]
+    tokens: tuple[Tensor, ...]
+
+
+def choose(
+    fusion: Fusion,
+    selector: Selector,
+    views: Sequence[Tensor],
+    table: UnitTable,
+    end: int | None,
+    budget_tokens: int,
+) -> Chosen | None:
+    """Choose units of a table that serves all lists.
+
+    Args:
+        fusion: of the views.
+        selector: says which units a score earns a place.
+        views: [num_lists, num_units] float32 scores, or fewer lines, each for as many lists one behind the other.
+        table: the units.
+        end: only tokens before this one; None for all.
+        budget_tokens: most tokens of a list; the best unit is taken in any case.
+
+    Returns:
+        None where that is not what a native call does: other strategies, units that are not pages, scores that are not
+        finite.
+    """
+    is_native = isinstance(fusion, StandardScores) and isinstance(selector, TokenBudget) and table.is_ascending
+    if not is_native or len(views) < 2 or not table.has_one_list or table.num_units == 0 or budget_tokens < 0:
+        return None
+    assert isinstance(fusion, StandardScores), "just checked"
+    columns = table.columns(end)
+    num_lists, num_units = max(each.shape[0] for each in views), table.num_units
+    most_tokens = min(max(budget_tokens, int(columns[2].max())), table.num_tokens)
+    most_units = min(most_tokens, num_units)
+    marks = torch.empty(num_lists, num_units, dtype=torch.bool)
+    fused = torch.empty(num_lists, num_units)
+    numbers = torch.empty(num_lists * (most_units + most_tokens + 2), dtype=torch.int64)
+    parts = numbers.split([num_lists * most_units, num_lists * most_tokens, num_lists * 2])
+    units, tokens, counts = (part.view(num_lists, -1) for part in parts)
+    weights = fusion.weights or (1.0,) * len(views)
+    shares = fusion.neighbours or (0.0,) * len(views)
+    is_done = choose_units(
+        [
+            (each.float().contiguous().numpy().data, weight, share)
+            for each, weight, share in zip(views, weights, shares, strict=True)
+        ],
+        [column.numpy().data for column in columns],
+        budget_tokens,
+        num_lists,
+        [each.numpy().data for each in (fused, marks, units, tokens, counts)],
+    )
+    if not is_done:
+        return None
+    had = counts.tolist()
+    return Chosen(
+        fused,
+        marks,
+        tuple(row[:count] for row, (count, _) in zip(units, had, strict=True)),
+        tuple(row[:count] for row, (_, count) in zip(tokens, had, strict=True)),
+    )
