@@ -156,17 +156,23 @@ def test_questions_leave_the_states_as_they_are(tmp_path: Path, family: str, pol
     assert same(logits, [wanted[0], wanted[3]])
 
 
-def test_a_question_goes_on_from_the_streams_state(tmp_path: Path) -> None:
-    """With all blocks where they were, a question is what follows the stream; a pass ahead does not count twice."""
+@pytest.mark.parametrize(("policy", "budget"), [("maxsim", 8), ("quest", 1000)])
+def test_a_question_goes_on_from_the_streams_state(tmp_path: Path, policy: str, budget: int) -> None:
+    """A pass ahead, which chooses blocks, does not count twice; where all is attended, the logits are the engine's."""
     model, ids = make_hybrid("qwen3-next"), token_ids(30)
+    engine = DynamicCache(config=model.config)
     with (
-        opened(tmp_path, model, policy="quest", budget_tokens=1000) as stream,
+        opened(tmp_path, model, policy=policy, budget_tokens=budget, sink_tokens=8) as stream,
         kvstore.attach(model, stream) as attached,
     ):
         model(ids[:, :24])
-        (wanted,) = uninterrupted(model, ids, [24, 6])[1:]
+        _, wanted = (model(part, past_key_values=engine).logits for part in ids.split([24, 6], dim=1))
         for cache in (attached.question(), attached.question(ids[:, 24:])):
-            assert torch.allclose(model(ids[:, 24:], past_key_values=cache).logits, wanted, atol=1e-4)
+            logits = model(ids[:, 24:], past_key_values=cache).logits
+            assert cache.states is not None
+            first = cache.states.layers[0]  # no layer that attends comes before
+            assert torch.equal(first.recurrent_states[0], engine.layers[0].recurrent_states[0])
+            assert policy == "maxsim" or torch.allclose(logits, wanted, atol=1e-4)
 
 
 def test_gradients_and_inference_mode_do_not_cling_to_the_states(tmp_path: Path) -> None:
