@@ -82,7 +82,9 @@ def test_the_tree_has_the_promised_benchmarks(capsys: pytest.CaptureFixture[str]
     main(["bench", "nothing"])
 
     found = capsys.readouterr().err.rpartition("choose from ")[2].strip()
-    promised = "append codec device-decode eviction hit-rates io profiles quality remote retrieval session shapes"
+    promised = (
+        "append codec device-decode eviction hit-rates io objects profiles quality remote retrieval session shapes"
+    )
     assert set(promised.split()) <= set(found.split(", "))
 
 
