@@ -23,24 +23,53 @@ class LateInteraction:
         hits_per_token: nearest tokens taken per question token. The last of them is the floor that weighs the others: a
             word that stands in every block has as many perfect hits and so adds nothing, as an inverse document
             frequency would have it.
+        piece_tokens: tokens of the stream, whole blocks, after which their part of the index is stored beside it.
+        num_candidates: stored blocks of which all rows are read for a question.
     """
 
     depths: tuple[float, ...] = (1 / 30, 9 / 30)
     hits_per_token: int = 256
+    piece_tokens: int = 16384
+    num_candidates: int = 256
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers whose keys are kept and compared, ascending, without repeats."""
         return tuple(sorted({min(round(depth * num_layers), num_layers - 1) for depth in self.depths}))
 
 
-class MaxSimScorer:
-    """Scores blocks by their tokens' best matches with each question token.
+def maxsim(similarity: Tensor, blocks: Tensor, weights: Tensor, hits: int) -> tuple[Tensor, Tensor]:
+    """Score blocks by their tokens' best matches with each question token.
 
-    For each question token the `hits_per_token` nearest stream tokens are found; a block earns the similarity of its
-    best token above that of the farthest hit. Sums over question tokens rank the blocks.
+    For each question token the `hits` nearest stream tokens count; a block earns the similarity of its best token above
+    that of the farthest hit. The sum over question tokens is its score.
 
     Source: ColBERT (arXiv:2004.12832), MaxSim; here between a language model's own pre-RoPE keys, centred per layer, so
     no second model is needed.
+
+    Args:
+        similarity: [num_tokens, num_rows] float32: of question tokens with stream tokens.
+        blocks: [num_rows] int64: each row's block.
+        weights: [num_rows] float32: how many of the stream's tokens a row stands for, itself included.
+        hits: nearest tokens per question token.
+
+    Returns:
+        (blocks, scores): `[num_blocks]` int64 ascending and float32, of the blocks that have rows.
+    """
+    numbers, places = blocks.unique(return_inverse=True)
+    if similarity.numel() == 0:
+        return numbers, torch.zeros(numbers.shape[0])
+    # A row stands for one token at least, so the floor is among the nearest `hits` rows.
+    nearest = similarity.topk(min(hits, similarity.shape[1]), dim=1)
+    is_above = weights[nearest.indices].cumsum(dim=1) < hits
+    last = is_above.sum(dim=1, keepdim=True).clamp_max(nearest.values.shape[1] - 1)
+    above = (similarity - nearest.values.gather(1, last)).clamp_min(0)
+    best = torch.zeros(similarity.shape[0], numbers.shape[0])
+    best.scatter_reduce_(1, places.expand_as(above), above, "amax")
+    return numbers, best.sum(dim=0)
+
+
+class MaxSimScorer:
+    """Scores blocks as `maxsim` does, over all rows there are: what benchmarks hold the index of a stream against.
 
     Args:
         index: an index over `[num_parts * part_dim]` rows.

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which words stand in which blocks: what a late-interaction index keeps in memory of blocks that it has sealed."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvstore.errors import CorruptRecordError
+from kvstore.retrieval.late.piece import PieceHead
+from kvstore.retrieval.late.words import MAX_WORDS, Vocabulary
+
+
+class Directory:
+    """The words of a stream and the blocks that hold them; finds the blocks worth a closer look. Not thread-safe.
+
+    Two bytes a word and block, about one a token, and the words themselves.
+
+    Args:
+        part_dim: elements of the first compared layer's part of a row.
+    """
+
+    def __init__(self, part_dim: int) -> None:
+        self._part_dim = part_dim
+        self.vocabulary = Vocabulary(part_dim)
+        self._postings: list[np.ndarray[tuple[int], np.dtype[np.uint16]]] = []
+        self._starts = [torch.zeros(1, dtype=torch.int64)]
+        self._rows = [torch.empty(0, dtype=torch.int64)]
+        self._first_block = 0
+        self._num_blocks = 0
+        self._num_postings = 0
+        self._counts = torch.zeros(MAX_WORDS, dtype=torch.int64)
+        self.rows_of_word = torch.zeros(MAX_WORDS, dtype=torch.int64)
+        """Rows of sealed blocks, of each word."""
+
+    @property
+    def end_block(self) -> int:
+        """The block behind the last sealed one."""
+        return self._first_block + self._num_blocks
+
+    def add(self, head: PieceHead) -> None:
+        """Take in the next piece; its new words are in the vocabulary already if it was just made.
+
+        Raises:
+            CorruptRecordError: it does not follow the last one.
+        """
+        known = self.vocabulary.num_words
+        is_next = self._num_blocks == 0 or head.first_block == self.end_block
+        is_new = known == head.words_before
+        if not is_next or not (is_new or known == head.words_before + head.new_words.num_rows):
+            raise CorruptRecordError(
+                f"a piece of an index begins at block {head.first_block} and word {head.words_before}, where block "
+                f"{self.end_block} and word {known} are next"
+            )
+        if is_new:
+            self.vocabulary.extend(head.new_words)
+        if self._num_blocks == 0:
+            self._first_block = head.first_block
+        self._postings.append(head.postings)
+        self._starts.append(self._num_postings + head.postings_of_block.cumsum(0))
+        self._rows.append(head.rows_of_block)
+        self._num_postings += head.postings.shape[0]
+        self._num_blocks += head.rows_of_block.shape[0]
+        self._counts += torch.from_numpy(np.bincount(head.postings, minlength=MAX_WORDS))
+        self.rows_of_word[head.counted] += head.counts
+
+    def num_rows(self, block: int) -> int:
+        """Rows of a sealed block."""
+        return int(_joined(self._rows)[block - self._first_block])
+
+    def candidates(self, question: Tensor, num_hits: int, num_wanted: int, end: int) -> list[int]:
+        """The sealed blocks that promise most, ascending.
+
+        A block earns, per token of the question, the likeness of its best word above that of the word with which as
+        many as `num_hits` blocks have been met: candidates by centroids alone, as in PLAID (arXiv:2205.09707).
+
+        Args:
+            question: [num_tokens, part_dim] float32 directions in the first compared layer.
+            num_hits: see `LateInteraction.hits_per_token`.
+            num_wanted: how many.
+            end: blocks from this one on are none of the question's.
+        """
+        first, end = self._first_block, min(end, self.end_block)
+        if end - first <= num_wanted:
+            return list(range(first, end))
+        likeness = self.vocabulary.scores(question)
+        best = likeness.topk(min(num_hits, likeness.shape[1]), dim=1)
+        is_near = self._counts[best.indices].cumsum(dim=1) < num_hits
+        floor = best.values.gather(1, is_near.sum(dim=1).clamp_max(best.values.shape[1] - 1)[:, None])
+        above = (likeness - floor).clamp_min_(0)
+        numbers = self._numbers_of(above.amax(dim=0) > 0)
+        words = torch.from_numpy(numbers[1])
+        met, places = (torch.searchsorted(_joined(self._starts), torch.from_numpy(numbers[0]), right=True) - 1).unique(
+            return_inverse=True
+        )
+        scores = torch.zeros(question.shape[0], met.shape[0])
+        scores.scatter_reduce_(1, places.expand(question.shape[0], -1), above[:, words], "amax")
+        total = scores.sum(dim=0)
+        total[met + first >= end] = 0
+        order = total.topk(min(num_wanted, met.shape[0])).indices
+        return sorted((met[order] + first).tolist())
+
+    def _numbers_of(self, wanted: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Where wanted words stand among all postings, and which they are."""
+        mask = np.zeros(MAX_WORDS, dtype=bool)
+        mask[: wanted.shape[0]] = wanted.numpy()
+        places, words, first = [], [], 0
+        for postings in self._postings:
+            at = mask[postings].nonzero()[0]
+            places.append(at + first)
+            words.append(postings[at].astype(np.int64))
+            first += postings.shape[0]
+        return np.concatenate(places), np.concatenate(words)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """All parts as one, which then takes their place."""
+    if len(parts) > 1:
+        parts[:] = [torch.cat(parts)]
+    return parts[0]
