@@ -20,7 +20,7 @@ from kvstore.session.attending import Attending
 from kvstore.session.attention_inputs import AttentionInputs
 from kvstore.session.branch_past import BranchPast
 from kvstore.session.choosing import LayerChoices
-from kvstore.session.late_ranking import LateRanking
+from kvstore.session.late.ranking import LateRanking
 from kvstore.session.reading.past import Reading
 from kvstore.session.recall import Recall, cite
 from kvstore.session.stream_memory import StreamMemory

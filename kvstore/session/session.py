@@ -16,6 +16,7 @@ from kvstore.session.append_window import AppendWindow
 from kvstore.session.appender import Appender, Segment
 from kvstore.session.attention_inputs import AttentionInputs
 from kvstore.session.branch import Branch
+from kvstore.session.late.appended import note_keys
 from kvstore.session.state import save_state
 from kvstore.session.stream_memory import StreamMemory
 from kvstore.session.view import OpenRows, SessionConfig, StreamView
@@ -156,6 +157,7 @@ class Session:
             for block in blocks:
                 view.note_positions(block.entry, block.summary)
             view.note_sinks()
+            note_keys(view, blocks)
         if blocks and view.is_thinned:
             self._window.is_stale = True  # it sees less of them now
         self._is_broken = False

@@ -15,7 +15,7 @@ from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.summary import Summary, SummaryKind
 from kvstore.retrieval.tokens import Rotate, Space
-from kvstore.session.late_ranking import LateRanking
+from kvstore.session.late.ranking import LateRanking
 from kvstore.session.reading.differences import DifferenceReader
 from kvstore.session.reading.past import PastReader
 from kvstore.session.residency import Residency
@@ -198,8 +198,7 @@ class StreamView:
         num_known = len(known.entries) if known is not None and has_grown else 0
         self._check(entries, num_known, manifest.num_tokens)
         if not has_grown or self.entries[num_known:] != entries[num_known : len(self.entries)]:
-            # Rolled back, and maybe written on.
-            self._positions, self._searches, self.num_sink_blocks = {}, {}, 0
+            self._positions, self._searches, self.num_sink_blocks = {}, {}, 0  # rolled back, and maybe written on
         self._manifest = manifest
         self.entries = entries
         self.cursor = dict(manifest.cursor)
@@ -224,14 +223,13 @@ class StreamView:
 
     def search(self, policy: Policy) -> LateRanking | StreamMemory:
         """What a policy that retrieves searches the stream by; made when it is first asked for."""
-        found = self._searches.get(policy)
-        if found is None:
+        if policy == self.config.policy.beyond == self.policy:  # a stream only grows: the one before is not asked again
+            self._searches.pop(self.config.policy, None)
+        if policy not in self._searches:
             late = policy.late
-            found = LateRanking(self.store, self.header, late) if late is not None else self.new_memory(policy)
-            if policy == self.config.policy.beyond:  # a stream only grows: the policy before it is not asked again
-                self._searches.pop(self.config.policy, None)
-            self._searches[policy] = found
-        return found
+            made = LateRanking(self.store, self.header, late) if late is not None else self.new_memory(policy)
+            self._searches[policy] = made
+        return self._searches[policy]
 
     def new_memory(self, policy: Policy) -> StreamMemory:
         """What a policy with views selects from, of nobody else."""

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Late interaction over stored pieces: as good as over all rows, without reading keys, whatever is lost of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvstore.engines.anatomy import spec_of
+from kvstore.layout import BlockLayout
+from kvstore.retrieval.index.flat import FlatIndex
+from kvstore.retrieval.maxsim import LateInteraction, MaxSimScorer
+from kvstore.retrieval.selection import Ranking
+from kvstore.session.late.keys import BlockKeys
+from kvstore.session.late.ranking import LateRanking
+from kvstore.store import Access, Durability, Entries, FetchReport, FetchRequest, Profile, Store
+from tests.tiny_models import BLOCK_TOKENS, attached_stream, make_model, policy, settings, token_ids
+
+KIND = "late-0-1"
+RULE = LateInteraction(hits_per_token=12, piece_tokens=8 * BLOCK_TOKENS, num_candidates=6)
+CONFIG = settings(policy(late=RULE), window=16, sinks=4, budget=24)
+STREAM = token_ids(44 * BLOCK_TOKENS)
+"""A block of sinks, five pieces of eight blocks, and three blocks behind them."""
+
+
+def append(path: Path, ids: Tensor) -> None:
+    """Append to the stream in a session of its own."""
+    model = make_model()
+    with attached_stream(path, model, CONFIG) as attached:
+        for part in ids.split(4 * BLOCK_TOKENS, dim=1):
+            model(part)
+        attached.session.commit(partial=True)
+        attached.session.flush()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the stream; not to be changed."""
+    path = tmp_path_factory.mktemp("written")
+    append(path, STREAM)
+    return path
+
+
+@contextmanager
+def opened(path: Path, access: Access = Access.READ) -> Iterator[Store]:
+    """The store."""
+    layout = BlockLayout(spec_of(make_model()), BLOCK_TOKENS)
+    with Store.open(
+        path, access=access, layout=layout, profile=Profile.LOSSLESS, host_nbytes=4 << 20, durability=Durability.NONE
+    ) as store:
+        yield store
+
+
+def entries_of(store: Store, name: str = "s") -> Entries:
+    """All of a stream's."""
+    return Entries.of(store.manifest(name).entries)
+
+
+def late(store: Store, rule: LateInteraction = RULE, name: str = "s") -> LateRanking:
+    """A ranking of the whole stream."""
+    ranking = LateRanking(store, store.manifest(name).header, rule)
+    ranking.refresh(1, entries_of(store, name))
+    return ranking
+
+
+def keys_of(store: Store, block: int) -> Tensor:
+    """Keys of a block in the compared layers."""
+    entries = entries_of(store)
+    layers = RULE.layers(store.manifest("s").header.spec.num_layers)
+    layout = BlockLayout(store.manifest("s").header.spec, BLOCK_TOKENS)
+    ((_, keys),) = BlockKeys(store, layout, layers).of([entries[block]], {})
+    assert keys is not None
+    return keys
+
+
+def same(one: Ranking, other: Ranking) -> bool:
+    """Whether two rankings say the same."""
+    return torch.equal(one.blocks, other.blocks) and torch.equal(one.scores, other.scores)
+
+
+def test_who_looks_at_every_block_ranks_as_over_all_rows(written: Path) -> None:
+    with opened(written) as store:
+        blocks = {block: keys_of(store, block) for block in range(1, 44)}
+        mean = torch.cat([blocks[block] for block in range(1, 9)]).mean(dim=0)
+        exact = MaxSimScorer(FlatIndex(mean.numel()), mean, RULE.hits_per_token)
+        exact.add(blocks.items())
+        everything = late(store, LateInteraction(hits_per_token=12, piece_tokens=64, num_candidates=100))
+        for block in (3, 30, 42):
+            question = keys_of(store, block)[2:6]
+            had, wanted = everything.rank(question, 44), exact.rank(question, 44)
+            assert int(had.blocks[0]) == block
+            scores = torch.zeros(44)
+            scores[had.blocks] = had.scores
+            assert torch.allclose(scores[wanted.blocks], wanted.scores, atol=0.03)
+
+
+def test_few_blocks_are_looked_at_and_the_right_one_is_among_them(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_objects = Store.read_objects
+    num_parts = []
+
+    def counting(self: Store, name: str, kind: str, wanted: Any) -> Any:
+        num_parts.append(sum(len(parts) for _, parts in wanted))
+        return read_objects(self, name, kind, wanted)
+
+    with opened(written) as store:
+        ranking = late(store)
+        questions = {block: keys_of(store, block)[1:7] for block in range(1, 44)}
+        monkeypatch.setattr(Store, "read_objects", counting)
+        assert [int(ranking.rank(question, 44).blocks[0]) for question in questions.values()] == list(questions)
+        assert set(num_parts) == {RULE.num_candidates}
+        assert sorted(ranking.rank(questions[5], 44).blocks.tolist()) == list(range(44))
+        assert int(ranking.rank(questions[20], 10).blocks.max()) == 9, "a question sees what was there when it began"
+
+
+def test_who_asks_reads_keys_only_behind_the_last_piece(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch = Store.fetch
+    fetched = set()
+
+    def counting(self: Store, requests: list[FetchRequest], timeout_s: float | None = None) -> FetchReport:
+        fetched.update(request.key for request in requests)
+        return fetch(self, requests, timeout_s)
+
+    with opened(written) as store:
+        assert [each.num_blocks for each in store.objects("s", KIND)] == [9, 17, 25, 33, 41]
+        question = keys_of(store, 20)
+        monkeypatch.setattr(Store, "fetch", counting)
+        late(store).rank(question, 44)
+        assert fetched == {entry.key for entry in entries_of(store)[41:]}
+
+
+def test_who_appends_reads_none_at_all_and_resumes_the_same_pieces(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = Store.fetch
+    searched = []
+
+    def counting(self: Store, requests: list[FetchRequest], timeout_s: float | None = None) -> FetchReport:
+        searched.extend(request for request in requests if request.layers is not None)
+        return fetch(self, requests, timeout_s)
+
+    monkeypatch.setattr(Store, "fetch", counting)
+    append(tmp_path, STREAM[:, : 20 * BLOCK_TOKENS])
+    assert searched == []
+    append(tmp_path, STREAM[:, 20 * BLOCK_TOKENS :])
+    assert 0 < len({request.key for request in searched}) <= 3  # those behind the second piece
+    with opened(written) as one, opened(tmp_path) as other:
+        for number in range(5):
+            assert one.read_object("s", KIND, number) == other.read_object("s", KIND, number)
+
+
+def test_what_is_lost_of_an_index_is_made_of_keys(tmp_path: Path) -> None:
+    append(tmp_path, STREAM)
+    with opened(tmp_path) as store:
+        question = keys_of(store, 20)[1:5]
+        wanted = late(store).rank(question, 44)
+    with opened(tmp_path, Access.WRITE) as store:
+        stored = [store.read_object("s", KIND, number) for number in range(5)]
+        assert store.drop_objects("s", KIND) == 5
+    with opened(tmp_path) as store:
+        ranking = late(store)
+        assert len(ranking._in_memory) == 32, "the last piece may still come"
+        assert int(ranking.rank(question, 44).blocks[0]) == 20
+        assert store.objects("s", KIND) == [], "a reader keeps it to itself"
+    with opened(tmp_path, Access.WRITE) as store:
+        ranking = late(store)
+        store.flush()
+        assert same(ranking.rank(question, 44), wanted)
+        assert [store.read_object("s", KIND, number) for number in range(5)] == stored
+
+
+@pytest.mark.parametrize("spoilt", [None, b"", b"KVLP" + bytes(200)])
+def test_a_damaged_piece_is_made_of_keys(spoilt: bytes | None, written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_objects = Store.read_objects
+
+    def spoiling(self: Store, name: str, kind: str, wanted: Any) -> Any:
+        found = read_objects(self, name, kind, wanted)
+        return [
+            [spoilt] if index == 2 and parts == [0] else had for (index, parts), had in zip(wanted, found, strict=True)
+        ]
+
+    with opened(written) as store:
+        question = keys_of(store, 20)[1:5]
+        wanted = late(store).rank(question, 44)
+        monkeypatch.setattr(Store, "read_objects", spoiling)
+        ranking = late(store)
+        assert same(ranking.rank(question, 44), wanted)
+        assert ranking.damaged == {}
+
+
+def test_a_block_whose_rows_are_damaged_is_not_found_and_named(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_objects = Store.read_objects
+
+    def spoiling(self: Store, name: str, kind: str, wanted: Any) -> Any:
+        found = read_objects(self, name, kind, wanted)
+        return [
+            [None if (index, part) == (2, 4) else data for part, data in zip(parts, had, strict=True)]
+            for (index, parts), had in zip(wanted, found, strict=True)
+        ]
+
+    with opened(written) as store:
+        question = keys_of(store, 20)[1:5]
+        monkeypatch.setattr(Store, "read_objects", spoiling)
+        ranking = late(store)
+        had = ranking.rank(question, 44)
+        scores = dict(zip(had.blocks.tolist(), had.scores.tolist(), strict=True))
+        assert scores[20] == 0 < float(had.scores[0])
+        assert list(ranking.damaged) == [20]
+
+
+def test_a_lost_block_stays_out_of_its_piece_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append(tmp_path, STREAM)
+    fetch = Store.fetch
+
+    def losing(self: Store, requests: list[FetchRequest], timeout_s: float | None = None) -> FetchReport:
+        found = fetch(self, requests, timeout_s)
+        for number, request in enumerate(requests):
+            if request.key == key:
+                request.slot.view(torch.float32).fill_(torch.nan)
+                found.reasons[number] = "lost"
+        return found
+
+    with opened(tmp_path, Access.WRITE) as store:
+        key = entries_of(store)[20].key
+        question = keys_of(store, 20)[1:5]
+        store.drop_objects("s", KIND)
+        monkeypatch.setattr(Store, "fetch", losing)
+        late(store)
+        store.flush()
+    monkeypatch.undo()
+    with opened(tmp_path) as store:
+        ranking = late(store)
+        assert list(ranking.damaged) == [20]
+        assert int(ranking.rank(question, 44).blocks[0]) != 20
+
+
+def test_a_reader_beside_a_writer_finds_what_one_that_comes_later_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    with attached_stream(tmp_path, model, CONFIG) as attached:
+        store = attached.session.view.store
+
+        def reading() -> LateRanking:
+            with monkeypatch.context() as patched:
+                patched.setattr(Store, "is_writable", False)
+                return LateRanking(store, store.manifest("s").header, RULE)
+
+        ranking, num_pieces = reading(), 0
+        for part in STREAM.split(2 * BLOCK_TOKENS, dim=1):
+            model(part)
+            attached.session.commit()
+            attached.session.flush()
+            entries = entries_of(store)
+            later = reading()
+            for each in (ranking, later):
+                each.refresh(1, entries)
+            question = keys_of(store, len(entries) // 2)[1:5]
+            assert same(ranking.rank(question, len(entries)), later.rank(question, len(entries)))
+            num_pieces = len(ranking._ends)
+            assert ranking._in_memory == {}
+        assert num_pieces == 5
+
+
+def test_forks_share_pieces_and_rollbacks_drop_them(tmp_path: Path) -> None:
+    append(tmp_path, STREAM)
+    with opened(tmp_path, Access.WRITE) as store:
+        question = keys_of(store, 12)[1:5]
+        store.fork("s", "t", 20 * BLOCK_TOKENS)
+        assert [each.num_blocks for each in store.objects("t", KIND)] == [9, 17]
+        forked = late(store, name="t").rank(question, 20)
+        store.rollback("s", 20 * BLOCK_TOKENS)
+        assert [each.num_blocks for each in store.objects("s", KIND)] == [9, 17]
+        assert same(late(store).rank(question, 20), forked)
+        assert int(forked.blocks[0]) == 12
+    append(tmp_path, token_ids(12 * BLOCK_TOKENS, seed=9))
+    with opened(tmp_path) as store:
+        assert [each.num_blocks for each in store.objects("s", KIND)] == [9, 17, 25]
+        assert int(late(store).rank(keys_of(store, 22)[1:7], 32).blocks[0]) == 22
