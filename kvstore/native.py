@@ -35,6 +35,8 @@ Rows of an index (csrc/index/byte_rows.hpp):
         [partitions, num_queries, width], and float32 scores [partitions, num_queries, stride] to be written.
     choose_units(views, table, budget_tokens, num_lists, out) -> bool: units that a budget holds for each list, by the
         sum of standard scores (csrc/index/unit_choice.hpp); a view is (scores, weight, share of neighbours).
+    find_words(postings, wanted, places): where words of uint16 `postings` are wanted, by a byte for each of the 65,536;
+        writes uint32 positions to `places`, which is as long as `postings`, and returns how many.
 
 Memory and files:
     Arena(nbytes, pinned): page-aligned writable memory, zero-filled, `nbytes` rounded up to pages; a buffer of uint8.
@@ -94,6 +96,7 @@ try:
         device_scatter_rows,
         encode_byte_rows,
         encode_record,
+        find_words,
         gather_rows,
         limit_simd,
         open_planes,
@@ -136,6 +139,7 @@ __all__ = [
     "device_scatter_rows",
     "encode_byte_rows",
     "encode_record",
+    "find_words",
     "gather_rows",
     "limit_simd",
     "open_planes",

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from kvstore.errors import CorruptRecordError, KVStoreError, UnsupportedFormatError
-from kvstore.native import crc32c
+from kvstore.errors import CorruptRecordError, KVStoreError, ShapeError, UnsupportedFormatError
+from kvstore.native import crc32c, find_words
 from kvstore.retrieval.late import words as words_module
 from kvstore.retrieval.late.directory import Directory
 from kvstore.retrieval.late.piece import PieceHead, pack_head, seal, unpack_head
@@ -184,3 +185,16 @@ def test_a_row_that_stands_for_many_brings_the_floor_nearer() -> None:
     _, scores = maxsim(similarity, blocks, torch.tensor([1.0, 2.0, 1.0, 1.0]), 3)
     assert torch.allclose(scores, torch.tensor([0.0, 0.2, 0.0]))
     assert maxsim(similarity[:0], blocks, torch.ones(4), 3)[1].tolist() == [0.0] * 3
+
+
+def test_wanted_words_are_found_where_they_stand() -> None:
+    postings = np.array([5, 65535, 0, 5, 7], dtype=np.uint16)
+    wanted, places = np.zeros(65536, dtype=np.uint8), np.zeros(5, dtype=np.uint32)
+    assert find_words(postings.data, wanted.data, places.data) == 0
+    wanted[[5, 65535]] = 1, 255
+    assert find_words(postings.data, wanted.data, places.data) == 3
+    assert places[:3].tolist() == [0, 1, 3]
+    assert find_words(postings[:0].data, wanted.data, places[:0].data) == 0
+    for bad in ((postings.data, wanted[1:].data, places.data), (postings.data, wanted.data, places[1:].data)):
+        with pytest.raises(ShapeError, match="other sizes"):
+            find_words(*bad)

@@ -8,6 +8,7 @@
 #include "bindings/bind.hpp"
 #include "bindings/buffers.hpp"
 #include "index/byte_rows.hpp"
+#include "index/postings.hpp"
 #include "index/unit_choice.hpp"
 
 namespace py = pybind11;
@@ -122,6 +123,14 @@ bool choose(const std::vector<View>& asked,
                       {to[0], to[1], to[2], to[3], to[4]});
 }
 
+std::size_t find(const py::buffer& postings, const py::buffer& wanted, const py::buffer& places) {
+  const HeldBuffer from(postings, false);
+  const HeldBuffer words(wanted, false);
+  const HeldBuffer to(places, true);
+  const py::gil_scoped_release released;
+  return find_words(from.readable(), words.readable(), to.writable());
+}
+
 }  // namespace
 
 void bind_index(py::module_& module) {
@@ -131,6 +140,7 @@ void bind_index(py::module_& module) {
            "codes"_a, "low"_a, "step"_a, "partitions"_a, "rows"_a, "width"_a);
   module.def("encode_byte_rows", &encode, "rows"_a, "codes"_a, "low"_a, "step"_a, "partitions"_a,
              "num_rows"_a, "width"_a);
+  module.def("find_words", &find, "postings"_a, "wanted"_a, "places"_a);
   module.def("score_byte_rows", &score, "jobs"_a, "num_threads"_a);
   module.def("choose_units", &choose, "views"_a, "table"_a, "budget_tokens"_a, "num_lists"_a,
              "out"_a);

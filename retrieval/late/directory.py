@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from kvstore.errors import CorruptRecordError
+from kvstore.native import find_words
 from kvstore.retrieval.late.piece import PieceHead
 from kvstore.retrieval.late.words import MAX_WORDS, Vocabulary
+
+_ALL_WORDS = 1 << 16
+_MOST_JOINED = 1 << 18
 
 
 class Directory:
@@ -58,6 +62,8 @@ class Directory:
         if self._num_blocks == 0:
             self._first_block = head.first_block
         self._postings.append(head.postings)
+        while len(self._postings) > 1 and _is_to_join(*self._postings[-2:]):
+            self._postings[-2:] = [np.concatenate(self._postings[-2:])]
         self._starts.append(self._num_postings + head.postings_of_block.cumsum(0))
         self._rows.append(head.rows_of_block)
         self._num_postings += head.postings.shape[0]
@@ -103,12 +109,13 @@ class Directory:
 
     def _numbers_of(self, wanted: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Where wanted words stand among all postings, and which they are."""
-        mask = np.zeros(MAX_WORDS, dtype=bool)
+        mask = np.zeros(_ALL_WORDS, dtype=np.uint8)
         mask[: wanted.shape[0]] = wanted.numpy()
         places, words, first = [], [], 0
         for postings in self._postings:
-            at = mask[postings].nonzero()[0]
-            places.append(at + first)
+            room = np.empty(postings.shape[0], dtype=np.uint32)
+            at = room[: find_words(postings.data, mask.data, room.data)]
+            places.append(at.astype(np.int64) + first)
             words.append(postings[at].astype(np.int64))
             first += postings.shape[0]
         return np.concatenate(places), np.concatenate(words)
@@ -119,3 +126,8 @@ def _joined(parts: list[Tensor]) -> Tensor:
     if len(parts) > 1:
         parts[:] = [torch.cat(parts)]
     return parts[0]
+
+
+def _is_to_join(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two runs of postings become one: few runs, each copied few times, and none too long to be copied."""
+    return one.shape[0] < 2 * other.shape[0] and one.shape[0] + other.shape[0] <= _MOST_JOINED
