@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvstore.extras import faiss_distribution, missing_dependency
-from kvstore.retrieval.index.flat import FlatIndex, SummaryIndex, check_rows
+from kvstore.retrieval.index.flat import FlatIndex, check_rows
 
 
 @functools.cache
@@ -84,8 +84,3 @@ class FaissIndex:
         k = min(k, self.num_rows)
         scores, rows = self._index.search(queries.contiguous().numpy(), k)
         return torch.from_numpy(scores), torch.from_numpy(rows)
-
-
-def make_index(dim: int, num_rows: int = 0) -> SummaryIndex:
-    """Return a FAISS index where FAISS is installed, else the exact torch index; see `FaissIndex`."""
-    return FaissIndex(dim, num_rows) if is_faiss_installed() else FlatIndex(dim)
