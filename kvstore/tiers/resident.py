@@ -26,12 +26,16 @@ class MappedPages:
         self._gate = gate
         self._map_anew = map_anew
         self._num_calls = 0
+        self._is_due = False
         self._kept_nbytes = _mapped_nbytes()
 
     def note_call(self) -> None:
-        """Somebody looked at pages: every 16th time, `let_go`. Threads may count wrongly, which does no harm."""
+        """Somebody looked at pages: `let_go` every 16th time, and again until nobody is in the way.
+
+        Threads may count wrongly, which does no harm.
+        """
         self._num_calls += 1
-        if self._num_calls % _CHECK_EVERY == 0:
+        if self._is_due or self._num_calls % _CHECK_EVERY == 0:
             self.let_go()
 
     def let_go(self) -> None:
@@ -39,6 +43,7 @@ class MappedPages:
         if _mapped_nbytes() - self._kept_nbytes <= _MOST_NBYTES:
             return
         with self._gate.exclusive_if_empty() as is_alone:
+            self._is_due = not is_alone
             if is_alone:
                 self._map_anew()
                 self._kept_nbytes = _mapped_nbytes()  # libraries, and what others mapped
