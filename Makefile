@@ -77,8 +77,8 @@ fmt: venv  ## format Python and C++ in place
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CSRC)
 
-bench: venv  ## every benchmark but profiles, quickly; benchmarks/README.md says how to read them
-	for name in append codec decode device-decode eviction hit-rates index io long objects quality ranking remote retrieval session shapes; do echo "== $$name"; $(BIN)/kvstore bench $$name --quick --json; done
+bench: venv  ## every benchmark but profiles and questions, quickly; benchmarks/README.md says how to read them
+	for name in append chat codec decode device-decode eviction hit-rates index io long objects quality ranking remote retrieval session shapes; do echo "== $$name"; $(BIN)/kvstore bench $$name --quick --json; done
 
 cuda-check:  ## compile the CUDA sources for sm_80 and sm_90, without linking; needs nvcc, no GPU
 	@command -v $(NVCC) >/dev/null || { echo "cuda-check: $(NVCC) not found" >&2; exit 1; }

@@ -73,7 +73,8 @@ def table(found: Mapping[tuple[str, bool], Scores]) -> str:
     ]
     for (name, is_external), one in sorted(found.items(), key=lambda item: (-item[1].right, -item[1].moments)):
         shares = [f"{share:.2f}" for share in (one.known, one.natural, one.moments)]
-        costs = [f"{median(one.first_token_s):.2f}", f"{one.attended:.0f}", f"{one.moved_nbytes / MIB:.1f}"]
+        moved = "" if is_external else f"{one.moved_nbytes / MIB:.1f}"  # asked again, some blocks are there already
+        costs = [f"{median(one.first_token_s):.2f}", f"{one.attended:.0f}", moved]
         rows.append([name, "yes" if is_external else "no", *shares, *costs, f"{one.index_s:.1f}"])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
