@@ -83,7 +83,8 @@ def test_the_tree_has_the_promised_benchmarks(capsys: pytest.CaptureFixture[str]
 
     found = capsys.readouterr().err.rpartition("choose from ")[2].strip()
     promised = (
-        "append codec decode device-decode eviction hit-rates io objects profiles quality remote retrieval session shapes"
+        "append codec decode device-decode eviction hit-rates io objects profiles quality remote retrieval "
+        "session shapes"
     )
     assert set(promised.split()) <= set(found.split(", "))
 
