@@ -81,6 +81,15 @@ def start_another(store: Store) -> None:
     store.flush()
 
 
+def adopt(store: Store) -> None:
+    """A stream that has a cursor alone, and then what another holds."""
+    store.create_stream(replace(HEADER, name="other"))
+    store.append("other", [], {"next": NUM_BLOCKS})
+    store.flush()
+    keys = [block_key(number) for number in range(NUM_BLOCKS)]
+    assert store.adopt("other", lambda parent, first, num_tokens: keys[first // 40], "state") == 40 * NUM_BLOCKS
+
+
 def put_objects(store: Store) -> None:
     store.append("lecture", make_blocks(2, NUM_BLOCKS), {"next": NUM_BLOCKS + 2})
     store.put_objects("lecture", NEW)
@@ -100,6 +109,7 @@ CHANGES = {
         {"lecture": NUM_BLOCKS},
         {"lecture": NUM_BLOCKS, "other": 3},
     ),
+    "adopt": Change(adopt, {"lecture": NUM_BLOCKS}, {"lecture": NUM_BLOCKS, "other": NUM_BLOCKS}),
     "rollback": Change(
         lambda store: store.rollback("lecture", 160, {"next": 4}), {"lecture": NUM_BLOCKS}, {"lecture": 4}
     ),

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvstore.errors import ShapeError
 from kvstore.layout import BlockLayout
 from kvstore.session.appender import payload_of
+from kvstore.session.state import KIND
 from kvstore.session.view import SessionConfig
 from kvstore.spec import BlockKey, chain_key
 from kvstore.store import Entry, FetchRequest, Store, StreamHeader
@@ -41,7 +42,7 @@ def adopt_prefix(store: Store, header: StreamHeader, config: SessionConfig, ids:
         part = payload[_ID_NBYTES * first : _ID_NBYTES * (first + num_tokens)]
         return chain_key(parent, part, namespace) if len(part) == _ID_NBYTES * num_tokens else None
 
-    added = store.adopt(header.name, key_of)
+    added = store.adopt(header.name, key_of, KIND)
     before = store.manifest(header.name).num_tokens - added
     while added:
         manifest = store.manifest(header.name)
@@ -49,8 +50,10 @@ def adopt_prefix(store: Store, header: StreamHeader, config: SessionConfig, ids:
         damaged = next((entry for entry in needed if not _is_readable(store, header, entry)), None)
         if damaged is None:
             break
-        store.rollback(header.name, damaged.first_token, manifest.cursor)
-        added = damaged.first_token - before
+        # A state stands at the very end; without it, a hybrid model cannot go on from anywhere in between.
+        end = before if store.objects(header.name, KIND) else damaged.first_token
+        store.rollback(header.name, end, manifest.cursor)
+        added = end - before
     return added
 
 

@@ -34,12 +34,14 @@ class ForkCalls(BlockCalls):
         with self._disk.catalogue.read() as view:
             return read_manifest(view, name)
 
-    def adopt(self, name: str, key_of: KeyOf) -> int:
+    def adopt(self, name: str, key_of: KeyOf, kind: str) -> int:
         """Let a stream go on with what other streams hold, as far as one of them does, in one transaction.
 
         Args:
             name: the stream; nobody else may be appending to it.
             key_of: names the blocks that would come next.
+            kind: of objects without which a stream cannot go on, as states of hybrid models: where the stream or the
+                other one has any, what is added ends at one, which is shared.
 
         Returns:
             Tokens that were added; entries keep the media spans that they have there.
@@ -48,7 +50,7 @@ class ForkCalls(BlockCalls):
             StreamNotFoundError, KVStoreError: see `fork`.
         """
         self._check_open(writing=True)
-        return adopt(self._disk, self._data, name, key_of)
+        return adopt(self._disk, self._data, name, key_of, kind)
 
     def rollback(self, name: str, at: int, cursor: Mapping[str, JSON] | None = None) -> int:
         """Forget the end of a stream, in one transaction, and the blocks that nothing else needs.

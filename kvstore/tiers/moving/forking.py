@@ -31,19 +31,19 @@ def fork(
         disk.catalogue.write(lambda view: fork_stream(view, source, forked, at, cursor_json))
 
 
-def adopt(disk: DiskTier, data: DataPath | None, name: str, key_of: KeyOf) -> int:
+def adopt(disk: DiskTier, data: DataPath | None, name: str, key_of: KeyOf, kind: str) -> int:
     """Continue a stream by what others hold; returns the tokens added. See `Store.adopt`."""
     if data is None or data.write is None:
-        return _adopt(disk, name, key_of)
+        return _adopt(disk, name, key_of, kind)
     with data.write.appender.stopped(name):
         data.write.writer.flush()
-        return _adopt(disk, name, key_of)
+        return _adopt(disk, name, key_of, kind)
 
 
-def _adopt(disk: DiskTier, name: str, key_of: KeyOf) -> int:
+def _adopt(disk: DiskTier, name: str, key_of: KeyOf, kind: str) -> int:
     with disk.mutation:  # what is found stays true until it is written
         with disk.catalogue.read() as view:
-            found = find_continuation(view, name, key_of)
+            found = find_continuation(view, name, key_of, kind)
         if found.entries:
             disk.catalogue.write(lambda view: continue_stream(view, name, found))
     return sum(entry.num_tokens for entry in found.entries)

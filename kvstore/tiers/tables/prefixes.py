@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from kvstore.errors import KVStoreError
 from kvstore.spec import BlockKey
 from kvstore.tiers.catalogue import ReadView, Table, WriteView
-from kvstore.tiers.tables.blocks import find_sound
-from kvstore.tiers.tables.objects import share_objects
+from kvstore.tiers.tables.blocks import add_reference, find_sound
+from kvstore.tiers.tables.object_rows import ObjectRow
+from kvstore.tiers.tables.objects import find_object, object_rows, put_object
 from kvstore.tiers.tables.records import Entry, position_key, unpack_entry
 from kvstore.tiers.tables.streams import (
     StreamRow,
@@ -34,15 +35,16 @@ class Continuation:
     Args:
         entries: numbered to follow it.
         summaries: stored beside each.
-        source_id: the stream that has them.
+        objects: that come along: all that describe no more, of a stream that was empty; else the state at their end,
+            where there has to be one.
     """
 
     entries: list[Entry]
     summaries: list[bytes]
-    source_id: int
+    objects: list[ObjectRow]
 
 
-def find_continuation(view: ReadView, name: str, key_of: KeyOf) -> Continuation:
+def find_continuation(view: ReadView, name: str, key_of: KeyOf, kind: str) -> Continuation:
     """Find the stream that holds most of what comes next. A key says all that came before: one is looked at in each.
 
     A stream or entry that is damaged, and a block that is not stored, end a run; they are no error.
@@ -51,6 +53,7 @@ def find_continuation(view: ReadView, name: str, key_of: KeyOf) -> Continuation:
         view: the transaction.
         name: the stream that is to go on.
         key_of: see `KeyOf`.
+        kind: of objects without which a stream cannot go on: where it or the other one has any, a run ends at one.
 
     Raises:
         StreamNotFoundError: there is none of that name.
@@ -60,8 +63,11 @@ def find_continuation(view: ReadView, name: str, key_of: KeyOf) -> Continuation:
     state = find_state(view, own.stream_id)
     last = next(read_entries(view, own.stream_id, state.num_entries - 1), None) if state.num_entries else None
     best, source = list[Entry](), own
+    has_states = bool(object_rows(view, own.stream_id, kind))
     for other in _alike(view, own, max(state.num_entries - 1, 0), last, key_of):
         run = list(_run(view, other, state.num_entries, last, key_of))
+        if (states := object_rows(view, other.stream_id, kind)) or has_states:
+            run = _until_state(view, run, states)
         if sum(entry.num_tokens for entry in run) > sum(entry.num_tokens for entry in best):
             best, source = run, other
     keys = [position_key(source.stream_id, entry.index) for entry in best]
@@ -69,11 +75,17 @@ def find_continuation(view: ReadView, name: str, key_of: KeyOf) -> Continuation:
     for entry in best:
         entries.append(replace(entry, first_token=first))
         first += entry.num_tokens
-    return Continuation(entries, [view.get(Table.SUMMARIES, key) or b"" for key in keys], source.stream_id)
+    end = state.num_entries + len(best)
+    objects = [
+        row
+        for row in object_rows(view, source.stream_id)
+        if row.num_blocks <= end and (state.num_entries == 0 or (row.kind == kind and row.num_blocks == end))
+    ]
+    return Continuation(entries, [view.get(Table.SUMMARIES, key) or b"" for key in keys], objects)
 
 
 def continue_stream(view: WriteView, name: str, found: Continuation) -> None:
-    """Append what was found; its blocks have one reference more each, and the cursor stays.
+    """Append what was found; its blocks and objects have one reference more each, and the cursor stays.
 
     A stream that was empty is a fork then, and has the objects of its blocks, too; another one has objects of its own.
 
@@ -83,8 +95,10 @@ def continue_stream(view: WriteView, name: str, found: Continuation) -> None:
     stream_id = find_stream(view, name).stream_id
     state = find_state(view, stream_id)
     append_entries(view, stream_id, found.entries, found.summaries, state.cursor_json)
-    if state.num_entries == 0:
-        share_objects(view, found.source_id, stream_id, len(found.entries))
+    for row in found.objects:
+        if find_sound(view, row.body) is not None and find_object(view, stream_id, row.kind, row.index) is None:
+            add_reference(view, row.body)
+            put_object(view, stream_id, state.num_entries + len(found.entries), row)
 
 
 def _alike(view: ReadView, own: StreamRow, index: int, last: Entry | None, key_of: KeyOf) -> Iterator[StreamRow]:
@@ -109,6 +123,13 @@ def _run(view: ReadView, stream: StreamRow, first_entry: int, last: Entry | None
             return
         yield entry
         parent, token = entry.key, token + entry.num_tokens
+
+
+def _until_state(view: ReadView, run: list[Entry], states: list[ObjectRow]) -> list[Entry]:
+    """The run up to the last entry that a state stands behind; nothing where there is none."""
+    places = {row.num_blocks for row in states if find_sound(view, row.body) is not None}
+    count = next((count for count in range(len(run), 0, -1) if run[count - 1].index + 1 in places), 0)
+    return run[:count]
 
 
 def _sound(view: ReadView, stream: StreamRow, first: int) -> Iterator[Entry]:
