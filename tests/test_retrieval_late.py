@@ -138,24 +138,39 @@ def test_numbers_in_a_head_are_hostile() -> None:
                 head = unpack_head(resealed(data, at, value), PARTS, DIM)
             except CorruptRecordError:
                 continue
-            Directory(DIM).add(head)
+            Directory(DIM).add(head, is_stored=True)
 
 
 def test_pieces_follow_each_other() -> None:
     directory = Directory(DIM)
     head, _, _ = piece(3, directory)
-    directory.add(head)
+    directory.add(head, is_stored=False)
     second, _, _ = piece(6, directory)
     other = Directory(DIM)
-    with pytest.raises(CorruptRecordError, match="word 0 are next"):
-        other.add(second)
-    other.add(head)
-    with pytest.raises(CorruptRecordError, match="block 6 "):
-        other.add(head)
-    other.add(second)
+    other.add(head, is_stored=True)
+    with pytest.raises(CorruptRecordError, match="block 6 is next"):
+        other.add(head, is_stored=True)
+    other.add(second, is_stored=True)
     assert other.end_block == 9
     assert [other.num_rows(block) for block in range(3, 9)] == [9, 0, 5, 9, 0, 5]
     assert int(other.rows_of_word.sum()) == 28
+    assert torch.equal(other.vocabulary.words_from(0).codes, directory.vocabulary.words_from(0).codes)
+
+
+@pytest.mark.parametrize("num_made", [0, 5, 40])
+def test_a_piece_made_again_with_other_words_spoils_no_later_one(num_made: int) -> None:
+    directory = Directory(DIM)
+    head, _, _ = piece(3, directory)
+    directory.add(head, is_stored=False)
+    second, of_blocks, blocks = piece(6, directory)
+    other = Directory(DIM)
+    other.vocabulary.assign(rows(num_made, seed=77))
+    other.add(second, is_stored=True)
+    assert other.vocabulary.num_words == second.words_before + second.new_words.num_rows
+    likeness = other.vocabulary.scores(torch.nn.functional.normalize(blocks[0].decoded(DIM), dim=1))
+    is_new = of_blocks[0] >= second.words_before
+    assert bool(is_new.any())
+    assert torch.equal(likeness.argmax(dim=1)[is_new], of_blocks[0][is_new])
 
 
 def test_candidates_hold_the_words_of_the_question() -> None:
@@ -163,7 +178,7 @@ def test_candidates_hold_the_words_of_the_question() -> None:
     everything = [rows(8, seed) for seed in range(60)]
     for first in range(0, 60, 20):
         head, _ = seal(directory.vocabulary, torch.zeros(PARTS, DIM), first, everything[first : first + 20])
-        directory.add(head)
+        directory.add(head, is_stored=False)
     for block in range(60):
         question = everything[block].decoded(DIM)[:4]
         found = directory.candidates(question, 5, 4, 60)

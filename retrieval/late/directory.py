@@ -43,21 +43,22 @@ class Directory:
         """The block behind the last sealed one."""
         return self._first_block + self._num_blocks
 
-    def add(self, head: PieceHead) -> None:
-        """Take in the next piece; its new words are in the vocabulary already if it was just made.
+    def add(self, head: PieceHead, *, is_stored: bool) -> None:
+        """Take in the next piece.
+
+        Args:
+            head: what is kept of it.
+            is_stored: it was read; else `seal` has just made it with this vocabulary, which has its words.
 
         Raises:
-            CorruptRecordError: it does not follow the last one.
+            CorruptRecordError: it does not follow the last one, or has too many words.
         """
-        known = self.vocabulary.num_words
-        is_next = self._num_blocks == 0 or head.first_block == self.end_block
-        is_new = known == head.words_before
-        if not is_next or not (is_new or known == head.words_before + head.new_words.num_rows):
+        if self._num_blocks and head.first_block != self.end_block:
             raise CorruptRecordError(
-                f"a piece of an index begins at block {head.first_block} and word {head.words_before}, where block "
-                f"{self.end_block} and word {known} are next"
+                f"a piece of an index begins at block {head.first_block}, where block {self.end_block} is next"
             )
-        if is_new:
+        if is_stored:
+            self.vocabulary.cut(head.words_before)
             self.vocabulary.extend(head.new_words)
         if self._num_blocks == 0:
             self._first_block = head.first_block

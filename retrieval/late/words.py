@@ -64,6 +64,16 @@ class Vocabulary:
         self._scales[self.num_words : end] = words.scales
         self.num_words = end
 
+    def cut(self, num_words: int) -> None:
+        """Have as many words, at most `MAX_WORDS`: later ones are forgotten, and missing ones are like nothing.
+
+        A piece that had to be made again may have made other words than at first. Later pieces keep their numbers; what
+        is lost are some of the rows of that one piece, or how its words are found.
+        """
+        self._scales[min(num_words, self.num_words) :] = 0
+        self._num_sorted = min(self._num_sorted, num_words)
+        self.num_words = num_words
+
     def assign(self, rows: TokenRows) -> Tensor:
         """Give each row its word, making new words where none is like it: `[num_rows]` int64."""
         directions = torch.nn.functional.normalize(rows.decoded(self._dim), dim=1)

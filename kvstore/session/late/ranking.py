@@ -99,9 +99,7 @@ class LateRanking:
         words = torch.cat([torch.empty(0, dtype=torch.int64), *(words for _, _, words in found)])
         similarity = rows.products(directions)
         numbers, scores = maxsim(similarity, row_blocks, self._weights(words), self._rule.hits_per_token)
-        ranked = torch.zeros(num_blocks)
-        ranked[numbers] = scores
-        return Ranking.of(ranked)
+        return _ranked(numbers, scores, num_blocks)
 
     def _rows(self, directions: Tensor, num_blocks: int) -> Iterator[tuple[int, TokenRows, Tensor]]:
         """Yield the blocks that are looked at, with their rows and the words of these; -1 in the tail."""
@@ -155,10 +153,10 @@ class LateRanking:
     def _fits(self, head: PieceHead, entries: Entries) -> bool:
         """Whether a stored piece is of these blocks; one that was lost has no rows."""
         sizes, rows = entries.sizes[head.first_block : head.end_block], head.rows_of_block
-        return bool(((rows == sizes) | (rows == 0)).all()) and head.words_before == self._directory.vocabulary.num_words
+        return bool(((rows == sizes) | (rows == 0)).all())
 
     def _adopt(self, head: PieceHead) -> None:
-        self._directory.add(head)
+        self._directory.add(head, is_stored=True)
         self._ends.append(head.end_block)
         self._tail.fix(head.mean)
         self._tail.take_until(head.end_block)
@@ -169,7 +167,7 @@ class LateRanking:
         """Make a piece of the tail's first blocks."""
         blocks = self._tail.take_until(end)
         head, words = seal(self._directory.vocabulary, self._tail.mean, first, blocks)
-        self._directory.add(head)
+        self._directory.add(head, is_stored=False)
         if self._is_writer:
             self._pieces.put(len(self._ends), head, blocks, words)
         else:
@@ -183,3 +181,13 @@ class LateRanking:
         for at in range(first, end, _BATCH):
             for entry, keys in self._keys.of(list(entries[at : min(at + _BATCH, end)]), fresh):
                 self._tail.add(entry.index, entry.num_tokens, keys)
+
+
+def _ranked(numbers: Tensor, scores: Tensor, num_blocks: int) -> Ranking:
+    """Blocks that earned something by score, then all others as they come: to sort those takes long."""
+    numbers, scores = numbers[scores > 0], scores[scores > 0]
+    best = Ranking.of(scores)
+    is_other = torch.ones(num_blocks, dtype=torch.bool)
+    is_other[numbers] = False
+    others = is_other.nonzero()[:, 0]
+    return Ranking(torch.cat([numbers[best.blocks], others]), torch.cat([best.scores, torch.zeros(others.shape[0])]))
