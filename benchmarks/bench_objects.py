@@ -77,7 +77,10 @@ def bench_reads(report: Report, piece: Piece, count: int, place: str) -> None:
         ("scattered", sorted(rng.sample(range(len(piece.parts)), count))),
         ("runs of 8", [start + part for start in sorted(starts) for part in range(8)]),
     ):
-        calls = {"read_object": partial(piece.read, wanted), "its pages alone": piece.transfers(wanted)}
+        calls: dict[str, Callable[[], object]] = {
+            "read_object": partial(piece.read, wanted),
+            "its pages alone": piece.transfers(wanted),
+        }
         case = {"order": order, "parts": len(wanted), "of": len(piece.parts), "part_nbytes": piece.part_nbytes}
         for clock_name, clock in (("wall", wall), ("processor", cpu)):
             timings = alternate(calls, clock=clock)

@@ -166,9 +166,8 @@ def test_a_question_goes_on_from_the_streams_state(tmp_path: Path, policy: str, 
         _, wanted = (model(part, past_key_values=engine).logits for part in ids.split([24, 6], dim=1))
         for cache in (attached.question(), attached.question(ids[:, 24:])):
             logits = model(ids[:, 24:], past_key_values=cache).logits
-            assert cache.states is not None
-            first = cache.states.layers[0]  # no layer that attends comes before
-            assert torch.equal(first.recurrent_states[0], engine.layers[0].recurrent_states[0])
+            first: tuple[Any, ...] = (cache.layers[0], engine.layers[0])  # no layer that attends comes before
+            assert torch.equal(*(each.recurrent_states[0] for each in first))
             assert policy == "maxsim" or torch.allclose(logits, wanted, atol=1e-4)
 
 
