@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// One pass over all postings, without a branch.
 #include "index/postings.hpp"
 
 #include <cstdint>

@@ -131,4 +131,4 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def _is_to_join(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two runs of postings become one: few runs, each copied few times, and none too long to be copied."""
-    return one.shape[0] < 2 * other.shape[0] and one.shape[0] + other.shape[0] <= _MOST_JOINED
+    return bool(one.shape[0] < 2 * other.shape[0] and one.shape[0] + other.shape[0] <= _MOST_JOINED)
