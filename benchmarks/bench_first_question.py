@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from harness import Report, alternate, check, cpu, options, wall
-from kvstore.config import Access
+from kvstore.config import Access, Durability
 from kvstore.engines.anatomy import decoder_of, position_rows, rotation_of, spec_of
 from kvstore.engines.loading import LanguageModel
 from kvstore.engines.transformers import attach
@@ -60,7 +60,9 @@ def more_options(parser: argparse.ArgumentParser) -> None:
 def write_stream(folder: Path, model: LanguageModel, num_tokens: int) -> None:
     """Have a model read a text, of which nothing is kept but the blocks."""
     layout, config = layout_of(model), SessionConfig(policy_named("streaming_llm"), WINDOW_TOKENS)
-    with Store.open(folder, access=Access.WRITE, layout=layout, host_nbytes=64 << 20) as store:
+    with Store.open(
+        folder, access=Access.WRITE, layout=layout, host_nbytes=64 << 20, durability=Durability.NONE
+    ) as store:
         header = StreamHeader(NAME, layout.spec, BLOCK_TOKENS, Profile.LOSSLESS, config.prefill, {}, 0.0)
         manifest, rows = store.create_stream(header), position_rows(model.model)
         session = Session(store, manifest.header, config, rotation_of(model.model), model.device, rows)

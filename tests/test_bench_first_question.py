@@ -24,7 +24,7 @@ def test_what_is_kept_is_compared_with_keys(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(bench_first_question, "text_ids", lambda _, count: token_ids(count)[0].tolist())
     monkeypatch.setattr(harness, "MIN_ITERATIONS", 2)
     monkeypatch.setattr(harness, "MIN_S", 0.0)
-    arguments = ["--tokens", "1536", "--threads", "1", "--json", str(path), "--folder", str(tmp_path)]
+    arguments = ["--tokens", "1152", "--threads", "1", "--json", str(path), "--folder", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["bench", *arguments, "--policies", "quest"])
 
     bench_first_question.main()
@@ -34,4 +34,4 @@ def test_what_is_kept_is_compared_with_keys(tmp_path: Path, monkeypatch: pytest.
     assert {(row["case"]["what"], row["case"]["clock"]) for row in rows} == {
         (what, clock) for what in ("kept", "keys") for clock in ("wall", "cpu")
     }
-    assert all(row["case"]["tokens"] == 1536 for row in rows)
+    assert all(row["case"]["tokens"] == 1152 for row in rows)

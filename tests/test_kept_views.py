@@ -15,7 +15,6 @@ from kvstore.engines.transformers import Attached
 from kvstore.retrieval.segmenters.clusters import Clusters
 from kvstore.retrieval.segmenters.frames import Scenes
 from kvstore.retrieval.segmenters.pages import Pages
-from kvstore.session.late_ranking import LateRanking
 from kvstore.session.stream_memory import StreamMemory
 from kvstore.session.view import SessionConfig
 from kvstore.spec import BlockKey
@@ -148,8 +147,6 @@ def test_a_writer_that_asks_keeps_what_others_search_by(fetched: list[BlockKey],
         fetched.clear()
         assert torch.equal(ask(attached), wanted)
         assert len(fetched) < 20
-        other = attached.session.view.search(policy("maxsim"))
-        assert isinstance(other, LateRanking)
 
 
 def test_what_is_damaged_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,3 +209,26 @@ def test_nothing_is_kept_of_a_stream_that_lost_a_block(tmp_path: Path, monkeypat
     with attached_stream(tmp_path, model, how) as attached:
         ask(attached)
         assert list(attached.session.view.damaged) == [30]
+
+
+def test_what_is_put_anew_while_it_is_read_is_read_again(
+    fetched: list[BlockKey], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, how = make_model(), config()
+    with attached_stream(tmp_path, model, how) as attached:
+        append(attached, 0, 1200)
+    calls: list[int] = []
+    read: Any = Store.read_object
+
+    def replaced(self: Store, name: str, kind: str, index: int) -> list[bytes | None]:
+        calls.append(index)
+        found: list[bytes | None] = read(self, name, kind, index)
+        return [] if len(calls) == 1 else found
+
+    monkeypatch.setattr(Store, "read_object", replaced)
+    with attached_stream(tmp_path, model, how, Access.READ) as attached:
+        view = attached.session.view
+        fetched.clear()
+        view.search(how.policy).refresh(view.num_sink_blocks, view.entries)
+        assert calls == [0, 0]
+        assert len(fetched) < 20

@@ -130,14 +130,15 @@ class StreamMemory:
 
     def _load(self, num_sink_blocks: int, entries: Sequence[Entry]) -> None:
         """Begin with what is kept; with nothing where that is damaged."""
-        start = _end_of(entries[:num_sink_blocks])
-        for memory in self._layers:
-            memory.go_on_at(start)
-        try:
-            num_blocks = self._kept.load(self._layers, num_sink_blocks, len(entries), _end_of(entries))
-        except (CorruptRecordError, UnsupportedFormatError, ShapeError):
-            self._begin()
-            return
+        start, num_blocks = _end_of(entries[:num_sink_blocks]), 0
+        for _ in range(2):  # a writer may put another last object between listing and reading
+            for memory in self._layers:
+                memory.go_on_at(start)
+            try:
+                num_blocks = self._kept.load(self._layers, num_sink_blocks, len(entries), _end_of(entries))
+                break
+            except (CorruptRecordError, UnsupportedFormatError, ShapeError):
+                self._begin()
         # What was pending in a layer is read again.
         start = min(start if memory.next_token is None else memory.next_token for memory in self._layers)
         self._known = bisect_right(entries, start, key=_end)
