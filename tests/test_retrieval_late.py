@@ -191,6 +191,21 @@ def test_candidates_hold_the_words_of_the_question() -> None:
     assert directory.candidates(question, 5, 60, 60) == list(range(60))
 
 
+def test_words_that_each_stand_in_many_blocks_tell_by_where_they_meet() -> None:
+    directory = Directory(DIM)
+    words = rows(64, seed=9)
+    count = 2000
+    chosen = [[(7 * block + 11 * place * place) % 64 for place in range(2)] for block in range(count)]
+    chosen[1234] = [3, 18, 25, 31, 47, 60]
+    blocks = [TokenRows(words.codes[each], words.scales[each]) for each in chosen]
+    for first in range(0, count, 500):
+        head, _ = seal(directory.vocabulary, torch.zeros(PARTS, DIM), first, blocks[first : first + 500])
+        directory.add(head, is_stored=False)
+    question = blocks[1234].decoded(DIM)
+    assert 1234 in directory.candidates(question, 5, 4, count)
+    assert 1234 not in directory.candidates(question, 5, 4, 1234)
+
+
 def test_a_row_that_stands_for_many_brings_the_floor_nearer() -> None:
     similarity = torch.tensor([[0.9, 0.7, 0.5, 0.3]])
     blocks = torch.tensor([4, 4, 2, 7])

@@ -15,6 +15,9 @@ from kvstore.retrieval.late.words import MAX_WORDS, Vocabulary
 _ALL_WORDS = 1 << 16
 _MOST_JOINED = 1 << 18
 
+_RARE = 16
+"""A word that stands in fewer than one of so many blocks tells something."""
+
 
 class Directory:
     """The words of a stream and the blocks that hold them; finds the blocks worth a closer look. Not thread-safe.
@@ -80,7 +83,9 @@ class Directory:
         """The sealed blocks that promise most, ascending.
 
         A block earns, per token of the question, the likeness of its best word above that of the word with which as
-        many as `num_hits` blocks have been met: candidates by centroids alone, as in PLAID (arXiv:2205.09707).
+        many as `num_hits` blocks have been met, times that word's inverse document frequency: candidates by centroids
+        alone, as in PLAID (arXiv:2205.09707). In a long stream each word stands in more blocks than that, and what
+        tells is which of them meet: there a sixteenth of all blocks are hits.
 
         Args:
             question: [num_tokens, part_dim] float32 directions in the first compared layer.
@@ -91,22 +96,24 @@ class Directory:
         first, end = self._first_block, min(end, self.end_block)
         if end - first <= num_wanted:
             return list(range(first, end))
+        num_hits = max(num_hits, (end - first) // _RARE)
         likeness = self.vocabulary.scores(question)
         best = likeness.topk(min(num_hits, likeness.shape[1]), dim=1)
         is_near = self._counts[best.indices].cumsum(dim=1) < num_hits
         floor = best.values.gather(1, is_near.sum(dim=1).clamp_max(best.values.shape[1] - 1)[:, None])
         above = (likeness - floor).clamp_min_(0)
+        above *= (self._num_blocks / self._counts[: above.shape[1]].clamp_min(1)).log().clamp_min_(0)
         numbers = self._numbers_of(above.amax(dim=0) > 0)
         words = torch.from_numpy(numbers[1])
-        met, places = (torch.searchsorted(_joined(self._starts), torch.from_numpy(numbers[0]), right=True) - 1).unique(
-            return_inverse=True
-        )
-        scores = torch.zeros(question.shape[0], met.shape[0])
-        scores.scatter_reduce_(1, places.expand(question.shape[0], -1), above[:, words], "amax")
-        total = scores.sum(dim=0)
-        total[met + first >= end] = 0
-        order = total.topk(min(num_wanted, met.shape[0])).indices
-        return sorted((met[order] + first).tolist())
+        block = torch.searchsorted(_joined(self._starts), torch.from_numpy(numbers[0]), right=True) - 1
+        total = torch.zeros(self._num_blocks)
+        for of_word in above:  # token by token: all at once would take memory by the stream's length
+            earned = of_word[words]
+            is_met = earned > 0
+            total += torch.zeros(self._num_blocks).scatter_reduce_(0, block[is_met], earned[is_met], "amax")
+        total[end - first :] = 0
+        order = total.topk(min(num_wanted, int((total > 0).sum()))).indices
+        return sorted((order + first).tolist())
 
     def _numbers_of(self, wanted: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Where wanted words stand among all postings, and which they are."""
