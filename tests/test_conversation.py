@@ -120,3 +120,22 @@ def test_what_is_searched_within_the_trained_length_goes_when_the_stream_is_long
         gc.collect()
         assert view.policy.name == "maxsim"
         assert memory() is None
+
+
+@pytest.mark.parametrize("name", ["maxsim", "rekv", "auto", "streaming_llm"])
+def test_what_a_question_holds_goes_with_its_cache(name: str, tmp_path: Path) -> None:
+    """A chat asks every few seconds; what waited for the garbage collector took a hundred megabytes a turn."""
+    model: Any = make_model()
+    with attached_stream(tmp_path, model, settings(policy(name), window=32, budget=16)) as attached:
+        model(token_ids(90))
+        gc.collect()
+        gc.disable()
+        try:
+            cache = attached.question(TURNS[0])
+            assert cache.branch is not None
+            branch = weakref.ref(cache.branch)
+            model.generate(TURNS[0], past_key_values=cache, max_new_tokens=2, do_sample=False)
+            del cache
+            assert branch() is None
+        finally:
+            gc.enable()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -30,7 +31,8 @@ class TierLayer(CacheLayerMixin):
 
     def __init__(self, owner: TierCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._owner = owner
+        # Not a circle: what a question holds, tens of megabytes, goes with its cache, not when the collector comes by.
+        self._owner = weakref.proxy(owner)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember dtype and device; nothing is allocated here."""
