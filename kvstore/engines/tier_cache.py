@@ -49,11 +49,13 @@ class TierLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(keys, offset) of the mask: it covers the tail of the running question, never the stored past."""
-        return self._owner.mask_sizes(query_length)
+        sizes: tuple[int, int] = self._owner.mask_sizes(query_length)
+        return sizes
 
     def get_seq_length(self) -> int:
         """Logical tokens so far: what the next position is counted from."""
-        return self._owner.num_tokens
+        length: int = self._owner.num_tokens
+        return length
 
     def get_max_length(self) -> int:
         """Unbounded."""
