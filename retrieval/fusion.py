@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, ShapeError
 
 
 class Fusion(Protocol):
@@ -95,6 +95,29 @@ class StandardScores:
         for weight, share, each in zip(weights, shares, scores, strict=True):
             fused += weight * _standardised(each, share)
         return fused.masked_fill_(scores[0].isneginf(), float("-inf"))
+
+
+def with_extra(scores: Tensor, extra: Sequence[Sequence[ExtraScores]]) -> Tensor:
+    """Fuse the lists of several layers with what other retrievers think, by reciprocal rank.
+
+    Args:
+        scores: [num_lists, num_units] float32: those of a layer beside each other.
+        extra: for each layer, of its units; as many, and of the same weights, in all layers.
+
+    Raises:
+        ShapeError: extra scores are not one per unit.
+    """
+    of_layer = scores.shape[0] // len(extra)
+    lists: list[list[Tensor]] = [[scores]]
+    for each in zip(*extra, strict=True):
+        for one in each:
+            if one.scores.shape not in ((of_layer, scores.shape[1]), scores.shape[1:]):
+                raise ShapeError(
+                    f"extra scores are {list(one.scores.shape)}; the units' are {[of_layer, scores.shape[1]]}"
+                )
+        lists.append([one.scores.expand(of_layer, -1) for one in each])
+    fusion = ReciprocalRank(weights=(1.0, *(each.weight for each in extra[0])))
+    return fusion.fuse([torch.cat(each) for each in lists])
 
 
 def _ranks(scores: Tensor) -> Tensor:

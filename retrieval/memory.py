@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvstore.errors import ShapeError
 from kvstore.retrieval.estimates import Estimate, EstimateTable
-from kvstore.retrieval.fusion import ExtraScores, ReciprocalRank
+from kvstore.retrieval.fusion import ExtraScores, with_extra
 from kvstore.retrieval.index.partitions import MatrixIndex, PartitionedIndex
 from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.selectors.budget import LayeredSelector, TokenBudget
@@ -245,7 +245,7 @@ def select_together(
             ]
     scores = first.policy.fusion.fuse(views)
     if any(extra):
-        scores = _fused(scores, extra)
+        scores = with_extra(scores, extra)
     of_layer = scores.shape[0] // count
     whole = list_rows([memory.table.sizes for memory in memories], of_layer)
     sizes = whole
@@ -287,20 +287,6 @@ def _view_scores(memories: Sequence[LayerMemory], query: LayerQuery) -> list[Ten
         most = max(each.shape[0] for each in scores)
         scores = [each.repeat_interleave(most // each.shape[0], dim=0) for each in scores]
     return scores
-
-
-def _fused(scores: Tensor, extra: Sequence[Sequence[ExtraScores]]) -> Tensor:
-    of_layer = scores.shape[0] // len(extra)
-    lists: list[list[Tensor]] = [[scores]]
-    for each in zip(*extra, strict=True):
-        for one in each:
-            if one.scores.shape not in ((of_layer, scores.shape[1]), scores.shape[1:]):
-                raise ShapeError(
-                    f"extra scores are {list(one.scores.shape)}; the units' are {[of_layer, scores.shape[1]]}"
-                )
-        lists.append([one.scores.expand(of_layer, -1) for one in each])
-    fusion = ReciprocalRank(weights=(1.0, *(each.weight for each in extra[0])))
-    return fusion.fuse([torch.cat(each) for each in lists])
 
 
 def list_rows(tables: Sequence[Tensor], of_layer: int) -> Tensor:
