@@ -63,6 +63,16 @@ def test_a_full_store_evicts_blocks_and_never_objects(tmp_path: Path) -> None:
         assert store.verify().is_clean
 
 
+def test_what_can_be_made_again_is_left_out_where_there_is_no_room(tmp_path: Path) -> None:
+    with open_store(tmp_path, disk_nbytes=2 << 20) as store:
+        stream(store, 1)
+        store.put_objects("lecture", [new(0, 0, 3 << 20)], may_drop=True)
+        store.put_objects("lecture", [new(1, 0, 1000)])
+        store.flush()  # and nobody is told off for it
+        assert [entry.index for entry in store.objects("lecture", "index")] == [1]
+        assert store.verify().is_clean
+
+
 def _repair(path: Path) -> RepairReport:
     """Repair; afterwards all is well, and a second repair finds nothing to do."""
     with open_store(path, durability=Durability.NONE) as store:

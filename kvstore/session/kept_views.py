@@ -112,7 +112,7 @@ class KeptViews:
                 objects.append(NewObject(kind, len(bounds), num_blocks, parts))
                 bounds.append(unit)
         tail = [pack_units(memory, bounds[-1], memory.num_units) for memory in layers]
-        self._store.put_objects(self._name, [*objects, NewObject(kind, _TAIL, num_blocks, tail)])
+        self._store.put_objects(self._name, [*objects, NewObject(kind, _TAIL, num_blocks, tail)], may_drop=True)
         self._bounds = bounds
 
     def _kind(self, num_sink_blocks: int) -> str:

@@ -55,4 +55,5 @@ class LatePieces:
     def put(self, number: int, head: PieceHead, blocks: Sequence[TokenRows], words: Sequence[Tensor]) -> None:
         """Store a piece behind the blocks it describes; raises like `Store.put_objects`."""
         rows = [pack_rows(each, of_block) for each, of_block in zip(blocks, words, strict=True)]
-        self._store.put_objects(self._name, [NewObject(self._kind, number, head.end_block, [pack_head(head), *rows])])
+        piece = NewObject(self._kind, number, head.end_block, [pack_head(head), *rows])
+        self._store.put_objects(self._name, [piece], may_drop=True)

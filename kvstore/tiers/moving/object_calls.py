@@ -32,7 +32,7 @@ class ObjectCalls(BlockCalls):
         self._making = threading.Lock()
         self._reader: ObjectReader | None = None
 
-    def put_objects(self, name: str, objects: Sequence[NewObject]) -> None:
+    def put_objects(self, name: str, objects: Sequence[NewObject], *, may_drop: bool = False) -> None:
         """Store objects beside a stream, behind the caller's back and behind what was appended to it before.
 
         The objects of one call become visible together; each takes the place of one of the same kind and index. A kill
@@ -42,6 +42,8 @@ class ObjectCalls(BlockCalls):
         Args:
             name: the stream.
             objects: what to store; each is written whole, and is one extent.
+            may_drop: they can be made again: where there is no room for them they are left out, and the log says so,
+                instead of failing what is appended next.
 
         Raises:
             ConfigError: an object is out of range, or describes more blocks than were appended to the stream.
@@ -49,7 +51,7 @@ class ObjectCalls(BlockCalls):
             KVStoreError: what an earlier append ran into; see `append`.
         """
         appender = self._writing().appender
-        appender.put_objects(name, [pack_object(each) for each in objects])
+        appender.put_objects(name, [pack_object(each) for each in objects], may_drop=may_drop)
 
     def objects(self, name: str, kind: str) -> list[ObjectEntry]:
         """List the objects of a kind that are durable, by index; one that is damaged is not among them.

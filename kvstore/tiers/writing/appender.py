@@ -124,7 +124,7 @@ class Appender:
         if self._disk.config.durability is Durability.SYNC:
             self._writer.flush()
 
-    def put_objects(self, name: str, objects: Sequence[PackedObject]) -> None:
+    def put_objects(self, name: str, objects: Sequence[PackedObject], *, may_drop: bool) -> None:
         """Queue objects behind what was appended before; see `Store.put_objects`."""
         with self._lock:
             progress = self._progress(name)
@@ -134,7 +134,7 @@ class Appender:
                         f"stream {name!r}: object {each.kind} {each.index} describes {each.num_blocks} blocks; "
                         f"the stream has {progress.next_index}"
                     )
-            self._writer.put_objects(ObjectJob(progress.stream_id, objects), progress.failures)
+            self._writer.put_objects(ObjectJob(progress.stream_id, objects, may_drop), progress.failures)
         if self._disk.config.durability is Durability.SYNC:
             self._writer.flush()
 

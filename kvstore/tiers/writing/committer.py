@@ -79,8 +79,16 @@ class Committer:
         self._calibrator.measure(unstored)
 
     def put_objects(self, jobs: Sequence[ObjectJob]) -> None:
-        """Store objects of streams, all or none; raises like `ObjectWriter.store`."""
-        self._objects.store(jobs, {entry.key for growing in self._open.values() for entry in growing.entries})
+        """Store objects of streams, all or none of those that must be; raises like `ObjectWriter.store`."""
+        keep = {entry.key for growing in self._open.values() for entry in growing.entries}
+        try:
+            self._objects.store(jobs, keep)
+        except CapacityError as error:
+            needed = [job for job in jobs if not job.may_drop]
+            if len(needed) == len(jobs):
+                raise
+            log_fault("objects left out", store=str(self._disk.folder), reason=str(error))
+            self._objects.store(needed, keep)
 
     def put(self, puts: Sequence[PutJob]) -> None:
         """Store puts together; where the device fails or not all fit, one by one, so that each ends as if alone."""

@@ -49,10 +49,12 @@ class ObjectJob:
     Args:
         stream_id: where they go.
         objects: what the stream gains.
+        may_drop: whether they are left out where there is no room.
     """
 
     stream_id: int
     objects: Sequence[PackedObject]
+    may_drop: bool
 
     @property
     def num_blocks(self) -> int:
