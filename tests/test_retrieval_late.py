@@ -193,9 +193,9 @@ def test_candidates_hold_the_words_of_the_question() -> None:
 
 def test_words_that_each_stand_in_many_blocks_tell_by_where_they_meet() -> None:
     directory = Directory(DIM)
-    words = rows(64, seed=9)
+    words = rows(128, seed=9)
     count = 2000
-    chosen = [[(7 * block + 11 * place * place) % 64 for place in range(2)] for block in range(count)]
+    chosen = [[(7 * block + 11 * place * place) % 128 for place in range(2)] for block in range(count)]
     chosen[1234] = [3, 18, 25, 31, 47, 60]
     blocks = [TokenRows(words.codes[each], words.scales[each]) for each in chosen]
     for first in range(0, count, 500):

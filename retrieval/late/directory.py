@@ -15,7 +15,7 @@ from kvstore.retrieval.late.words import MAX_WORDS, Vocabulary
 _ALL_WORDS = 1 << 16
 _MOST_JOINED = 1 << 18
 
-_RARE = 16
+_RARE = 32
 """A word that stands in fewer than one of so many blocks tells something."""
 
 
@@ -85,7 +85,7 @@ class Directory:
         A block earns, per token of the question, the likeness of its best word above that of the word with which as
         many as `num_hits` blocks have been met, times that word's inverse document frequency: candidates by centroids
         alone, as in PLAID (arXiv:2205.09707). In a long stream each word stands in more blocks than that, and what
-        tells is which of them meet: there a sixteenth of all blocks are hits.
+        tells is which of them meet: there a share of all blocks are hits.
 
         Args:
             question: [num_tokens, part_dim] float32 directions in the first compared layer.
@@ -96,9 +96,9 @@ class Directory:
         first, end = self._first_block, min(end, self.end_block)
         if end - first <= num_wanted:
             return list(range(first, end))
-        num_hits = max(num_hits, (end - first) // _RARE)
         likeness = self.vocabulary.scores(question)
         best = likeness.topk(min(num_hits, likeness.shape[1]), dim=1)
+        num_hits = max(num_hits, (end - first) // _RARE)
         is_near = self._counts[best.indices].cumsum(dim=1) < num_hits
         floor = best.values.gather(1, is_near.sum(dim=1).clamp_max(best.values.shape[1] - 1)[:, None])
         above = (likeness - floor).clamp_min_(0)
@@ -107,7 +107,9 @@ class Directory:
         words = torch.from_numpy(numbers[1])
         block = torch.searchsorted(_joined(self._starts), torch.from_numpy(numbers[0]), right=True) - 1
         total = torch.zeros(self._num_blocks)
-        for of_word in above:  # token by token: all at once would take memory by the stream's length
+        for of_word in above[
+            above.amax(dim=1) > 0
+        ]:  # token by token: all at once would take memory by the stream's length
             earned = of_word[words]
             is_met = earned > 0
             total += torch.zeros(self._num_blocks).scatter_reduce_(0, block[is_met], earned[is_met], "amax")
