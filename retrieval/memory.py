@@ -17,7 +17,7 @@ from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.selectors.budget import LayeredSelector, TokenBudget
 from kvstore.retrieval.tokens import LayerQuery, LayerTokens
 from kvstore.retrieval.unit_choice import choose
-from kvstore.retrieval.unit_table import UnitTable
+from kvstore.retrieval.unit_table import UnitTable, list_rows
 from kvstore.retrieval.units import Units
 from kvstore.retrieval.view import Pool
 
@@ -279,7 +279,8 @@ def _view_scores(memories: Sequence[LayerMemory], query: LayerQuery) -> list[Ten
     scores = []
     for number, view in enumerate(policy.views):
         num_asking = query.query.shape[2] if view.pool is Pool.EACH else 1
-        asking = view.lifted(query).chunk(count)
+        lifted = view.lifted(query)
+        asking = lifted.chunk(count) if count > 1 else (lifted,)
         parts = [memory.scores_in_view(number, part) for memory, part in zip(memories, asking, strict=True)]
         met = parts[0] if count == 1 else torch.cat(parts)
         scores.append(view.agree(met, num_asking, memories[0].scale, count))
@@ -287,12 +288,3 @@ def _view_scores(memories: Sequence[LayerMemory], query: LayerQuery) -> list[Ten
         most = max(each.shape[0] for each in scores)
         scores = [each.repeat_interleave(most // each.shape[0], dim=0) for each in scores]
     return scores
-
-
-def list_rows(tables: Sequence[Tensor], of_layer: int) -> Tensor:
-    """A row for each list of scores from those of tables, by layer; one row where all are the same."""
-    if of_layer == 1:  # one list: of tables that differ, the largest counts
-        tables = [each.amax(dim=0, keepdim=True) for each in tables]
-    if tables[0].shape[0] == 1 and all(each is tables[0] or torch.equal(each, tables[0]) for each in tables):
-        return tables[0]
-    return torch.cat([each.expand(of_layer, -1) for each in tables])

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvstore.retrieval.memory import LayerMemory, Selection, list_rows
+from kvstore.retrieval.memory import LayerMemory, Selection
 from kvstore.retrieval.selectors.budget import SharingSelector
+from kvstore.retrieval.unit_table import list_rows
 
 
 def share_budget(

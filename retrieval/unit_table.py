@@ -201,3 +201,12 @@ class _Growing:
             self._buffer = grown
         self._buffer[:, self.num_columns : needed] = columns
         self.num_columns = needed
+
+
+def list_rows(tables: Sequence[Tensor], of_layer: int) -> Tensor:
+    """A row for each list of scores from those of tables, by layer; one row where all are the same."""
+    if of_layer == 1:  # one list: of tables that differ, the largest counts
+        tables = [each.amax(dim=0, keepdim=True) for each in tables]
+    if tables[0].shape[0] == 1 and all(each is tables[0] or torch.equal(each, tables[0]) for each in tables):
+        return tables[0]
+    return torch.cat([each.expand(of_layer, -1) for each in tables])

@@ -108,9 +108,9 @@ def test_what_comes_behind_is_read_from_its_keys(
     model, how = make_model(), config(segmenter=Pages(1))
     kinds, put = set(), Store.put_objects
 
-    def noting(self: Store, name: str, objects: Sequence[NewObject]) -> None:
+    def noting(self: Store, name: str, objects: Sequence[NewObject], *, may_drop: bool) -> None:
         kinds.update(each.kind for each in objects)
-        put(self, name, objects)
+        put(self, name, objects, may_drop=may_drop)
 
     monkeypatch.setattr(Store, "put_objects", noting)
     with attached_stream(tmp_path, model, how) as attached:
@@ -198,7 +198,7 @@ def test_nothing_is_kept_of_a_stream_that_lost_a_block(tmp_path: Path, monkeypat
     with attached_stream(tmp_path, model, settings(policy("maxsim"), window=24, sinks=4)) as attached:
         append(attached, 0, 1200)
         lost = attached.session.view.entries[30].key
-    monkeypatch.setattr(Store, "put_objects", lambda *_: pytest.fail("kept"))
+    monkeypatch.setattr(Store, "put_objects", lambda *_, **__: pytest.fail("kept"))
     fetch: Any = Store.fetch
 
     def losing(self: Store, requests: Sequence[FetchRequest], *args: Any) -> Any:
