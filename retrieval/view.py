@@ -115,7 +115,10 @@ class View:
         if self.pool is Pool.MEAN:
             queries = queries.mean(dim=2, keepdim=True)
         lifted = self.scorer.lift(queries)
-        return lifted.sum(dim=1).mean(dim=1, keepdim=True) if self.group is Group.SUM else lifted.flatten(1, 2)
+        if self.group is not Group.SUM:
+            return lifted.flatten(1, 2)
+        of_group = lifted.sum(dim=1)
+        return of_group if of_group.shape[1] == 1 else of_group.mean(dim=1, keepdim=True)
 
     def agree(self, scores: Tensor, num_tokens: int, scale: float, num_layers: int = 1) -> Tensor:
         """One score per unit from those of all that asked.
@@ -135,4 +138,4 @@ class View:
         else:
             shares = (scores * scale).softmax(dim=-1).unflatten(1, (-1, num_tokens)).mean(dim=2)
             found = shares.amax(dim=1) if self.group is Group.SOFTMAX_MAX else shares.mean(dim=1)
-        return found.unflatten(0, (num_layers, -1)).sum(dim=1) if self.is_shared else found
+        return found.reshape(num_layers, -1, found.shape[1]).sum(dim=1) if self.is_shared else found

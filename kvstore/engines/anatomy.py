@@ -19,7 +19,7 @@ _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.floa
 _MOVING_ROPE = ("dynamic", "longrope")
 _LINEAR = ("linear_attention", "conv")
 _SAMPLE_ROWS = 64
-_KNOWN_ANGLES = 4
+_KNOWN_ANGLES = 8
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
@@ -109,8 +109,10 @@ def rotation_of(model: nn.Module) -> Rotate:
     angles: list[tuple[Tensor, Tensor, Tensor]] = []  # (positions, cos, sin): all layers ask for the same few
 
     def angles_at(vectors: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        for known, cos, sin in angles:
+        for place, (known, cos, sin) in enumerate(angles):
             if cos.dtype == vectors.dtype and cos.device == vectors.device and torch.equal(known, positions):
+                if place:  # those that each layer asks for outlast those of one layer's past
+                    angles.insert(0, angles.pop(place))
                 return cos, sin
         # `forward`, not the call: the call runs the hook that watches the engine's own positions.
         cos, sin = rotary.forward(vectors, positions[0] if positions.shape[0] == 1 else positions)

@@ -95,7 +95,7 @@ class LayerChoices:
             everything = torch.arange(self._first, max(self._first, self._end))
             return Selection((everything,), (), torch.empty(1, 0, dtype=torch.bool), torch.empty(1, 0))
         view = self.view
-        grouped = query.unflatten(0, (view.header.spec.kv_heads, -1))
+        grouped = query.reshape(view.header.spec.kv_heads, -1, *query.shape[1:])
         asking = LayerQuery(grouped, positions, view.rotate, view.config.window_tokens)
         if choice is Choice.SELECT_NEXT:
             self._asking[layer] = asking

@@ -97,7 +97,8 @@ class Snapshot:
     def scores(self, queries: Tensor, end: int | None = None) -> Tensor:
         """See `PartitionedIndex`; -inf for removed rows."""
         question = self.question(queries, end)
-        self.coding.score([question.asked])
+        if question.asked.segments:
+            self.coding.score([question.asked])
         scores = question.finished()
         if question.numbers is None:
             return scores
