@@ -135,10 +135,10 @@ def watched(session: Session) -> Iterator[list[Tensor]]:
 
 
 def ask(model: Any, run: Run, prompt: Tensor) -> Answer:
-    """Ask, and time the first token."""
+    """Ask, and time the first token: one pass over the bare question, to select by, and one over the prompt."""
     with attach(model, run.session) as attached, watched(run.session) as taken:
         began = now()
-        cache = attached.question()
+        cache = attached.question(prompt)
         logits = model(input_ids=prompt, past_key_values=cache, logits_to_keep=1).logits
         run.firsts.append(now() - began)
     run.selects.append(sum(taken, torch.zeros(len(CLOCKS), dtype=torch.float64)))
