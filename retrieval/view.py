@@ -138,4 +138,5 @@ class View:
         else:
             shares = (scores * scale).softmax(dim=-1).unflatten(1, (-1, num_tokens)).mean(dim=2)
             found = shares.amax(dim=1) if self.group is Group.SOFTMAX_MAX else shares.mean(dim=1)
-        return found.reshape(num_layers, -1, found.shape[1]).sum(dim=1) if self.is_shared else found
+        of_layer, num_units = found.shape[0] // num_layers, found.shape[1]
+        return found.reshape(num_layers, of_layer, num_units).sum(dim=1) if self.is_shared else found

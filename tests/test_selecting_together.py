@@ -14,6 +14,7 @@ from torch import Tensor
 from kvstore.errors import ShapeError
 from kvstore.native import choose_units
 from kvstore.retrieval.fusion import ExtraScores, StandardScores
+from kvstore.retrieval.index.choice import choose_index
 from kvstore.retrieval.memory import LayerMemory, Selection, select_together
 from kvstore.retrieval.registry import policies, policy_named
 from kvstore.retrieval.segmenters.pages import Pages
@@ -201,3 +202,14 @@ def answers(path: Path, name: str, kind: str) -> list[Tensor]:
                 model(token_ids(19, seed=30 + seed))
             seen.append(model(token_ids(1, seed=seed), past_key_values=cache).logits)
         return seen
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 1023, 1024, 1025])
+def test_one_query_meets_all_rows_whatever_is_behind_the_last_segment(num_rows: int) -> None:
+    index, chance = choose_index(2, 8), torch.Generator().manual_seed(num_rows)
+    rows, queries = (torch.randn(2, count, 8, generator=chance) for count in (num_rows, 2))
+    index.add(rows)
+    alone = index.scores(queries[:, :1])
+    assert alone.shape == (2, 1, num_rows)
+    torch.testing.assert_close(alone, index.scores(queries)[:, :1])
+    torch.testing.assert_close(alone, queries[:, :1] @ rows.transpose(1, 2), atol=0.2, rtol=0)

@@ -203,7 +203,7 @@ def best_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _products(queries: Tensor, rows: Tensor) -> Tensor:
     """Inner products `[num_partitions, num_queries, num_rows]`; of one query, torch is twice as fast the other way."""
     if queries.shape[1] == 1:
-        return torch.bmm(rows, queries.transpose(1, 2)).view(rows.shape[0], 1, -1)
+        return torch.bmm(rows, queries.transpose(1, 2)).view(rows.shape[0], 1, rows.shape[1])
     return torch.bmm(queries, rows.transpose(1, 2))
 
 
