@@ -32,7 +32,7 @@ class TierLayer(CacheLayerMixin):
     def __init__(self, owner: TierCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         # Not a circle: what a question holds, tens of megabytes, goes with its cache, not when the collector comes by.
-        self._owner = weakref.proxy(owner)
+        self._owner: TierCache = weakref.proxy(owner)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember dtype and device; nothing is allocated here."""
