@@ -119,7 +119,7 @@ def test_the_native_choice_leaves_what_it_does_not_do_to_the_strategies() -> Non
 def native_call(**changes: Any) -> bool:
     """A call that fits, with some of it replaced."""
     parts: dict[str, Any] = {
-        "views": [(torch.randn(2, 3), 1.0, 0.0)],
+        "views": [(torch.tensor([[3.0, 2.0, 1.0]] * 2), 1.0, 0.0)],
         "table": [torch.tensor([0, 4, 8]), torch.tensor([4, 4, 2]), torch.tensor([4, 4, 2]), torch.arange(10)],
         "num_lists": 2,
         "out": [
