@@ -6,11 +6,12 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from kvstore.errors import CapacityError, CorruptRecordError
+from kvstore.errors import CapacityError, ConfigError, CorruptRecordError
 from kvstore.native import crc32c
 from kvstore.store import Durability, NewObject, Outcome, Store
 from kvstore.tiers.catalogue import Catalogue, Table, WriteView
@@ -167,6 +168,22 @@ def _end_of_stream(file: bytes) -> int:
 
 def _chunk(kind: bytes, payload: bytes) -> bytes:
     return struct.pack("<4sIQ", kind, crc32c(payload), len(payload)) + payload
+
+
+def test_objects_of_other_blocks_do_not_come_to_a_stream_of_the_same_length(tmp_path: Path) -> None:
+    with _filled(tmp_path / "from") as store:
+        export_stream(store._disk, store._pool, "lecture", tmp_path / "file")
+    with open_store(tmp_path / "to", durability=Durability.NONE) as store:
+        others = make_blocks(4)
+        others[-1] = replace(others[-1], entry=replace(others[-1].entry, key=block_key(99)))
+        store.create_stream(HEADER)
+        store.append("lecture", others, {"next": 4})
+        store.flush()
+        with pytest.raises(ConfigError, match="another one"):
+            import_stream(store._disk, store._pool, tmp_path / "file")
+        assert [entry.key for entry in store.manifest("lecture").entries] == [each.entry.key for each in others]
+        assert store.objects("lecture", "index") == store.objects("lecture", "state") == []
+        assert store.verify().is_clean
 
 
 def test_programs_of_other_versions_read_the_stream(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Killed before that transaction, an import leaves plain blocks; the next one find
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,21 +21,23 @@ from kvstore.errors import (
     ReadOnlyError,
     StoreIOError,
     StreamNotFoundError,
+    UnsupportedFormatError,
 )
 from kvstore.native import IoPool
 from kvstore.record import probe
 from kvstore.spec import BlockKey
 from kvstore.tiers.base import Extent, Outcome
-from kvstore.tiers.catalogue import WriteView
+from kvstore.tiers.catalogue import ReadView, Table, WriteView
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.manifest import StreamHeader, load_json
 from kvstore.tiers.tables.blocks import find_sound
 from kvstore.tiers.tables.calibrations import find_decision, put_calibration, put_decision
 from kvstore.tiers.tables.object_rows import ObjectRow
-from kvstore.tiers.tables.records import ENTRY_NBYTES, Entry, StreamState, unpack_entry, unpack_state
+from kvstore.tiers.tables.records import ENTRY_NBYTES, Entry, StreamState, position_key, unpack_entry, unpack_state
 from kvstore.tiers.tables.streams import find_state, find_stream, restore_stream
 from kvstore.tiers.upkeep.container import Chunk, ContainerReader, Kind
 from kvstore.tiers.upkeep.export_stream import BLOCK_PREFIX
+from kvstore.tiers.upkeep.mend_streams import LOST_KEY
 from kvstore.tiers.upkeep.object_chunks import read_objects, restore_objects
 from kvstore.tiers.upkeep.record_check import RecordCheck
 from kvstore.tiers.upkeep.transfer import EncodedBlock, RecordTransfer
@@ -184,10 +187,13 @@ class _Import:
         if state.num_entries == 0 and state.cursor_json == b"{}" and present.header.describes_same(self._header):
             return True
         if not present.header.describes_same(self._header) or state != self._state:
-            raise ConfigError(
-                f"stream {self._header.name!r} is there and is another one; import under another name, or remove it"
-            )
+            raise self._another()
         return False
+
+    def _another(self) -> ConfigError:
+        return ConfigError(
+            f"stream {self._header.name!r} is there and is another one; import under another name, or remove it"
+        )
 
     def _put_calibrations(self, calibrations: list[Calibration], decision: Decision | None) -> None:
         spec = self._header.spec
@@ -269,12 +275,25 @@ class _Import:
             missing.clear()
             if is_new:
                 missing.extend(restore_stream(view, self._header, self._state, self._entries(first_offset)))
-            else:
-                wanted = {entry.key: None for entry, _ in self._entries(first_offset)}
-                missing.extend(key for key in wanted if find_sound(view, key) is None)
             stream_id = find_stream(view, self._header.name).stream_id
+            if not is_new:
+                wanted: dict[BlockKey, None] = {}
+                for entry, _ in self._entries(first_offset):
+                    if _has_another(view, stream_id, entry):
+                        raise self._another()
+                    wanted[entry.key] = None
+                missing.extend(key for key in wanted if find_sound(view, key) is None)
             restore_objects(view, stream_id, self._state.num_entries, self._objects)
             return []
 
         self._disk.commit(name, self._keep())
         return missing
+
+
+def _has_another(view: ReadView, stream_id: int, entry: Entry) -> bool:
+    """Whether a stream has another block in an entry's place; what is damaged there, or was, says nothing."""
+    with suppress(CorruptRecordError, UnsupportedFormatError):
+        packed = view.get(Table.ENTRIES, position_key(stream_id, entry.index))
+        key = entry.key if packed is None else unpack_entry(entry.index, packed).key
+        return key != entry.key and LOST_KEY not in (key, entry.key)
+    return False
