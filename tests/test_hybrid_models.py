@@ -25,6 +25,7 @@ from kvstore.engines.anatomy import rotation_of, spec_of
 from kvstore.engines.loading import LanguageModel
 from kvstore.engines.past import read_run
 from kvstore.errors import CalibrationError, ConfigError, CorruptRecordError
+from kvstore.session.state import find_state
 from kvstore.session.stream import Stream
 from kvstore.store import Access, Store
 from kvstore.video.ingest import ingest
@@ -239,6 +240,7 @@ WRONG = [
         b'{"version":1,"states":[{"layer":0,"number":0,"field":"conv_states","dtype":"torch.float32","shape":[1]}]}',
         b"1234",
     ],
+    [b'{"version":1,"states":[{"layer":0,"number":0,"field":"","dtype":"torch.float32","shape":[1e999]}]}', b"1234"],
     [b"[" * 100_000],
 ]
 
@@ -275,6 +277,18 @@ def test_states_of_any_model_are_saved_and_found(tmp_path: Path) -> None:
         assert fork.state() == kvstore.SavedState(5, [b"state 1", bytes(1)])
     with Store.open(tmp_path, access=Access.READ) as store:
         assert store.verify().is_clean
+
+
+def test_a_state_behind_other_tokens_is_none_of_those_that_were_known(tmp_path: Path) -> None:
+    model = make_hybrid("lfm2")
+    grow(tmp_path, model, token_ids(16), [16])
+    with opened(tmp_path, model) as stream:
+        known = stream._store.manifest("s").entries
+        stream.rollback(0)
+    grow(tmp_path, model, token_ids(16, seed=5), [16])
+    with opened(tmp_path, model) as stream:
+        assert num_saved(stream) == 16
+        assert find_state(stream._store, "s", known) is None
 
 
 def test_an_ingest_refuses_a_model_whose_states_it_does_not_save(tmp_path: Path) -> None:

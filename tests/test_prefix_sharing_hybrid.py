@@ -10,6 +10,9 @@ import pytest
 import torch
 
 import kvstore
+from kvstore.session.state import KIND
+from kvstore.tiers.tables.objects import find_object
+from kvstore.tiers.tables.streams import find_stream_id
 from tests.dense_contexts import opened
 from tests.test_hybrid_models import make_hybrid, num_saved, same, uninterrupted
 from tests.test_prefix_sharing import damage
@@ -60,3 +63,24 @@ def test_a_damaged_window_leaves_nothing_to_go_on_from(model: Any, tmp_path: Pat
         assert num_saved(stream) is None
         with kvstore.attach(model, stream):
             assert model(TEXT).logits.isfinite().all()
+
+
+def test_a_damaged_state_is_none_to_go_on_from(model: Any, tmp_path: Path) -> None:
+    with opened(tmp_path, model) as store:
+        first = store.stream("first")
+        for part in (TEXT[:, :16], TEXT[:, 16:40]):
+            with kvstore.attach(model, first):
+                model(part)
+        disk, entries = store.blocks._disk, store.blocks.manifest("first").entries
+        with disk.catalogue.read() as view:
+            row = find_object(view, find_stream_id(view, "first"), KIND, len(entries))
+        assert row is not None
+        (found,) = disk.look_up([row.body], [False])
+        extent = found.record.extent  # type: ignore[union-attr]
+        with disk.files.path(extent.file_id).open("r+b") as file:
+            file.seek(extent.offset + extent.nbytes - 5000)
+            file.write(bytes(800))
+        stream = store.stream("new")
+        assert stream.adopt_prefix(TEXT[0]) == 16, "the other state"
+        with kvstore.attach(model, stream):
+            assert same([model(TEXT[:, 16:]).logits], uninterrupted(model, TEXT, [16, 28])[1:])

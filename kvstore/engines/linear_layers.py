@@ -109,7 +109,7 @@ class LinearStates:
         if session.num_tokens == 0:
             return
         name = session.view.header.name
-        saved = find_state(session.view.store, name)
+        saved = find_state(session.view.store, name, session.view.entries)
         if saved is None or saved.num_tokens != session.num_tokens:
             where = (
                 "was never saved" if saved is None else f"was last saved at {saved.num_tokens}: roll it back to there"
@@ -119,7 +119,7 @@ class LinearStates:
             )
         try:
             self._unpack(saved.parts)
-        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, RecursionError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise CorruptRecordError(f"stream {name!r}: its state is not one of this model: {error!r}") from error
         self._num_tokens = saved.num_tokens
 

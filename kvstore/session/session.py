@@ -184,9 +184,7 @@ class Session:
         """
         self.commit(partial=True)
         view = self.view
-        save_state(
-            view.store, view.header.name, max((entry.index + 1 for entry in view.entries[-1:]), default=0), parts
-        )
+        save_state(view.store, view.header.name, next(reversed(view.entries), None), parts)
 
     def drop(self, num_tokens: int) -> None:
         """Forget the last tokens (assisted decoding); only tokens that are not handed on yet.

@@ -154,7 +154,7 @@ class Stream:
         """
         if self._store.is_writable:
             self._store.flush()
-        return find_state(self._store, self._header.name)
+        return find_state(self._store, self._header.name, self._store.manifest(self._header.name).entries)
 
     def adopt_prefix(self, ids: Tensor) -> int:
         """Take over what streams of the store hold of coming tokens, so that no forward has to compute it again.

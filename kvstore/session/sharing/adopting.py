@@ -11,7 +11,7 @@ from torch import Tensor
 from kvstore.errors import ShapeError
 from kvstore.layout import BlockLayout
 from kvstore.session.appender import payload_of
-from kvstore.session.state import KIND
+from kvstore.session.state import KIND, find_state
 from kvstore.session.view import SessionConfig
 from kvstore.spec import BlockKey, chain_key
 from kvstore.store import Entry, FetchRequest, Store, StreamHeader
@@ -22,8 +22,8 @@ _ID_NBYTES = 8
 def adopt_prefix(store: Store, header: StreamHeader, config: SessionConfig, ids: Tensor) -> int:
     """Continue a stream by what is stored of coming tokens; see `Stream.adopt_prefix`.
 
-    Sinks and window, which the next forward attends to, are read at once, and wait in memory then: what is adopted ends
-    where one of them is damaged.
+    Sinks, window and state, which the next forward needs, are read at once, and blocks wait in memory then: what is
+    adopted ends where one of them is damaged.
 
     Args:
         store: the block store.
@@ -46,15 +46,23 @@ def adopt_prefix(store: Store, header: StreamHeader, config: SessionConfig, ids:
     before = store.manifest(header.name).num_tokens - added
     while added:
         manifest = store.manifest(header.name)
-        needed = [entry for entry in _needed(manifest.entries, config, header) if entry.first_token >= before]
-        damaged = next((entry for entry in needed if not _is_readable(store, header, entry)), None)
-        if damaged is None:
+        end = max(_sound_end(store, header, config, manifest.entries, before), before)
+        if end == manifest.num_tokens:
             break
-        # A state stands at the very end; without it, a hybrid model cannot go on from anywhere in between.
-        end = before if store.objects(header.name, KIND) else damaged.first_token
         store.rollback(header.name, end, manifest.cursor)
         added = end - before
     return added
+
+
+def _sound_end(store: Store, header: StreamHeader, config: SessionConfig, entries: Sequence[Entry], before: int) -> int:
+    """Where a model can go on from, among what was added behind token `before`; a hybrid model only from a state."""
+    needed = [entry for entry in _needed(entries, config, header) if entry.first_token >= before]
+    damaged = next((entry for entry in needed if not _is_readable(store, header, entry)), None)
+    sound = entries if damaged is None else entries[: damaged.index]
+    if store.objects(header.name, KIND):
+        state = find_state(store, header.name, sound)
+        return 0 if state is None else state.num_tokens
+    return max((entry.first_token + entry.num_tokens for entry in sound[-1:]), default=0)
 
 
 def _needed(entries: Sequence[Entry], config: SessionConfig, header: StreamHeader) -> list[Entry]:
