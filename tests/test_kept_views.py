@@ -193,6 +193,29 @@ def test_a_rollback_leaves_what_describes_no_more_than_is_left(tmp_path: Path, m
     assert found[0][1] == found[1][1]
 
 
+def test_units_of_other_tokens_are_none_of_those_that_were_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, how = make_model(), config(segmenter=Pages(1))
+    with attached_stream(tmp_path, model, how) as attached:
+        append(attached, 0, 1200)
+        entries, store = attached.session.view.entries, attached.session.view.store
+        store.fork("s", "before")  # where the blocks stay
+        store.rollback("s", 0)
+    found = []
+    with attached_stream(tmp_path, model, how) as attached:
+        attached.model(IDS[:, :1200].flip(1))
+        attached.session.commit(partial=True)
+        attached.session.flush()
+        for _ in ("kept", "keys"):
+            memory = attached.session.view.new_memory(how.policy)
+            memory.refresh(1, entries)
+            assert memory.damaged == {}
+            found.append([layer.indices[0].scores(torch.ones(2, 1, 32)) for layer in memory._layers])
+            monkeypatch.setattr(Store, "objects", lambda *_: [])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_nothing_is_kept_of_a_stream_that_lost_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, how = make_model(), config()
     with attached_stream(tmp_path, model, settings(policy("maxsim"), window=24, sinks=4)) as attached:

@@ -17,7 +17,7 @@ from kvstore.retrieval.index.segmented import SegmentedIndex
 from kvstore.retrieval.memory import LayerMemory
 from kvstore.retrieval.memory_parts import load_units, pack_units
 from kvstore.retrieval.policy import Policy
-from kvstore.store import NewObject, Store
+from kvstore.store import Entry, NewObject, Store
 
 LEAST_TOKENS = 1024
 """A stream is kept anew once it has grown by so many tokens and by an eighth."""
@@ -42,7 +42,8 @@ def make_index(num_partitions: int, width: int) -> SegmentedIndex:
 class KeptViews:
     """Objects of one kind: number 0 holds the last units, the others whole segments of 1,024, which stay as they are.
 
-    Each part of an object is one layer. What units are made from names the kind: segmenter, views and sinks.
+    Each part of an object is one layer, but for the last: the key of the last block that it describes, which says all
+    before it. What units are made from names the kind: segmenter, views and sinks.
 
     Args:
         store: the open store.
@@ -57,14 +58,16 @@ class KeptViews:
         self._bounds: list[int] = [0]
         """Units before each object but the last; all layers alike."""
 
-    def load(self, layers: Sequence[LayerMemory], num_sink_blocks: int, num_blocks: int, num_tokens: int) -> int:
+    def load(
+        self, layers: Sequence[LayerMemory], num_sink_blocks: int, entries: Sequence[Entry], num_tokens: int
+    ) -> int:
         """Put what is kept into empty memories.
 
         Args:
             layers: of all layers.
             num_sink_blocks: leading blocks that are left out.
-            num_blocks: of the stream; objects that describe more are passed over.
-            num_tokens: of the stream.
+            entries: of the stream; objects that describe more are passed over.
+            num_tokens: of these entries.
 
         Returns:
             Blocks that the units were cut from; 0 where nothing is kept.
@@ -77,13 +80,15 @@ class KeptViews:
         found = {
             each.index: each.num_blocks
             for each in self._store.objects(self._name, kind)
-            if each.num_blocks <= num_blocks and len(each.part_nbytes) == len(layers)
+            if 0 < each.num_blocks <= len(entries) and len(each.part_nbytes) == len(layers) + 1
         }
         whole = list(takewhile(found.__contains__, count(_TAIL + 1)))
         for index in (*whole, *([_TAIL] if _TAIL in found else [])):
             parts = self._store.read_object(self._name, kind, index)
-            if len(parts) != len(layers):
+            if len(parts) != len(layers) + 1:
                 raise CorruptRecordError(f"object {index} of {kind!r} is gone")
+            if parts.pop() != entries[found[index] - 1].key:
+                raise CorruptRecordError(f"object {index} of {kind!r} describes other blocks than were known")
             for layer, (memory, part) in enumerate(zip(layers, parts, strict=True)):
                 if part is None:
                     raise CorruptRecordError(f"layer {layer} of object {index} of {kind!r} is damaged")
@@ -93,26 +98,28 @@ class KeptViews:
                 self._bounds.append(layers[0].num_units)
         return known
 
-    def keep(self, layers: Sequence[LayerMemory], num_sink_blocks: int, num_blocks: int) -> None:
+    def keep(self, layers: Sequence[LayerMemory], num_sink_blocks: int, entries: Sequence[Entry]) -> None:
         """Store the units that are cut.
 
         Args:
             layers: of all layers; no block of theirs was lost.
             num_sink_blocks: leading blocks that were left out.
-            num_blocks: leading blocks that the units were cut from; durable or on their way.
+            entries: of the leading blocks that the units were cut from; durable or on their way; not empty.
 
         Raises:
             KVStoreError: what the store's writer ran into before.
         """
         kind, objects, bounds = self._kind(num_sink_blocks), [], list(self._bounds)
+        num_blocks, name = len(entries), entries[-1].key
         least = min(memory.num_units for memory in layers)
         for unit in range(bounds[-1] + SEGMENT_ROWS, least + 1, SEGMENT_ROWS):
             if all(memory.table.is_boundary(unit) for memory in layers):
                 parts = [pack_units(memory, bounds[-1], unit) for memory in layers]
-                objects.append(NewObject(kind, len(bounds), num_blocks, parts))
+                objects.append(NewObject(kind, len(bounds), num_blocks, [*parts, name]))
                 bounds.append(unit)
         tail = [pack_units(memory, bounds[-1], memory.num_units) for memory in layers]
-        self._store.put_objects(self._name, [*objects, NewObject(kind, _TAIL, num_blocks, tail)], may_drop=True)
+        objects.append(NewObject(kind, _TAIL, num_blocks, [*tail, name]))
+        self._store.put_objects(self._name, objects, may_drop=True)
         self._bounds = bounds
 
     def _kind(self, num_sink_blocks: int) -> str:

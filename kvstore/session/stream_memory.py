@@ -125,7 +125,7 @@ class StreamMemory:
         if not self.is_to_keep(entries):  # another process has
             return
         if not self.damaged:
-            self._kept.keep(self._layers, num_sink_blocks, len(entries))
+            self._kept.keep(self._layers, num_sink_blocks, entries)
         self._num_kept_tokens = _end_of(entries)
 
     def _load(self, num_sink_blocks: int, entries: Sequence[Entry]) -> None:
@@ -135,7 +135,7 @@ class StreamMemory:
             for memory in self._layers:
                 memory.go_on_at(start)
             try:
-                num_blocks = self._kept.load(self._layers, num_sink_blocks, len(entries), _end_of(entries))
+                num_blocks = self._kept.load(self._layers, num_sink_blocks, entries, _end_of(entries))
                 break
             except (CorruptRecordError, UnsupportedFormatError, ShapeError):
                 self._begin()
