@@ -179,6 +179,29 @@ def test_dropping_the_end_is_as_if_it_never_came(tmp_path: Path) -> None:
         assert torch.allclose(plane, other, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["maxsim", "infllm"])
+def test_a_window_that_moves_back_holds_its_blocks_again(name: str, tmp_path: Path) -> None:
+    model = make_model()
+    rest = [token_ids(3, seed=seed) for seed in range(10, 30)]
+    had = []
+    for is_dropped in (False, True):
+        config = settings(policy(name), window=20, sinks=8, budget=16)
+        with attached_stream(tmp_path / str(is_dropped), model, config) as attached:
+            model(IDS[:, :48])
+            if is_dropped:
+                model(IDS[:, 48:55])
+                model(IDS[:, 55:56])  # sees less of what is stored
+                attached.session.drop(8)
+            had.append([model(part).logits for part in rest])
+            view = attached.session.view
+            free = view.residency.num_unpinned
+            attached.session.commit(partial=True)
+            view.residency.unpin([entry.key for entry in (*view.entries[:1], *attached.session._window.blocks)])
+            assert view.residency.num_unpinned == view.residency.pool.num_slots > free, "nothing else was pinned"
+    for logits, other in zip(*had, strict=True):
+        assert torch.allclose(logits, other, atol=1e-5)
+
+
 def test_announced_blocks_survive_a_drop(tmp_path: Path) -> None:
     model = make_model()
     with attached_stream(tmp_path, model, settings(RULE)) as attached:

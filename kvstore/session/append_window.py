@@ -58,14 +58,26 @@ class AppendWindow(Attending):
         return view.residency.load([entry.key for entry in kept], range(view.num_layers))
 
     def slide(self) -> None:
-        """Let go of blocks that the coming forward does not see any more."""
+        """Let go of blocks that the coming forward does not see any more; take back those that it sees again.
+
+        Raises:
+            CorruptRecordError: tokens were dropped, and a block that is seen instead cannot be read.
+        """
         view = self._view
         first = view.first_block_within(view.config.window_tokens)
-        if first != self._first:
-            leaving = view.entries[max(self._first, view.num_sink_blocks) : first]
-            view.residency.unpin([entry.key for entry in leaving])
-            self._first = first
-            self.is_stale = True
+        if first == self._first:
+            return
+        low, high = (max(each, view.num_sink_blocks) for each in sorted((first, self._first)))
+        keys = [entry.key for entry in view.entries[low:high]]
+        if first > self._first:
+            view.residency.unpin(keys)
+        else:
+            report = view.residency.load(keys, range(view.num_layers))
+            for reason in report.lost.values():
+                view.residency.unpin([key for key in keys if key not in report.lost])
+                raise CorruptRecordError(f"stream {view.header.name!r}: {reason}; its window cannot be had")
+        self._first = first
+        self.is_stale = True
 
     def assemble(self, layer: int, query: Tensor, positions: Tensor) -> None:
         """Make one layer's past, unless it is that of the last forward.
@@ -124,4 +136,5 @@ class AppendWindow(Attending):
         )
         end = self.blocks[0].first_token if self.blocks else view.num_tokens
         chosen = memory.select(layer, request, view.config.budget_tokens, end).tokens
-        return tuple(torch.cat([tokens, memory.pending]) for tokens in chosen)
+        pending = memory.pending[memory.pending < end]  # where tokens were dropped, some are in the window again
+        return tuple(torch.cat([tokens, pending]) for tokens in chosen)
