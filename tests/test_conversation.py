@@ -106,6 +106,25 @@ def test_what_only_fills_a_pass_up_changes_nothing(name: str, tmp_path: Path, mo
     assert [score for _, score in found[0][3]] == pytest.approx([score for _, score in found[1][3]], rel=1e-4)
 
 
+def test_a_turn_that_is_interrupted_leaves_nothing_that_only_filled_it_up(tmp_path: Path) -> None:
+    model = make_model()
+    for layer in range(3):
+        with attached_stream(tmp_path / str(layer), model, settings(policy("maxsim"), window=32)) as attached:
+            model(token_ids(20))
+            handle = model.model.layers[layer].mlp.register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                attached.reply(TURNS[0], max_new_tokens=1)
+            handle.remove()
+            attached.session.commit(partial=True)
+            stored = TURNS[0].shape[1] - 1 if layer == 2 else 0  # all layers have taken the forward in
+            assert attached.session.num_tokens == 20 + stored
+
+
+def interrupt(*_: object) -> None:
+    """As a user does."""
+    raise KeyboardInterrupt
+
+
 def test_what_is_searched_within_the_trained_length_goes_when_the_stream_is_longer(tmp_path: Path) -> None:
     model = make_model()
     config = replace(settings(policy("auto"), window=32, budget=16), trained_tokens=100)

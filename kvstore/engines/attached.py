@@ -116,12 +116,9 @@ class Attached:
         return said[:, 1:]
 
     def _append(self, input_ids: Tensor) -> None:
-        filled, num_spare = self._filled(input_ids)
-        self.session.num_spare = num_spare
+        filled, self.session.num_spare = self._filled(input_ids)
         try:
             decoder_of(self.model)(input_ids=filled, past_key_values=self.cache(), use_cache=True)
-            if num_spare:
-                self.session.drop(num_spare)
         finally:
             self.session.num_spare = 0
 

@@ -186,9 +186,10 @@ class Appender:
             block.received[layer, :, : block.filled] += mass[:, first : first + block.filled]
             first += block.filled
 
-    def end(self) -> None:
-        """Note that every layer of the running forward is written."""
+    def end(self, num_spare: int) -> None:
+        """Note that every layer of the running forward is written, and forget its last tokens, which filled it up."""
         self._pieces = []
+        self.drop(num_spare)
 
     def abandon(self) -> int:
         """Forget the tokens of a forward that has begun and not ended; returns how many there were."""

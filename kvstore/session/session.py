@@ -60,7 +60,7 @@ class Session:
         self._is_broken = False
         self._next_cursor: dict[str, JSON] | None = None
         self.num_spare = 0
-        """Last tokens of the coming forward that only fill it up: they vote for nothing, and `drop` takes them off."""
+        """Last tokens of the coming forward that only fill it up: they vote for nothing, and go when it ends."""
         if store.is_writable:
             self._open_appender()
 
@@ -121,8 +121,9 @@ class Session:
         inputs = self._window.inputs(layer, query, keys, values, positions)
         appender.receive(layer, inputs.received(appender.num_open_tokens, self.num_spare, scale))
         if layer == self.view.num_layers - 1:
-            appender.end()
-            self._window.is_stale = False
+            appender.end(self.num_spare)
+            self._window.is_stale = self.num_spare > 0
+            self.num_spare = 0
             self._note_open_rows()
         return inputs
 
@@ -194,7 +195,6 @@ class Session:
         """
         self._forget_unfinished()
         self._writer().drop(num_tokens)
-        self.num_spare = 0
         self._window.is_stale = True
         self._note_open_rows()
 

@@ -143,7 +143,7 @@ class Reader:
 
         oneDNN compiles and keeps kernels for every length it meets: with lengths of all kinds the process grew by
         1.5 MB a screen. The tokens that fill up come last, so no other token attends to them; they vote for nothing,
-        and are dropped again.
+        and the session drops them.
         """
         for run in _runs(blocks):
             ids = [token for block in run for token in block]
@@ -154,8 +154,6 @@ class Reader:
             self._session.num_spare = spare
             where = self._positions(padded.shape[1])
             self._decoder(input_ids=padded, position_ids=where, past_key_values=cache, use_cache=True)
-            if spare:
-                self._session.drop(spare)
             self._first_words.read(ids)
 
     def _positions(self, num_tokens: int) -> torch.Tensor | None:
