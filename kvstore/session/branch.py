@@ -116,6 +116,9 @@ class Branch(BranchPast):
         try:
             yield
             self.end_recall()
+        except BaseException:
+            self._has_selected = False
+            raise
         finally:
             self._leave_recall()
 
@@ -144,7 +147,7 @@ class Branch(BranchPast):
         self._leave_recall()
         if self._choices is not None:
             for layer, chosen in self._choices.share().items():
-                self._attend_to_chosen(self._choices, layer, chosen)
+                self._attend_to_chosen(layer, chosen)
             self._cite_votes()
 
     def _leave_recall(self) -> None:
@@ -182,8 +185,10 @@ class Branch(BranchPast):
             self._extend_chosen(layer, query[:, :, :count], positions[:, :, :count])
         elif not self._has_selected and layer == 0:  # no pass came before: there was nothing to choose
             self.attend_to(self, Reading.of(self._sinks, (), self._recent), range(len(self.contexts)))
-            self._has_selected = True
-        return self.inputs(layer, query, keys, values, positions)
+        inputs = self.inputs(layer, query, keys, values, positions)
+        if layer == len(self.contexts) - 1:
+            self._has_selected = True  # not before: a forward that fails midway has asked for nothing
+        return inputs
 
     def drop(self, num_tokens: int) -> None:
         """Forget the last tokens of the question."""
@@ -249,22 +254,21 @@ class Branch(BranchPast):
         is_first = self._phase is _Phase.RECALL or not self._has_selected
         if layer == 0 and not is_first:
             self._read_ahead(choices)
-        chosen = choices.choose(layer, query[0], self._asking_at, is_first)
-        if chosen is not None:
-            self._attend_to_chosen(choices, layer, chosen)
+        with choices.being_read([layer]):
+            chosen = choices.choose(layer, query[0], self._asking_at, is_first)
+            if chosen is not None:
+                self._attend_to_chosen(layer, chosen)
         if layer == len(self.contexts) - 1:
             choices.look_ahead()
             self.recall.speculation = choices.speculation
-            self._has_selected = True
             self._cite_votes()
 
-    def _attend_to_chosen(self, choices: LayerChoices, layer: int, chosen: Selection) -> None:
+    def _attend_to_chosen(self, layer: int, chosen: Selection) -> None:
         """Read what a layer chose, and vote for the blocks that it is in."""
         reading = self._reading(chosen)
-        with choices.being_read([layer]):
-            had = self.attend_to_differences({layer: reading}).get(layer) if chosen.estimate is None else None
-            if had is None:
-                had = self.attend_to(self, reading, range(layer, layer + 1), chosen.estimate)
+        had = self.attend_to_differences({layer: reading}).get(layer) if chosen.estimate is None else None
+        if had is None:
+            had = self.attend_to(self, reading, range(layer, layer + 1), chosen.estimate)
         self._votes.update(had - self._excluded)
 
     def _read_ahead(self, choices: LayerChoices) -> None:

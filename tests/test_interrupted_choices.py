@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions that are interrupted while a layer chooses: the next forward reads what it chooses itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvstore.engines.tier_cache import TierCache
+from kvstore.engines.transformers import Attached
+from kvstore.retrieval.triggers.trigger import EveryStep, OncePerQuestion, Trigger
+from kvstore.session.branch import Branch
+from kvstore.session.view import SessionConfig
+from tests.tiny_models import BLOCK_TOKENS, attached_stream, make_model, policy, settings, token_ids
+
+PROMPTS = [token_ids(5, seed=seed) for seed in (7, 8)]
+
+
+def config(name: str, trigger: Trigger) -> SessionConfig:
+    """Little of the stream is read, in every layer by its own choice."""
+    rule = policy(name, trigger=trigger, full_layers=0, recent_tokens=8, beyond=None)
+    return settings(rule, window=24, sinks=4, budget=4 * BLOCK_TOKENS)
+
+
+def ask(attached: Attached, cache: TierCache, ids: Tensor) -> Tensor:
+    """Logits of a part of the question."""
+    model: Any = attached.model
+    logits: Tensor = model(ids, past_key_values=cache).logits
+    return logits
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
+    """Let the coming call of that number of a method of branches be interrupted."""
+    method, seen = getattr(Branch, name), []
+
+    def failing(self: Branch, *args: Any, **kwargs: Any) -> Any:
+        seen.append(1)
+        if len(seen) == number:
+            raise KeyboardInterrupt
+        return method(self, *args, **kwargs)
+
+    monkeypatch.setattr(Branch, name, failing)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_choice_that_was_not_read_is_made_again(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with attached_stream(tmp_path, make_model(), config("auto", EveryStep())) as attached:
+        attached.model(token_ids(163))
+        found = []
+        for is_interrupted in (False, True):
+            cache = attached.question()
+            ask(attached, cache, PROMPTS[0])
+            if is_interrupted:
+                with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                    interrupted(patch, "_reading", number)
+                    ask(attached, cache, PROMPTS[1][:, :1])
+            found.append(ask(attached, cache, PROMPTS[1][:, :1]))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_prompt_that_fails_in_the_last_layer_has_asked_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with attached_stream(tmp_path, make_model(), config("auto", OncePerQuestion())) as attached:
+        attached.model(token_ids(163))
+        expected = ask(attached, attached.question(), PROMPTS[1])
+        cache = attached.question()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupted(patch, "inputs", 3)
+            ask(attached, cache, PROMPTS[0])
+        torch.testing.assert_close(ask(attached, cache, PROMPTS[1]), expected)
+
+
+@pytest.mark.parametrize("name", ["streamkv", "maxsim"])
+def test_a_pass_over_the_question_that_fails_behind_its_last_layer_is_needed_again(name: str, tmp_path: Path) -> None:
+    with attached_stream(tmp_path, make_model(), config(name, OncePerQuestion())) as attached:
+        attached.model(token_ids(163))
+        cache = attached.question()
+        assert cache.branch is not None
+        with pytest.raises(KeyboardInterrupt), cache.recalling():
+            ask(attached, cache, PROMPTS[0])
+            raise KeyboardInterrupt
+        assert cache.branch.needs_recall
+        assert cache.branch.num_tokens == 0
