@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from kvstore.errors import CorruptRecordError
 from kvstore.retrieval.triggers.ahead import Ahead
 from kvstore.retrieval.triggers.stride import Stride
 from kvstore.retrieval.triggers.trigger import EveryStep, Trigger
 from kvstore.session.branch import Branch
 from kvstore.session.reading.past import Reading
+from kvstore.store import Entry
 from tests.tiny_models import BLOCK_TOKENS, attached_stream, make_model, policy, settings, token_ids
 
 STREAM = token_ids(160)
@@ -55,3 +58,28 @@ def test_a_difference_answers_as_everything_does(
     everything = answers(tmp_path / "all", name, trigger)
     for had, wanted in zip(some, everything, strict=True):
         torch.testing.assert_close(had, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_past_that_lost_a_block_is_read_anew(tmp_path: Path) -> None:
+    model: Any = make_model()
+    rule = policy("quest", trigger=EveryStep(), full_layers=0, recent_tokens=16, beyond=None)
+    with attached_stream(tmp_path, model, settings(rule, window=24, sinks=4, budget=BUDGET)) as attached:
+        model(STREAM)
+        cache = attached.question()
+        branch = cache.branch
+        assert branch is not None
+        model(PROMPT, past_key_values=cache)
+        view, near = attached.session.view, torch.arange(144, 160)
+        positions_of: Any = view.positions_of
+
+        def failing(entry: Entry) -> Tensor:
+            if entry.first_token == 144:
+                raise CorruptRecordError("lost")
+            return positions_of(entry)
+
+        view.has_positions = view.reader._has_positions = True
+        view.positions_of = failing  # type: ignore[method-assign]
+        branch.attend_to(branch, Reading((torch.arange(40),), near), range(1))
+        assert branch.contexts[0].num_past == 40 + 8
+        # As many rows as there are now: those of the lost block are not the last of the others.
+        assert branch.attend_to_differences({0: Reading((torch.arange(32, 64),), near)}) == {}

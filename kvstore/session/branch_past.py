@@ -47,7 +47,7 @@ class BranchPast(Attending):
         self._recent = self._entries[self._recent_first :]
         self._firsts = self._entries.first_tokens
         self._held: dict[int, Tensor] = {}
-        """By layer, where the order of rows says nothing: which token each row of the past holds."""
+        """By layer, where the order of rows says nothing and nothing was lost: which token each row of the past holds."""
         self.recall = Recall()
 
     def attend_to(
@@ -73,11 +73,12 @@ class BranchPast(Attending):
         )
         if is_answer:
             placed = replace(placed, context=self._context_rule(past))
+        is_whole = past.numbers.shape[1] == reading.far[0].shape[0] + reading.near.shape[0]
         for layer in layers:
             if is_answer:
                 self._held.pop(layer, None)
             attending.set_past(layer, past, self._open_planes[layer] if is_answer else [], placed, estimate)
-            if is_answer and self._policy.position is PositionPolicy.ORIGINAL and estimate is None:
+            if is_answer and self._policy.position is PositionPolicy.ORIGINAL and estimate is None and is_whole:
                 self._held[layer] = past.numbers
         if is_answer:
             self.recall.num_attended_tokens = max(self.recall.num_attended_tokens, placed.positions.shape[2])
