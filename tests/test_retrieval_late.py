@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from kvstore.native import crc32c, find_words
 from kvstore.retrieval.late import words as words_module
 from kvstore.retrieval.late.directory import Directory
 from kvstore.retrieval.late.piece import PieceHead, pack_head, seal, unpack_head
-from kvstore.retrieval.late.rows import TokenRows, pack_rows, packed_nbytes, unpack_rows
+from kvstore.retrieval.late.rows import TokenRows, directions_of, pack_rows, packed_nbytes, unpack_rows
 from kvstore.retrieval.late.words import Vocabulary
 from kvstore.retrieval.maxsim import maxsim
 
@@ -52,6 +54,27 @@ def test_rows_survive_coding_and_packing() -> None:
 @pytest.mark.parametrize("num_rows", [0, 49, 51])
 def test_rows_of_another_number_are_refused(num_rows: int) -> None:
     assert unpack_rows(pack_rows(rows(50), torch.zeros(50)), num_rows, WIDTH) is None
+
+
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf, 3e38, -0.01])
+def test_rows_whose_scales_are_no_directions_are_refused(scale: float) -> None:
+    some = rows(5)
+    some.scales[3] = scale
+    assert unpack_rows(pack_rows(some, torch.zeros(5)), 5, WIDTH) is None
+    head, _, _ = piece()
+    head.new_words.scales[1] = scale
+    with pytest.raises(CorruptRecordError, match="out of range"):
+        unpack_head(pack_head(head), PARTS, DIM)
+
+
+def test_keys_that_are_all_the_mean_are_one_word() -> None:
+    vocabulary = Vocabulary(DIM)
+    same = torch.full((600, PARTS, DIM), 0.75)
+    found = vocabulary.assign(TokenRows.of(directions_of(same, same.mean(dim=0))))
+    assert vocabulary.num_words == 1
+    assert found.unique().tolist() == [0]
+    vocabulary.assign(rows(20))
+    assert vocabulary.assign(TokenRows.of(torch.zeros(3, WIDTH))).tolist() == [0] * 3
 
 
 def test_rows_that_point_the_same_way_are_of_one_word() -> None:
@@ -139,6 +162,13 @@ def test_numbers_in_a_head_are_hostile() -> None:
             except CorruptRecordError:
                 continue
             Directory(DIM).add(head, is_stored=True)
+
+
+def test_counted_words_that_there_are_not_are_refused() -> None:
+    head, _ = seal(Vocabulary(DIM), torch.zeros(PARTS, DIM), 3, [rows(0)])
+    head = replace(head, counted=torch.tensor([60_000]), counts=torch.tensor([0]))
+    with pytest.raises(CorruptRecordError, match="out of range"):
+        unpack_head(pack_head(head), PARTS, DIM)
 
 
 def test_pieces_follow_each_other() -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kvstore.errors import CorruptRecordError, UnsupportedFormatError
 from kvstore.native import crc32c
-from kvstore.retrieval.late.rows import TokenRows
+from kvstore.retrieval.late.rows import TokenRows, are_scales
 from kvstore.retrieval.late.words import MAX_WORDS, Vocabulary
 
 _HEAD = struct.Struct("<4sHHIIQIIIIII")
@@ -172,10 +172,10 @@ def _numbers(data: bytes, dtype: str) -> Tensor:
 def _check(head: PieceHead) -> None:
     """Refuse contents that `seal` never makes, and that would be numbers of nothing."""
     num_words = head.words_before + head.new_words.num_rows
-    largest = max(int(head.postings.max(initial=0)), int(head.counted.max()) if head.counted.numel() else 0)
-    is_finite = bool(head.mean.isfinite().all()) and bool(head.new_words.scales.isfinite().all())
+    numbers = (head.postings, head.counted.numpy())
+    is_finite = bool(head.mean.isfinite().all()) and are_scales(head.new_words.scales)
     is_counted = int(head.postings_of_block.sum()) == head.postings.shape[0]
     is_whole = is_counted and int(head.counts.sum()) == int(head.rows_of_block.sum())
-    is_known = num_words <= MAX_WORDS and (largest < num_words or not head.postings.shape[0])
+    is_known = num_words <= MAX_WORDS and all(bool((each < num_words).all()) for each in numbers)
     if not (is_finite and is_whole and is_known):
         raise CorruptRecordError(f"a piece of an index from block {head.first_block} on: its numbers are out of range")

@@ -70,6 +70,11 @@ def directions_of(keys: Tensor, mean: Tensor) -> Tensor:
     return torch.nn.functional.normalize(keys - mean, dim=-1).flatten(1)
 
 
+def are_scales(scales: Tensor) -> bool:
+    """Whether `[any]` float32 may be scales of directions, of which no element is above 1."""
+    return bool(((scales >= 0) & (scales <= 1)).all())
+
+
 def pack_rows(rows: TokenRows, words: Tensor) -> bytes:
     """One block's rows as bytes: scales, words `[num_rows]` int64, codes; as many bytes as `packed_nbytes` says."""
     parts = (rows.scales.numpy().astype("<f4"), words.numpy().astype("<u2"), rows.codes.numpy())
@@ -89,7 +94,7 @@ def unpack_rows(data: bytes, num_rows: int, width: int) -> tuple[TokenRows, Tens
     codes_at = words_at + num_rows * _WORD_NBYTES
     whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     scales = whole[:words_at].view(torch.float32)
-    if not bool(scales.isfinite().all()):
+    if not are_scales(scales):
         return None
     words = torch.from_numpy(np.frombuffer(data, "<u2", num_rows, words_at).astype(np.int64))
     return TokenRows(whole[codes_at:].view(torch.int8).view(num_rows, width), scales), words

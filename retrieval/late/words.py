@@ -67,8 +67,8 @@ class Vocabulary:
     def cut(self, num_words: int) -> None:
         """Have as many words, at most `MAX_WORDS`: later ones are forgotten, and missing ones are like nothing.
 
-        A piece that had to be made again may have made other words than at first. Later pieces keep their numbers; what
-        is lost are some of the rows of that one piece, or how its words are found.
+        A piece that had to be made again may have made other words than at first. Later pieces keep their numbers, and
+        the words that they made; where they hold a word that this piece had made at first, that is not found.
         """
         self._scales[min(num_words, self.num_words) :] = 0
         self._num_sorted = min(self._num_sorted, num_words)
@@ -77,6 +77,8 @@ class Vocabulary:
     def assign(self, rows: TokenRows) -> Tensor:
         """Give each row its word, making new words where none is like it: `[num_rows]` int64."""
         directions = torch.nn.functional.normalize(rows.decoded(self._dim), dim=1)
+        # A key that is the mean has no direction, and would be unlike itself: all of them are one word.
+        directions[~directions.any(dim=1), 0] = 1
         likeness, words = self._nearest(directions)
         first = self.num_words
         for some in (likeness < _ALIKE).nonzero()[:, 0].split(_BATCH_ROWS):

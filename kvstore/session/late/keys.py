@@ -11,6 +11,9 @@ from torch import Tensor
 from kvstore.layout import BlockLayout
 from kvstore.store import Entry, FetchRequest, Store
 
+_TOO_LARGE = 1e18
+"""Above, the length of a key, or the mean of many, is no number in 32 bits."""
+
 
 class BlockKeys:
     """Reads keys of a few layers.
@@ -57,8 +60,8 @@ class BlockKeys:
             slot = fresh[entry.index] if number is None else slots[number]
             keys = self._layout.keys(slot)[self._layers, :, : entry.num_tokens].cpu()
             keys = keys.permute(2, 0, 1, 3).flatten(2).float()
-            if not reason and not keys.isfinite().all():
-                reason = "its keys are not finite"
+            if not reason and not bool((keys.abs() < _TOO_LARGE).all()):
+                reason = "its keys are not finite, or too large"
             if reason:
                 self.damaged[entry.index] = reason
             found.append((entry, None if reason else keys))
