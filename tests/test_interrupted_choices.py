@@ -55,9 +55,10 @@ def test_a_choice_that_was_not_read_is_made_again(number: int, tmp_path: Path, m
             cache = attached.question()
             ask(attached, cache, PROMPTS[0])
             if is_interrupted:
-                with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                with monkeypatch.context() as patch:
                     interrupted(patch, "_reading", number)
-                    ask(attached, cache, PROMPTS[1][:, :1])
+                    with pytest.raises(KeyboardInterrupt):
+                        ask(attached, cache, PROMPTS[1][:, :1])
             found.append(ask(attached, cache, PROMPTS[1][:, :1]))
     torch.testing.assert_close(found[1], found[0])
 
@@ -69,9 +70,10 @@ def test_a_prompt_that_fails_in_the_last_layer_has_asked_for_nothing(
         attached.model(token_ids(163))
         expected = ask(attached, attached.question(), PROMPTS[1])
         cache = attached.question()
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             interrupted(patch, "inputs", 3)
-            ask(attached, cache, PROMPTS[0])
+            with pytest.raises(KeyboardInterrupt):
+                ask(attached, cache, PROMPTS[0])
         torch.testing.assert_close(ask(attached, cache, PROMPTS[1]), expected)
 
 
@@ -81,8 +83,13 @@ def test_a_pass_over_the_question_that_fails_behind_its_last_layer_is_needed_aga
         attached.model(token_ids(163))
         cache = attached.question()
         assert cache.branch is not None
-        with pytest.raises(KeyboardInterrupt), cache.recalling():
-            ask(attached, cache, PROMPTS[0])
-            raise KeyboardInterrupt
+
+        def stopped() -> None:
+            with cache.recalling():
+                ask(attached, cache, PROMPTS[0])
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            stopped()
         assert cache.branch.needs_recall
         assert cache.branch.num_tokens == 0

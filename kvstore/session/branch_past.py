@@ -47,7 +47,7 @@ class BranchPast(Attending):
         self._recent = self._entries[self._recent_first :]
         self._firsts = self._entries.first_tokens
         self._held: dict[int, Tensor] = {}
-        """By layer, where the order of rows says nothing and nothing was lost: which token each row of the past holds."""
+        """By layer, where rows may be in any order and nothing was lost: the token that each row of the past holds."""
         self.recall = Recall()
 
     def attend_to(
