@@ -193,6 +193,23 @@ def test_a_rollback_leaves_what_describes_no_more_than_is_left(tmp_path: Path, m
     assert found[0][1] == found[1][1]
 
 
+def test_what_found_no_room_is_kept_the_next_time(
+    fetched: list[BlockKey], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, how = make_model(), config(segmenter=Pages(1))
+    with attached_stream(tmp_path, model, how) as attached:
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "put_objects", lambda *_, **__: None)
+            append(attached, 0, 1200)
+        attached.model(token_ids(1200, seed=9))
+        attached.session.commit(partial=True)
+        attached.session.flush()
+    fetched.clear()
+    with attached_stream(tmp_path, model, how, Access.READ) as attached:
+        attached.session.view.search(how.policy).refresh(1, attached.session.view.entries)
+        assert len(fetched) < 40
+
+
 def test_units_of_other_tokens_are_none_of_those_that_were_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,7 +109,10 @@ class KeptViews:
         Raises:
             KVStoreError: what the store's writer ran into before.
         """
-        kind, objects, bounds = self._kind(num_sink_blocks), [], list(self._bounds)
+        kind, objects = self._kind(num_sink_blocks), []
+        there = {each.index for each in self._store.objects(self._name, kind)}
+        behind = range(_TAIL + 1, len(self._bounds))
+        bounds = self._bounds[: 1 + sum(1 for _ in takewhile(there.__contains__, behind))]  # some found no room
         num_blocks, name = len(entries), entries[-1].key
         least = min(memory.num_units for memory in layers)
         for unit in range(bounds[-1] + SEGMENT_ROWS, least + 1, SEGMENT_ROWS):
