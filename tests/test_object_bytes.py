@@ -54,3 +54,18 @@ def test_any_bytes_end_in_a_typed_error(key: bytes, value: bytes) -> None:
             check_body(data)
         with suppress(CorruptRecordError, UnsupportedFormatError):
             unpack_row(b"object " + key, data + struct.pack("<I", crc32c(b"object " + key + data)))
+
+
+def _row(kind: bytes, index: int, num_blocks: int) -> tuple[bytes, bytes]:
+    """A row of an object of one empty part: its key and its value, all checksums right."""
+    first = _body(1, 40, struct.pack("<II", 0, 0))
+    key = b"object " + bytes(8) + kind + b"\0" + struct.pack(">Q", index)
+    value = struct.pack("<BxxxIQ32s", 1, len(first), num_blocks, bytes(32)) + first
+    return key, value + struct.pack("<I", crc32c(key + value))
+
+
+def test_rows_with_names_and_numbers_that_no_writer_gives_are_refused() -> None:
+    assert unpack_row(*_row(b"kind", (1 << 63) - 1, (1 << 63) - 1)).kind == "kind"
+    for row in (_row(b"", 0, 0), _row(b"\xff", 0, 0), _row(b"A", 0, 0), _row(b"a", 1 << 63, 0), _row(b"a", 0, 1 << 63)):
+        with pytest.raises(CorruptRecordError, match="no writer"):
+            unpack_row(*row)

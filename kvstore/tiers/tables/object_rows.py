@@ -7,11 +7,11 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvstore.errors import CorruptRecordError, KVStoreError, UnsupportedFormatError
+from kvstore.errors import ConfigError, CorruptRecordError, KVStoreError, UnsupportedFormatError
 from kvstore.native import crc32c
 from kvstore.spec import BlockKey
 from kvstore.tiers.catalogue import ReadView, Table
-from kvstore.tiers.tables.object_body import HEAD_NBYTES, PackedObject, check_kind, unpack_head
+from kvstore.tiers.tables.object_body import HEAD_NBYTES, PackedObject, check_kind, check_number, unpack_head
 
 PREFIX = b"object "  # then stream id, kind, 0, index
 _VERSION = 1
@@ -100,7 +100,14 @@ def unpack_row(key: bytes, value: bytes) -> ObjectRow:
     head = unpack_head(first)
     if version != _VERSION or len(first) != first_nbytes or first_nbytes not in (HEAD_NBYTES, head.table_end):
         raise CorruptRecordError(f"object: a row of version {version} with {len(first)} bytes of its body")
-    return ObjectRow(kind.decode("ascii", "replace"), _ID.unpack(index)[0], num_blocks, BlockKey(body), first)
+    row = ObjectRow(kind.decode("ascii", "replace"), _ID.unpack(index)[0], num_blocks, BlockKey(body), first)
+    try:
+        check_kind(row.kind)
+        check_number("index", row.index)
+        check_number("num_blocks", row.num_blocks)
+    except ConfigError as error:
+        raise CorruptRecordError(f"object: its row says what no writer says: {error}") from error
+    return row
 
 
 def every_row(view: ReadView, prefix: bytes = PREFIX) -> Iterator[tuple[bytes, ObjectRow | KVStoreError]]:
