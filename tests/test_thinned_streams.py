@@ -123,6 +123,27 @@ def test_a_resumed_stream_equals_an_uninterrupted_one(name: str, killed: int, tm
         assert torch.equal(part, other)
 
 
+@pytest.mark.parametrize("is_dropped", [True, False])
+def test_a_forward_that_is_taken_back_has_no_say_in_what_stays(is_dropped: bool, tmp_path: Path) -> None:
+    found = []
+    for path in (tmp_path / "plain", tmp_path / "taken back"):
+        with stream(path, thinned("streaming_llm", Thinning(MostReceived(), 0.5, 40))) as attached:
+            model: Any = attached.model
+            model(IDS[:, :20])
+            if path.name == "taken back" and is_dropped:
+                model(token_ids(30, seed=6))
+                attached.session.drop(30)
+            elif path.name == "taken back":
+                handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    model(token_ids(30, seed=6))
+                handle.remove()
+            model(IDS[:, 20:40])
+            attached.session.commit(partial=True)
+            found.append([entry.key for entry in attached.session.view.entries])
+    assert found[0] == found[1]
+
+
 @pytest.fixture
 def choices(monkeypatch: pytest.MonkeyPatch) -> Choices:
     """Record what `Branch` attends to."""

@@ -110,6 +110,9 @@ class Appender:
         self._segments: deque[Segment] = deque()
         self._open: list[OpenBlock] = []
         self._pieces: list[_Piece] = []
+        self._votes: list[Tensor] = []
+        """By layer, mass that the open tokens got from the last forward: it counts unless that is dropped."""
+        self._num_voting = 0
 
     @property
     def open_blocks(self) -> Sequence[OpenBlock]:
@@ -143,8 +146,10 @@ class Appender:
             ids: [num_tokens] int64: token ids, or content hashes where tokens have no id of their own.
             positions: [rows, num_tokens] int64 RoPE positions.
         """
+        self._count_votes()
         self._pieces = []
         first, num_tokens = 0, ids.shape[0]
+        self._num_voting = num_tokens
         while first < num_tokens:
             if not self._open or self._open[-1].is_complete:
                 self._open.append(self._new_block())
@@ -179,12 +184,17 @@ class Appender:
             pool.keys(piece.block.slot_idx)[layer, :, rows].copy_(keys[:, source])
             pool.values(piece.block.slot_idx)[layer, :, rows].copy_(values[:, source])
 
-    def receive(self, layer: int, mass: Tensor) -> None:
-        """Add attention mass `[kv_heads, num_open_tokens]` float32 that the open tokens got in one layer."""
-        first = 0
-        for block in self._open:
-            block.received[layer, :, : block.filled] += mass[:, first : first + block.filled]
-            first += block.filled
+    def receive(self, mass: Tensor) -> None:
+        """Note the attention mass `[kv_heads, num_open_tokens]` float32 that the open tokens got in the next layer."""
+        self._votes.append(mass)
+
+    def _count_votes(self) -> None:
+        for layer, mass in enumerate(self._votes):
+            first = 0
+            for block in self._open:
+                block.received[layer, :, : block.filled] += mass[:, first : first + block.filled]
+                first += block.filled
+        self._votes.clear()
 
     def end(self, num_spare: int) -> None:
         """Note that every layer of the running forward is written, and forget its last tokens, which filled it up."""
@@ -206,6 +216,9 @@ class Appender:
         """
         if num_tokens > self.num_open_tokens:
             raise ConfigError(f"cannot drop {num_tokens} tokens; only {self.num_open_tokens} are not stored yet")
+        if num_tokens >= self._num_voting:
+            self._votes.clear()
+        self._num_voting = max(0, self._num_voting - num_tokens)
         while num_tokens:
             block = self._open[-1]
             count = min(block.filled, num_tokens)
@@ -241,6 +254,8 @@ class Appender:
         return self._thinning is not None and bool(groups) and self._thinning.concerns(groups)
 
     def _close(self, count: int) -> list[NewBlock]:
+        if count:
+            self._count_votes()
         run = [
             SlotTokens(block.slot_idx, torch.cat(block.positions, dim=1), block.received, block.segment.group)
             for block in self._open[:count]

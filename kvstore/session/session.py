@@ -119,7 +119,7 @@ class Session:
             appender.begin(ids, positions[:, 0])
         appender.write(layer, keys[0], values[0])
         inputs = self._window.inputs(layer, query, keys, values, positions)
-        appender.receive(layer, inputs.received(appender.num_open_tokens, self.num_spare, scale))
+        appender.receive(inputs.received(appender.num_open_tokens, self.num_spare, scale))
         if layer == self.view.num_layers - 1:
             appender.end(self.num_spare)
             self._window.is_stale = self.num_spare > 0
