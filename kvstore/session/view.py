@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvstore.errors import ConfigError, CorruptRecordError, StreamNotFoundError
 from kvstore.layout import BlockLayout
+from kvstore.retrieval.maxsim import LateInteraction
 from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.summary import Summary, SummaryKind
@@ -227,9 +228,13 @@ class StreamView:
             self._searches.pop(self.config.policy, None)
         if policy not in self._searches:
             late = policy.late
-            made = LateRanking(self.store, self.header, late) if late is not None else self.new_memory(policy)
+            made = self.new_ranking(late) if late is not None else self.new_memory(policy)
             self._searches[policy] = made
         return self._searches[policy]
+
+    def new_ranking(self, rule: LateInteraction) -> LateRanking:
+        """What a policy of late interaction ranks by, of nobody else."""
+        return LateRanking(self.store, self.header, rule)
 
     def new_memory(self, policy: Policy) -> StreamMemory:
         """What a policy with views selects from, of nobody else."""

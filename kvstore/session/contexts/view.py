@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from kvstore.errors import ConfigError, CorruptRecordError, StreamNotFoundError
+from kvstore.retrieval.maxsim import LateInteraction
 from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.positions import PositionPolicy
 from kvstore.retrieval.tokens import Rotate
 from kvstore.session.contexts.joining import Joined, Origin, join
 from kvstore.session.contexts.memory import ContextsMemory
+from kvstore.session.late.ranking import LateRanking
 from kvstore.session.reading.past import PastReader
 from kvstore.session.view import SessionConfig, StreamView
 from kvstore.spec import BlockKey
@@ -145,6 +147,10 @@ class ContextsView(StreamView):
     def first_block_within(self, num_tokens: int) -> int:
         """The block from which on all are read unasked: contexts have no recent end, they are chosen from or whole."""
         return self.num_sink_blocks if self.is_whole else len(self.entries)
+
+    def new_ranking(self, rule: LateInteraction) -> LateRanking:
+        """What a policy of late interaction ranks by; no stored index is of several streams together."""
+        return LateRanking(self.store, self.header, rule, is_kept=len(self._headers) == 1)
 
     def new_memory(self, policy: Policy) -> ContextsMemory:
         """What a policy with views selects from."""

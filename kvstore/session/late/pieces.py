@@ -30,6 +30,7 @@ class LatePieces:
         self._name = name
         self._kind = f"late-{'-'.join(map(str, layers))}"
         self._ahead: dict[int, bytes] = {}
+        self._is_queued = False
 
     def head(self, number: int, num_parts: int, part_dim: int) -> PieceHead | None:
         """A piece's head; None if it is not stored, or damaged."""
@@ -48,12 +49,19 @@ class LatePieces:
             return None
 
     def rows(self, wanted: Sequence[tuple[int, Sequence[int]]]) -> list[list[bytes | None]]:
-        """Rows of blocks, in one batch: (piece, numbers of the blocks in it) each; None for those that are damaged."""
+        """Rows of blocks, in one batch: (piece, numbers of the blocks in it) each; None for those that are damaged.
+
+        Waits for what `put` has queued, and raises like `Store.flush` then.
+        """
+        if self._is_queued:
+            self._store.flush()
+            self._is_queued = False
         parts = [(piece, [1 + block for block in blocks]) for piece, blocks in wanted]
         return self._store.read_objects(self._name, self._kind, parts)
 
     def put(self, number: int, head: PieceHead, blocks: Sequence[TokenRows], words: Sequence[Tensor]) -> None:
         """Store a piece behind the blocks it describes; raises like `Store.put_objects`."""
+        self._is_queued = True
         rows = [pack_rows(each, of_block) for each, of_block in zip(blocks, words, strict=True)]
         piece = NewObject(self._kind, number, head.end_block, [pack_head(head), *rows])
         self._store.put_objects(self._name, [piece], may_drop=True)

@@ -38,23 +38,28 @@ class LateRanking:
         store: the open store.
         header: the stream's header.
         rule: which layers are compared, and how.
+        is_kept: the index is stored beside the stream; else it is in memory alone, as of blocks of several streams.
     """
 
     @torch.inference_mode(False)  # its memory is written in every mode
-    def __init__(self, store: Store, header: StreamHeader, rule: LateInteraction) -> None:
+    def __init__(self, store: Store, header: StreamHeader, rule: LateInteraction, *, is_kept: bool = True) -> None:
+        self._store, self._name, self._is_kept = store, header.name, is_kept
         self._rule = rule
-        self._is_writer = store.is_writable
         self.layers = rule.layers(header.spec.num_layers)
         self._part_dim = header.spec.kv_heads * header.spec.key_dim
         self._width = len(self.layers) * self._part_dim
         self._keys = BlockKeys(store, BlockLayout(header.spec, header.block_tokens), self.layers)
-        self._pieces = LatePieces(store, header.name, self.layers)
+        self.damaged = self._keys.damaged
+        self._begin()
+
+    def _begin(self) -> None:
+        """Know nothing of the stream."""
+        self._pieces = LatePieces(self._store, self._name, self.layers)
         self._directory = Directory(self._part_dim)
-        self._tail = Tail(len(self.layers), self._part_dim, rule.piece_tokens)
+        self._tail = Tail(len(self.layers), self._part_dim, self._rule.piece_tokens)
         self._ends: list[int] = []
         self._in_memory: dict[int, tuple[TokenRows, Tensor]] = {}
         self._start: int | None = None
-        self.damaged = self._keys.damaged
 
     @torch.inference_mode(False)
     def refresh(self, num_sink_blocks: int, entries: Entries, fresh: Mapping[int, Tensor] | None = None) -> None:
@@ -65,22 +70,29 @@ class LateRanking:
             entries: the stream's entries from the first one on.
             fresh: slots, uint8, of blocks that may not be durable yet, by index; all others are.
         """
+        try:
+            self._index(num_sink_blocks, entries, fresh or {})
+        except BaseException:  # Ctrl-C too: rows that have left the tail may be in no piece yet
+            self._begin()
+            raise
+
+    def _index(self, num_sink_blocks: int, entries: Entries, fresh: Mapping[int, Tensor]) -> None:
         if self._start is None:
             if len(entries) <= num_sink_blocks:
                 return
             self._start = num_sink_blocks
         while (end := self._piece_end(entries)) is not None:
             first = self._ends[-1] if self._ends else self._start
-            head = self._pieces.head(len(self._ends), len(self.layers), self._part_dim)
+            head = self._pieces.head(len(self._ends), len(self.layers), self._part_dim) if self._is_kept else None
             if head is not None and (head.first_block, head.end_block) == (first, end) and self._fits(head, entries):
                 self._adopt(head)
                 continue
             waited = int(entries.sizes[first:].sum()) >= 2 * self._rule.piece_tokens
-            if not self._is_writer and not waited:
+            if self._is_kept and not self._store.is_writable and not waited:
                 break  # who appends is about to store it
-            self._take(entries, end, fresh or {})
+            self._take(entries, end, fresh)
             self._seal(first, end)
-        self._take(entries, len(entries), fresh or {})
+        self._take(entries, len(entries), fresh)
 
     @torch.inference_mode(False)
     def rank(self, question: Tensor, num_blocks: int) -> Ranking:
@@ -129,6 +141,7 @@ class LateRanking:
                 if found is None:
                     self.damaged[block] = _ROWS_LOST
                 else:
+                    self.damaged.pop(block, None)
                     yield (block, *found)
 
     def _weights(self, words: Tensor) -> Tensor:
@@ -168,7 +181,7 @@ class LateRanking:
         blocks = self._tail.take_until(end)
         head, words = seal(self._directory.vocabulary, self._tail.mean, first, blocks)
         self._directory.add(head, is_stored=False)
-        if self._is_writer:
+        if self._is_kept and self._store.is_writable:
             self._pieces.put(len(self._ends), head, blocks, words)
         else:
             self._in_memory |= dict(zip(range(first, end), zip(blocks, words, strict=True), strict=True))
