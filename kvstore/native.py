@@ -35,8 +35,8 @@ Rows of an index (csrc/index/byte_rows.hpp):
         [partitions, num_queries, width], and float32 scores [partitions, num_queries, stride] to be written.
     choose_units(views, table, budget_tokens, num_lists, out) -> bool: units that a budget holds for each list, by the
         sum of standard scores (csrc/index/unit_choice.hpp); a view is (scores, weight, share of neighbours).
-    find_words(postings, wanted, places): where words of uint16 `postings` are wanted, by a byte for each of the 65,536;
-        writes uint32 positions to `places`, which is as long as `postings`, and returns how many.
+    score_postings(postings, sizes, words, num_tokens, totals): what blocks earn by the words in them
+        (csrc/index/postings.hpp); words are (places, starts, tokens, gains), and float32 totals are written.
 
 Memory and files:
     Arena(nbytes, pinned): page-aligned writable memory, zero-filled, `nbytes` rounded up to pages; a buffer of uint8.
@@ -96,7 +96,6 @@ try:
         device_scatter_rows,
         encode_byte_rows,
         encode_record,
-        find_words,
         gather_rows,
         limit_simd,
         open_planes,
@@ -105,6 +104,7 @@ try:
         record_bound,
         scatter_rows,
         score_byte_rows,
+        score_postings,
         seal_extent,
         split_planes,
     )
@@ -139,7 +139,6 @@ __all__ = [
     "device_scatter_rows",
     "encode_byte_rows",
     "encode_record",
-    "find_words",
     "gather_rows",
     "limit_simd",
     "open_planes",
@@ -149,5 +148,6 @@ __all__ = [
     "scatter_rows",
     "seal_extent",
     "score_byte_rows",
+    "score_postings",
     "split_planes",
 ]

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from kvstore.errors import CorruptRecordError, KVStoreError, ShapeError, UnsupportedFormatError
-from kvstore.native import crc32c, find_words
+from kvstore.errors import CorruptRecordError, KVStoreError, UnsupportedFormatError
+from kvstore.native import crc32c
+from kvstore.retrieval.late import directory as directory_module
 from kvstore.retrieval.late import words as words_module
 from kvstore.retrieval.late.directory import Directory
 from kvstore.retrieval.late.piece import PieceHead, pack_head, seal, unpack_head
@@ -247,14 +247,19 @@ def test_a_row_that_stands_for_many_brings_the_floor_nearer() -> None:
     assert maxsim(similarity[:0], blocks, torch.ones(4), 3)[1].tolist() == [0.0] * 3
 
 
-def test_wanted_words_are_found_where_they_stand() -> None:
-    postings = np.array([5, 65535, 0, 5, 7], dtype=np.uint16)
-    wanted, places = np.zeros(65536, dtype=np.uint8), np.zeros(5, dtype=np.uint32)
-    assert find_words(postings.data, wanted.data, places.data) == 0
-    wanted[[5, 65535]] = 1, 255
-    assert find_words(postings.data, wanted.data, places.data) == 3
-    assert places[:3].tolist() == [0, 1, 3]
-    assert find_words(postings[:0].data, wanted.data, places[:0].data) == 0
-    for bad in ((postings.data, wanted[1:].data, places.data), (postings.data, wanted.data, places[1:].data)):
-        with pytest.raises(ShapeError, match="other sizes"):
-            find_words(*bad)
+def test_words_that_stand_nearly_everywhere_are_not_kept_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = [rows(6, seed) for seed in range(400)]
+    common = rows(2, 1000)
+    blocks = [TokenRows.joined([each, common], WIDTH) for each in everything]
+    found = []
+    for many in (directory_module._MANY_BLOCKS, 128):
+        monkeypatch.setattr(directory_module, "_MANY_BLOCKS", many)
+        directory = Directory(DIM)
+        for first in range(0, 400, 50):
+            head, _ = seal(directory.vocabulary, torch.zeros(PARTS, DIM), first, blocks[first : first + 50])
+            directory.add(head, is_stored=False)
+        found.append([directory.candidates(blocks[at].decoded(DIM), 5, 4, 400) for at in range(0, 400, 9)])
+        words = directory._postings._runs[0].num_words
+    assert found[0] == found[1]
+    assert all(at in each for at, each in zip(range(0, 400, 9), found[1], strict=True))
+    assert words < 400 * 7.5, "of 8 words a block, two stand everywhere"

@@ -2,6 +2,9 @@
 // Byte rows and their scores for Python.
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+#include <deque>
 #include <tuple>
 #include <vector>
 
@@ -123,12 +126,19 @@ bool choose(const std::vector<View>& asked,
                       {to[0], to[1], to[2], to[3], to[4]});
 }
 
-std::size_t find(const py::buffer& postings, const py::buffer& wanted, const py::buffer& places) {
+void score_words(const py::buffer& postings, const py::buffer& sizes,
+                 const std::array<py::buffer, 4>& words, std::size_t num_tokens,
+                 const py::buffer& totals) {
   const HeldBuffer from(postings, false);
-  const HeldBuffer words(wanted, false);
-  const HeldBuffer to(places, true);
+  const HeldBuffer of_block(sizes, false);
+  std::deque<HeldBuffer> held;
+  std::array<ConstBytes, 4> views;
+  std::transform(words.begin(), words.end(), views.begin(),
+                 [&held](const py::buffer& each) { return held.emplace_back(each, false).readable(); });
+  const HeldBuffer to(totals, true);
   const py::gil_scoped_release released;
-  return find_words(from.readable(), words.readable(), to.writable());
+  score_postings(from.readable(), of_block.readable(),
+                 {views[0], views[1], views[2], views[3], num_tokens}, to.writable());
 }
 
 }  // namespace
@@ -140,7 +150,8 @@ void bind_index(py::module_& module) {
            "codes"_a, "low"_a, "step"_a, "partitions"_a, "rows"_a, "width"_a);
   module.def("encode_byte_rows", &encode, "rows"_a, "codes"_a, "low"_a, "step"_a, "partitions"_a,
              "num_rows"_a, "width"_a);
-  module.def("find_words", &find, "postings"_a, "wanted"_a, "places"_a);
+  module.def("score_postings", &score_words, "postings"_a, "sizes"_a, "words"_a, "num_tokens"_a,
+             "totals"_a);
   module.def("score_byte_rows", &score, "jobs"_a, "num_threads"_a);
   module.def("choose_units", &choose, "views"_a, "table"_a, "budget_tokens"_a, "num_lists"_a,
              "out"_a);

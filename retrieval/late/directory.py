@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from kvstore.errors import CorruptRecordError
-from kvstore.native import find_words
 from kvstore.retrieval.late.piece import PieceHead
+from kvstore.retrieval.late.postings import Postings, Words
 from kvstore.retrieval.late.words import MAX_WORDS, Vocabulary
-
-_ALL_WORDS = 1 << 16
-_MOST_JOINED = 1 << 18
 
 _RARE = 32
 """A word that stands in fewer than one of so many blocks tells something."""
+
+_MANY_BLOCKS = 1 << 13
+"""From as many on, the words that tell nothing are not kept."""
 
 
 class Directory:
@@ -31,12 +31,10 @@ class Directory:
     def __init__(self, part_dim: int) -> None:
         self._part_dim = part_dim
         self.vocabulary = Vocabulary(part_dim)
-        self._postings: list[np.ndarray[tuple[int], np.dtype[np.uint16]]] = []
-        self._starts = [torch.zeros(1, dtype=torch.int64)]
-        self._rows = [torch.empty(0, dtype=torch.int64)]
+        self._postings = Postings()
+        self._rows = [torch.empty(0, dtype=torch.int32)]
         self._first_block = 0
         self._num_blocks = 0
-        self._num_postings = 0
         self._counts = torch.zeros(MAX_WORDS, dtype=torch.int64)
         self.rows_of_word = torch.zeros(MAX_WORDS, dtype=torch.int64)
         """Rows of sealed blocks, of each word."""
@@ -65,15 +63,25 @@ class Directory:
             self.vocabulary.extend(head.new_words)
         if self._num_blocks == 0:
             self._first_block = head.first_block
-        self._postings.append(head.postings)
-        while len(self._postings) > 1 and _is_to_join(*self._postings[-2:]):
-            self._postings[-2:] = [np.concatenate(self._postings[-2:])]
-        self._starts.append(self._num_postings + head.postings_of_block.cumsum(0))
-        self._rows.append(head.rows_of_block)
-        self._num_postings += head.postings.shape[0]
+        self._rows.append(head.rows_of_block.int())
         self._num_blocks += head.rows_of_block.shape[0]
         self._counts += torch.from_numpy(np.bincount(head.postings, minlength=MAX_WORDS))
+        self._postings.add(*self._telling(head))
         self.rows_of_word[head.counted] += head.counts
+
+    def _telling(self, head: PieceHead) -> tuple[Words, Tensor]:
+        """The words of a piece's blocks that will earn something, and how many each has.
+
+        One that stands in more than one of `_RARE` blocks is never above the floor: in a long stream, those that stand
+        in twice as many are left out. One that turns rare long after is not found where it was common.
+        """
+        sizes = head.postings_of_block
+        if self._num_blocks < _MANY_BLOCKS:
+            return head.postings, sizes
+        is_kept = (self._counts < 2 * self._num_blocks // _RARE).numpy()[head.postings]
+        before = np.concatenate([[0], is_kept.cumsum()])
+        ends = sizes.cumsum(0).numpy()
+        return head.postings[is_kept], torch.from_numpy(before[ends] - before[ends - sizes.numpy()])
 
     def num_rows(self, block: int) -> int:
         """Rows of a sealed block."""
@@ -101,34 +109,12 @@ class Directory:
         num_hits = max(num_hits, (end - first) // _RARE)
         is_near = self._counts[best.indices].cumsum(dim=1) < num_hits
         floor = best.values.gather(1, is_near.sum(dim=1).clamp_max(best.values.shape[1] - 1)[:, None])
-        above = (likeness - floor).clamp_min_(0)
+        above = likeness.sub_(floor).clamp_min_(0)
         above *= (self._num_blocks / self._counts[: above.shape[1]].clamp_min(1)).log().clamp_min_(0)
-        numbers = self._numbers_of(above.amax(dim=0) > 0)
-        words = torch.from_numpy(numbers[1])
-        block = torch.searchsorted(_joined(self._starts), torch.from_numpy(numbers[0]), right=True) - 1
-        total = torch.zeros(self._num_blocks)
-        for of_word in above[
-            above.amax(dim=1) > 0
-        ]:  # token by token: all at once would take memory by the stream's length
-            earned = of_word[words]
-            is_met = earned > 0
-            total += torch.zeros(self._num_blocks).scatter_reduce_(0, block[is_met], earned[is_met], "amax")
+        total = self._postings.earned(above)
         total[end - first :] = 0
         order = total.topk(min(num_wanted, int((total > 0).sum()))).indices
         return sorted((order + first).tolist())
-
-    def _numbers_of(self, wanted: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Where wanted words stand among all postings, and which they are."""
-        mask = np.zeros(_ALL_WORDS, dtype=np.uint8)
-        mask[: wanted.shape[0]] = wanted.numpy()
-        places, words, first = [], [], 0
-        for postings in self._postings:
-            room = np.empty(postings.shape[0], dtype=np.uint32)
-            at = room[: find_words(postings.data, mask.data, room.data)]
-            places.append(at.astype(np.int64) + first)
-            words.append(postings[at].astype(np.int64))
-            first += postings.shape[0]
-        return np.concatenate(places), np.concatenate(words)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -136,8 +122,3 @@ def _joined(parts: list[Tensor]) -> Tensor:
     if len(parts) > 1:
         parts[:] = [torch.cat(parts)]
     return parts[0]
-
-
-def _is_to_join(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two runs of postings become one: few runs, each copied few times, and none too long to be copied."""
-    return bool(one.shape[0] < 2 * other.shape[0] and one.shape[0] + other.shape[0] <= _MOST_JOINED)
