@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An endless chat: hours of simulated turns and replies in one stream; memory, disk, and what the model makes of it."""
+"""An endless chat: hours of simulated turns and replies in one stream; memory, disk, and what the model makes of it.
+
+Ends with an error, behind the rows, where memory grows, replies are no text, or a fresh window foresees more."""
 
 from __future__ import annotations
 
@@ -23,6 +25,7 @@ from machine import ROOT
 from talk.listening import Listener
 from talk.quarter import QUARTER_S, TOKENS_PER_S, Quarter, memory_mib, slope
 from talk.turns import Turn, turns
+from talk.verdict import SETTLED, faults
 
 sys.path.append(str(ROOT / "examples"))
 from demo_scoring import is_hit
@@ -31,8 +34,6 @@ HOURS, QUICK_HOURS = 3.0, 1 / 6
 REPLY_TOKENS = 24
 SAMPLE_EVERY = 4
 HOST_NBYTES = 64 << 20
-SETTLED = 2
-"""Quarters until caches are full: growth is measured behind them."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -201,6 +202,8 @@ def main() -> None:
         report_quarters(report, policy, found[policy], spec.token_nbytes)
         report.write()  # what is there, should the next one be stopped
     print(table(found))
+    wrong = [f"{policy}, {fault}" for policy, quarters in found.items() for fault in faults(quarters)]
+    check(not wrong, "; ".join(wrong))
 
 
 if __name__ == "__main__":

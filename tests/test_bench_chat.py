@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ with pytest.MonkeyPatch.context() as patch:
     import bench_chat
     from harness import check_rows
     from talk import turns as turns_module
+    from talk import verdict
     from talk.quarter import Quarter, slope
     from talk.turns import FEWEST_TOKENS, MOST_TOKENS, turns
+    from talk.verdict import faults
 
 
 def test_rows_of_a_short_chat_have_their_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,6 +31,7 @@ def test_rows_of_a_short_chat_have_their_baselines(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(bench_chat, "load", lambda _: LanguageModel(make_model(), tokenizer, Path("tiny")))
     monkeypatch.setattr(bench_chat, "SAMPLE_EVERY", 2)
     monkeypatch.setattr(bench_chat, "REPLY_TOKENS", 3)
+    monkeypatch.setattr(verdict, "LEAST_PRINTABLE", 0.0)  # a random model says anything
     monkeypatch.setattr(bench_chat, "QUARTER_S", 100.0)  # 1,000 tokens: what the window holds
     for name, value in (("FEWEST_TOKENS", 200), ("MOST_TOKENS", 300), ("TELL_EVERY", 2), ("ASK_AFTER", 2)):
         monkeypatch.setattr(turns_module, name, value)
@@ -83,3 +87,27 @@ def test_growth_is_that_of_a_line_and_repetitions_are_seen() -> None:
     quarter = Quarter(replies=["a b c d", "a a a a"])
     assert quarter.distinct == pytest.approx((1 + 0.25) / 2)
     assert Quarter(replies=["ab\n", "\x00"]).printable == pytest.approx(3 / 4)
+
+
+def _good(memory_mib: float = 100.0) -> Quarter:
+    said = {"said": [1.0], "halves": [(1.0, 1.05, 0.9)], "replies": ["so it goes", "yes\n"]}
+    return Quarter(times_s=[1.0], memory_mib=[memory_mib], disk_mib=[1.0], **said)
+
+
+def test_a_chat_that_goes_on_as_it_began_has_no_faults() -> None:
+    assert faults([_good(50), _good(), _good(104), _good(96)]) == []
+    assert faults([_good()]) == []
+
+
+@pytest.mark.parametrize(
+    ("quarter", "fault"),
+    [
+        (_good(106), "quarter 3: 106 MiB of memory, after 100"),
+        (replace(_good(), replies=["\x00\x01 a", "b"]), "can be printed"),
+        (replace(_good(), replies=["no no no no no"]), "no repetition"),
+        (replace(_good(), halves=[(1.0, 1.2, 1.0)]), "from a fresh window"),
+    ],
+)
+def test_what_a_long_chat_must_not_do_is_a_fault(quarter: Quarter, fault: str) -> None:
+    (found,) = faults([_good(), _good(), quarter])
+    assert fault in found
