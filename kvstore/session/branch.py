@@ -178,7 +178,7 @@ class Branch(BranchPast):
         if layer == 0:
             self._forget_unfinished()
         if self._phase is _Phase.SCOUT:
-            self._scout_keys[layer] = keys[0, :, : keys.shape[2] - self.num_spare]
+            self._scout_keys[layer] = keys[0, :, : keys.shape[2] - self.num_spare].detach()
             return self._scout.inputs(layer, query, keys, values, positions)
         if self._choices is not None:
             count = query.shape[2] - self.num_spare

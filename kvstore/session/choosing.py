@@ -79,7 +79,7 @@ class LayerChoices:
         if layer == 0:
             self._asking.clear()  # of a forward that failed midway
         state, policy = self._layers[layer], self.policy
-        newest = query[:, -1].float()
+        newest = query[:, -1].detach().float()
         if is_first or state.asked_by is None:
             state.step, state.waiting, choice = 0, None, Choice.SELECT
             state.is_full = layer < policy.full_layers and self._fits()
@@ -90,7 +90,7 @@ class LayerChoices:
             choice = policy.trigger.choose(state.step, newest, state.asked_by)
         if choice is Choice.KEEP:
             return self._take_waiting(layer)
-        state.asked_by = newest
+        state.asked_by = newest.clone()  # a view would hold the prompt's queries, of every layer
         if state.is_full:
             everything = torch.arange(self._first, max(self._first, self._end))
             return Selection((everything,), (), torch.empty(1, 0, dtype=torch.bool), torch.empty(1, 0))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions that are interrupted while a layer chooses: the next forward reads what it chooses itself."""
+"""What a question leaves behind while its layers choose: nothing that was interrupted, and no graph."""
 
 from __future__ import annotations
 
@@ -93,3 +93,17 @@ def test_a_pass_over_the_question_that_fails_behind_its_last_layer_is_needed_aga
             stopped()
         assert cache.branch.needs_recall
         assert cache.branch.num_tokens == 0
+
+
+@pytest.mark.parametrize("name", ["auto", "maxsim", "streamkv"])
+def test_a_question_asked_with_gradients_is_answered_and_holds_none(name: str, tmp_path: Path) -> None:
+    with attached_stream(tmp_path, make_model(), config(name, OncePerQuestion())) as attached, torch.enable_grad():
+        attached.model(token_ids(163))
+        cache = attached.question()
+        ask(attached, cache, PROMPTS[0])
+        assert attached.last.spans
+        choices = cache.branch._choices if cache.branch is not None else None
+        for asked_by in (state.asked_by for state in choices._layers) if choices is not None else ():
+            assert asked_by is not None
+            assert not asked_by.requires_grad
+            assert asked_by.untyped_storage().nbytes() == asked_by.nbytes, "of the newest token, not of all"
