@@ -20,6 +20,8 @@ from kvstore.session.late.pieces import LatePieces
 from kvstore.store import Entries, Store, StreamHeader
 
 _BATCH = 16
+_BATCH_TOKENS = 128
+"""Of a question, that are compared with all rows at once: turns of a chat have hundreds."""
 _SEALED_LOST = "its keys could not be read when it was indexed"
 _ROWS_LOST = "its rows of the index are damaged"
 
@@ -109,9 +111,11 @@ class LateRanking:
         blocks = torch.tensor([block for block, _, _ in found], dtype=torch.int64)
         row_blocks = blocks.repeat_interleave(torch.tensor([rows.num_rows for _, rows, _ in found], dtype=torch.int64))
         words = torch.cat([torch.empty(0, dtype=torch.int64), *(words for _, _, words in found)])
-        similarity = rows.products(directions)
-        numbers, scores = maxsim(similarity, row_blocks, self._weights(words), self._rule.hits_per_token)
-        return _ranked(numbers, scores, num_blocks)
+        weights, hits = self._weights(words), self._rule.hits_per_token
+        batches = directions.split(_BATCH_TOKENS)
+        found_of = [maxsim(rows.products(some), row_blocks, weights, hits) for some in batches]
+        scores = torch.stack([scores for _, scores in found_of]).sum(dim=0)
+        return _ranked(found_of[0][0], scores, num_blocks)
 
     def _rows(self, directions: Tensor, num_blocks: int) -> Iterator[tuple[int, TokenRows, Tensor]]:
         """Yield the blocks that are looked at, with their rows and the words of these; -1 in the tail."""
