@@ -116,6 +116,24 @@ def choose_units(
     num_lists: int,
     out: Sequence[Buffer],
 ) -> bool: ...
+
+class UnitRows:
+    def __init__(
+        self,
+        views: Sequence[tuple[Sequence[ByteRows], Sequence[tuple[Buffer, int]], bool, bool, float, float]],
+        table: Sequence[Buffer],
+    ) -> None: ...
+    def choose(
+        self,
+        queries: Buffer,
+        factors: Buffer,
+        shape: tuple[int, int, int],
+        budget_tokens: int,
+        num_lists: int,
+        num_threads: int,
+        out: Sequence[Buffer],
+    ) -> bool: ...
+
 def score_postings(
     postings: Buffer, sizes: Buffer, words: tuple[Buffer, Buffer, Buffer, Buffer], num_tokens: int, totals: Buffer
 ) -> None: ...

@@ -35,6 +35,11 @@ Rows of an index (csrc/index/byte_rows.hpp):
         [partitions, num_queries, width], and float32 scores [partitions, num_queries, stride] to be written.
     choose_units(views, table, budget_tokens, num_lists, out) -> bool: units that a budget holds for each list, by the
         sum of standard scores (csrc/index/unit_choice.hpp); a view is (scores, weight, share of neighbours).
+    UnitRows(views, table): rows of a layer's units, held, to be asked for each forward (csrc/index/unit_question.hpp);
+        a view is (segments, [(float32 rows [heads, capacity, width], how many count)], is_bound, is_shared, weight,
+        share of neighbours).
+        choose(queries, factors, shape, budget_tokens, num_lists, num_threads, out) -> bool: like `choose_units`, by
+        float32 queries [heads, group, dim], which is `shape`, and what rotates them, [views, 2, dim].
     score_postings(postings, sizes, words, num_tokens, totals): what blocks earn by the words in them
         (csrc/index/postings.hpp); words are (places, starts, tokens, gains), and float32 totals are written.
 
@@ -82,6 +87,7 @@ try:
         PlaneDirectory,
         RecordPart,
         Ticket,
+        UnitRows,
         build_info,
         choose_units,
         copy_memory,
@@ -126,6 +132,7 @@ __all__ = [
     "RecordPart",
     "Ticket",
     "build_info",
+    "UnitRows",
     "choose_units",
     "copy_memory",
     "copy_to_device",

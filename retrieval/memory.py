@@ -17,6 +17,7 @@ from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.selectors.budget import LayeredSelector, TokenBudget
 from kvstore.retrieval.tokens import LayerQuery, LayerTokens
 from kvstore.retrieval.unit_choice import choose
+from kvstore.retrieval.unit_question import UnitQuestions
 from kvstore.retrieval.unit_table import UnitTable, list_rows
 from kvstore.retrieval.units import Units
 from kvstore.retrieval.view import Pool
@@ -73,6 +74,7 @@ class LayerMemory:
         self.policy = policy
         selector = policy.selector
         self.selector = selector.in_layer(layer) if isinstance(selector, LayeredSelector) else selector
+        self._questions = UnitQuestions(policy, self.selector)
         self._segmenter = policy.segmenter
         self._key_dim = key_dim
         self.scale = key_dim**-0.5
@@ -179,6 +181,11 @@ class LayerMemory:
         Raises:
             ShapeError: extra scores are not one per unit.
         """
+        if not extra:
+            indices = [(index, *self._shown[number : number + 1]) for number, index in enumerate(self.indices)]
+            native = self._questions.choose(indices, self.table, query, end, budget_tokens)
+            if native is not None:
+                return Selection(native.tokens, native.units, native.marks, native.scores)
         return select_together([self], query, budget_tokens, end, [extra])[0]
 
     def score(self, query: LayerQuery) -> Tensor:

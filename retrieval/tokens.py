@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Protocol
@@ -133,12 +133,14 @@ class LayerQuery:
         positions: [rows, num_tokens] int64.
         rotate: as in `LayerTokens`.
         far_position: where queries stand in `Space.FAR`.
+        turns: what `last_turns` has found, to be shared by queries that stand at the same positions.
     """
 
     query: Tensor
     positions: Tensor
     rotate: Rotate | None
     far_position: int = 0
+    turns: dict[tuple[Space, ...], Tensor | None] = field(default_factory=dict, compare=False)
 
     @staticmethod
     def joined(queries: Sequence[LayerQuery]) -> LayerQuery:
@@ -165,3 +167,33 @@ class LayerQuery:
         if space is Space.FAR:
             positions = torch.full_like(positions, self.far_position)
         return self.rotate(query.flatten(0, 1)[None], positions[:, None].to(query.device))[0].view_as(query)
+
+    def last_turns(self, spaces: tuple[Space, ...]) -> Tensor | None:
+        """What turns the last token's queries to each space, where the model rotates halves of a head against another.
+
+        A turned `q` is `q * turns[space, 0] + q.roll(half) * turns[space, 1]`, bit for bit.
+
+        Returns:
+            [num_spaces, 2, key_dim] float32; None where it rotates in another way.
+
+        Raises:
+            ConfigError: see `in_space`.
+        """
+        if spaces not in self.turns:
+            self.turns[spaces] = self._last_turns(spaces)
+        return self.turns[spaces]
+
+    def _last_turns(self, spaces: tuple[Space, ...]) -> Tensor | None:
+        dim = self.query.shape[3]
+        first = (torch.arange(dim) < dim // 2).float()
+        mixed = torch.randn(dim, generator=torch.Generator().manual_seed(0))
+        probes = torch.stack([first, 1 - first, mixed]).to(self.query.device)
+        asked = replace(self, query=probes[None, :, None], positions=self.positions[:, -1:])
+        found = []
+        for space in spaces:
+            of_first, of_second, of_mixed = asked.in_space(space, slice(None))[0, :, 0].cpu()
+            own, other = of_first.where(first > 0, of_second), of_second.where(first > 0, of_first)
+            if dim % 2 or not torch.equal(mixed * own + mixed.roll(dim // 2) * other, of_mixed):
+                return None
+            found.append(torch.stack([own, other]))
+        return torch.stack(found)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,44 @@ class Chosen:
     marks: Tensor
     units: tuple[Tensor, ...]
     tokens: tuple[Tensor, ...]
+
+
+class Room:
+    """Where a native call writes what is chosen.
+
+    Args:
+        num_lists: lists that choose.
+        num_units: of each.
+        num_tokens: of all units of a list.
+        most_tokens: that a list may read.
+    """
+
+    def __init__(self, num_lists: int, num_units: int, num_tokens: int, most_tokens: int) -> None:
+        self._most_tokens = most_tokens = min(most_tokens, num_tokens)
+        self._most_units = most_units = min(most_tokens, num_units)
+        self._fused = torch.empty(num_lists, num_units)
+        self._marks = torch.empty(num_lists, num_units, dtype=torch.bool)
+        self._numbers = torch.empty(num_lists * (most_units + most_tokens), dtype=torch.int64)
+        self._counts = np.empty((num_lists, 2), dtype=np.int64)
+        numbers, tokens_at = self._numbers.numpy(), num_lists * most_units
+        self.buffers = [
+            self._fused.numpy().data,
+            self._marks.numpy().data,
+            numbers[:tokens_at].data,
+            numbers[tokens_at:].data,
+            self._counts.data,
+        ]
+        """Fused scores, marks, units, tokens, counts."""
+
+    def chosen(self) -> Chosen:
+        """What was written."""
+        counts = self._counts.tolist()
+        sizes = []
+        for column, most in enumerate((self._most_units, self._most_tokens)):
+            for of_list in counts:
+                sizes += [of_list[column], most - of_list[column]]
+        parts = self._numbers.split(sizes)[::2]
+        return Chosen(self._fused, self._marks, parts[: len(counts)], parts[len(counts) :])
 
 
 def choose(
@@ -60,13 +99,7 @@ def choose(
     assert isinstance(fusion, StandardScores), "just checked"
     columns = table.columns(end)
     num_lists, num_units = max(each.shape[0] for each in views), table.num_units
-    most_tokens = min(max(budget_tokens, int(columns[2].max())), table.num_tokens)
-    most_units = min(most_tokens, num_units)
-    marks = torch.empty(num_lists, num_units, dtype=torch.bool)
-    fused = torch.empty(num_lists, num_units)
-    numbers = torch.empty(num_lists * (most_units + most_tokens + 2), dtype=torch.int64)
-    parts = numbers.split([num_lists * most_units, num_lists * most_tokens, num_lists * 2])
-    units, tokens, counts = (part.view(num_lists, -1) for part in parts)
+    room = Room(num_lists, num_units, table.num_tokens, max(budget_tokens, int(columns[2].max())))
     weights = fusion.weights or (1.0,) * len(views)
     shares = fusion.neighbours or (0.0,) * len(views)
     is_done = choose_units(
@@ -77,14 +110,6 @@ def choose(
         [column.numpy().data for column in columns],
         budget_tokens,
         num_lists,
-        [each.numpy().data for each in (fused, marks, units, tokens, counts)],
+        room.buffers,
     )
-    if not is_done:
-        return None
-    had = counts.tolist()
-    return Chosen(
-        fused,
-        marks,
-        tuple(row[:count] for row, (count, _) in zip(units, had, strict=True)),
-        tuple(row[:count] for row, (_, count) in zip(tokens, had, strict=True)),
-    )
+    return room.chosen() if is_done else None

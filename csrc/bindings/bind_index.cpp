@@ -13,6 +13,7 @@
 #include "index/byte_rows.hpp"
 #include "index/postings.hpp"
 #include "index/unit_choice.hpp"
+#include "index/unit_question.hpp"
 
 namespace py = pybind11;
 using py::literals::operator""_a;
@@ -126,6 +127,66 @@ bool choose(const std::vector<View>& asked,
                       {to[0], to[1], to[2], to[3], to[4]});
 }
 
+// Segments, (float rows, how many count), whether it is a bound, whether heads share it, weight,
+// share.
+using Asked = std::tuple<std::vector<py::object>,
+                         std::vector<std::pair<py::buffer, std::size_t>>,
+                         bool,
+                         bool,
+                         float,
+                         float>;
+
+// A layer's units, whose memory Python owns; it is held as long as this object lives.
+class HeldUnits {
+ public:
+  HeldUnits(const std::vector<Asked>& views, const Buffers& table) {
+    KV_EXPECT(table.size() == 4, ShapeError, "a table is starts, sizes, before, tokens");
+    for (const py::buffer& each : table) {
+      table_.emplace_back(each, false);
+    }
+    for (const auto& [segments, floats, is_bound, is_shared, weight, share] : views) {
+      AskedView& view = asked_.emplace_back(AskedView{{}, {}, is_bound, is_shared, weight, share});
+      for (const py::object& segment : segments) {
+        view.segments.push_back(&py::cast<const HeldByteRows&>(segment).rows());
+        segments_.push_back(segment);
+      }
+      for (const auto& [rows, num_rows] : floats) {
+        view.floats.push_back({floats_.emplace_back(rows, false).readable(), num_rows});
+      }
+    }
+  }
+
+  bool choose(const py::buffer& queries,
+              const py::buffer& factors,
+              const std::tuple<std::size_t, std::size_t, std::size_t>& shape,
+              std::int64_t budget_tokens,
+              std::size_t num_lists,
+              std::size_t num_threads,
+              const Buffers& out) const {
+    KV_EXPECT(out.size() == 5, ShapeError, "room is fused, chosen, units, tokens, counts");
+    const HeldBuffer from(queries, false);
+    const HeldBuffer by(factors, false);
+    std::vector<HeldBuffer> held;
+    std::vector<Bytes> to;
+    held.reserve(out.size());
+    for (const py::buffer& each : out) {
+      to.push_back(held.emplace_back(each, true).writable());
+    }
+    const py::gil_scoped_release released;
+    const auto [heads, group, dim] = shape;
+    return ask_units(
+        asked_, {from.readable(), by.readable(), heads, group, dim},
+        {table_[0].readable(), table_[1].readable(), table_[2].readable(), table_[3].readable()},
+        budget_tokens, num_lists, num_threads, {to[0], to[1], to[2], to[3], to[4]});
+  }
+
+ private:
+  std::vector<py::object> segments_;
+  std::vector<HeldBuffer> table_;
+  std::vector<HeldBuffer> floats_;
+  std::vector<AskedView> asked_;
+};
+
 void score_words(const py::buffer& postings, const py::buffer& sizes,
                  const std::array<py::buffer, 4>& words, std::size_t num_tokens,
                  const py::buffer& totals) {
@@ -148,6 +209,10 @@ void bind_index(py::module_& module) {
       .def(py::init<const py::buffer&, const py::buffer&, const py::buffer&, std::size_t,
                     std::size_t, std::size_t>(),
            "codes"_a, "low"_a, "step"_a, "partitions"_a, "rows"_a, "width"_a);
+  py::class_<HeldUnits>(module, "UnitRows")
+      .def(py::init<const std::vector<Asked>&, const Buffers&>(), "views"_a, "table"_a)
+      .def("choose", &HeldUnits::choose, "queries"_a, "factors"_a, "shape"_a, "budget_tokens"_a,
+           "num_lists"_a, "num_threads"_a, "out"_a);
   module.def("encode_byte_rows", &encode, "rows"_a, "codes"_a, "low"_a, "step"_a, "partitions"_a,
              "num_rows"_a, "width"_a);
   module.def("score_postings", &score_words, "postings"_a, "sizes"_a, "words"_a, "num_tokens"_a,

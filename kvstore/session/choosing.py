@@ -14,7 +14,7 @@ from kvstore.retrieval.fusion import ExtraScores
 from kvstore.retrieval.memory import Selection
 from kvstore.retrieval.policy import Policy
 from kvstore.retrieval.selectors.budget import SharingSelector
-from kvstore.retrieval.tokens import LayerQuery
+from kvstore.retrieval.tokens import LayerQuery, Space
 from kvstore.retrieval.triggers.trigger import Choice
 from kvstore.session.recall import Speculation
 from kvstore.session.stream_memory import StreamMemory
@@ -59,6 +59,8 @@ class LayerChoices:
     _layers: list[_Layer] = field(init=False)
     _firsts: Tensor = field(init=False)
     _asking: dict[int, LayerQuery] = field(init=False, default_factory=dict)
+    _asked_at: Tensor | None = field(init=False, default=None)
+    _turns: dict[tuple[Space, ...], Tensor | None] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._firsts = self.entries.first_tokens
@@ -96,7 +98,9 @@ class LayerChoices:
             return Selection((everything,), (), torch.empty(1, 0, dtype=torch.bool), torch.empty(1, 0))
         view = self.view
         grouped = query.reshape(view.header.spec.kv_heads, -1, *query.shape[1:])
-        asking = LayerQuery(grouped, positions, view.rotate, view.config.window_tokens)
+        if layer == 0 or positions is not self._asked_at:
+            self._asked_at, self._turns = positions, {}
+        asking = LayerQuery(grouped, positions, view.rotate, view.config.window_tokens, self._turns)
         if choice is Choice.SELECT_NEXT:
             self._asking[layer] = asking
             return self._take_waiting(layer)

@@ -69,6 +69,11 @@ class MatrixIndex:
         """See `PartitionedIndex`."""
         return self._num_rows
 
+    @property
+    def room(self) -> Tensor:
+        """[num_partitions, capacity, width] float32, contiguous: the rows, and room for more."""
+        return self._rows
+
     def add(self, rows: Tensor) -> None:
         """See `PartitionedIndex`."""
         check_partitions(rows, self._rows.shape[0], self._rows.shape[2])
