@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +44,25 @@ def test_compaction_moves_objects_and_readers_find_them(tmp_path: Path) -> None:
         assert report.after_nbytes <= store.stats().usage.extent_used_nbytes + EXTENT_NBYTES
         assert all(read(store, each) for each in OBJECTS)
         assert store.verify().is_clean
+
+
+def test_an_object_that_is_moved_meanwhile_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store(tmp_path) as store:
+        store.put([block_key(20)], [make_slot(9)], [40])
+        stream(store, 4, *OBJECTS)
+        store.remove([block_key(20)])
+        bodies = store._object_reader()._bodies
+        read = bodies.read
+
+        def moving(*args: Any) -> Any:
+            monkeypatch.setattr(bodies, "read", read)  # once
+            Compactor(store._disk, store._pool).run()
+            store.put_objects("lecture", [new(index, 0, 3000) for index in range(5, 30)])  # where the table was
+            store.flush()
+            return read(*args)
+
+        monkeypatch.setattr(bodies, "read", moving)
+        assert [entry.index for entry in store.objects("lecture", "index")] == [0, 1, 2, *range(5, 30)]
 
 
 def test_a_full_store_evicts_blocks_and_never_objects(tmp_path: Path) -> None:

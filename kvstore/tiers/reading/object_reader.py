@@ -90,10 +90,13 @@ class ObjectReader:
 
     def entries(self, name: str, kind: str) -> list[ObjectEntry]:
         """See `Store.objects`."""
-        with self._disk.catalogue.read() as view:
-            rows = object_rows(view, find_stream_id(view, name), kind)
-            readings = [_Reading(row.index, (), self._place(view, row)) for row in rows]
-        self._load_tables(readings)
+        for _ in range(_MAX_ROUNDS):
+            with self._disk.catalogue.read() as view:
+                rows = object_rows(view, find_stream_id(view, name), kind)
+                readings = [_Reading(row.index, (), self._place(view, row)) for row in rows]
+            self._load_tables(readings)
+            if all(each.is_done() for each in readings if each.place is not None):
+                break  # else a writer may have moved or replaced one since the look-up
         return [
             ObjectEntry(row.index, row.num_blocks, tuple(each.table.sizes))
             for row, each in zip(rows, readings, strict=True)
