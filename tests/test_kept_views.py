@@ -106,7 +106,8 @@ def test_what_comes_behind_is_read_from_its_keys(
     fetched: list[BlockKey], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, how = make_model(), config(segmenter=Pages(1))
-    kinds, put = set(), Store.put_objects
+    kinds: set[str] = set()
+    put = Store.put_objects
 
     def noting(self: Store, name: str, objects: Sequence[NewObject], *, may_drop: bool) -> None:
         kinds.update(each.kind for each in objects)
