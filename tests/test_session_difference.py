@@ -75,7 +75,8 @@ def test_a_past_that_lost_a_block_is_read_anew(tmp_path: Path) -> None:
         def failing(entry: Entry) -> Tensor:
             if entry.first_token == 144:
                 raise CorruptRecordError("lost")
-            return positions_of(entry)
+            found: Tensor = positions_of(entry)
+            return found
 
         view.has_positions = view.reader._has_positions = True
         view.positions_of = failing  # type: ignore[method-assign]
