@@ -14,6 +14,7 @@ from kvstore.engines.tier_cache import TierCache
 from kvstore.engines.transformers import Attached
 from kvstore.retrieval.triggers.trigger import EveryStep, OncePerQuestion, Trigger
 from kvstore.session.branch import Branch
+from kvstore.session.choosing import LayerChoices
 from kvstore.session.view import SessionConfig
 from tests.tiny_models import BLOCK_TOKENS, attached_stream, make_model, policy, settings, token_ids
 
@@ -107,3 +108,20 @@ def test_a_question_asked_with_gradients_is_answered_and_holds_none(name: str, t
             assert asked_by is not None
             assert not asked_by.requires_grad
             assert asked_by.untyped_storage().nbytes() == asked_by.nbytes, "of the newest token, not of all"
+
+
+def test_a_layer_that_has_room_for_everything_by_now_shares_no_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = policy("streamkv", full_layers=1)
+    with attached_stream(tmp_path, make_model(), settings(rule, window=24, sinks=4, budget=16)) as attached:
+        attached.model(token_ids(163))
+        cache = attached.question()
+        assert cache.branch is not None
+        seen = []
+        for fits in (False, True):
+            monkeypatch.setattr(LayerChoices, "_fits", lambda _, fits=fits: fits)
+            with cache.recalling():
+                ask(attached, cache, PROMPTS[0])
+            seen.append(cache.branch.contexts[0].num_past)
+        assert seen[0] < seen[1] == 163

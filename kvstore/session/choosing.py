@@ -94,6 +94,7 @@ class LayerChoices:
             return self._take_waiting(layer)
         state.asked_by = newest.clone()  # a view would hold the prompt's queries, of every layer
         if state.is_full:
+            state.selection = None  # of an earlier pass, for which there was no room: `share` is for the others
             everything = torch.arange(self._first, max(self._first, self._end))
             return Selection((everything,), (), torch.empty(1, 0, dtype=torch.bool), torch.empty(1, 0))
         view = self.view
