@@ -22,9 +22,9 @@ CUDA_UNITS := $(filter csrc/cuda/%.cu csrc/cuda/%.cpp,$(CSRC))
 
 # Tests marked gpu run where there is one.
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -o -m1 GPU)
-MARKS := not slow$(if $(HAS_GPU),, and not gpu)
+MARKS := not slow and not sanitizers$(if $(HAS_GPU),, and not gpu)
 
-.PHONY: help venv demo servers test test-slow torture coverage lint lint-python lint-types lint-cpp fmt bench cuda-check mutate fuzz clean
+.PHONY: help venv demo servers test test-slow sanitize torture coverage lint lint-python lint-types lint-cpp fmt bench cuda-check mutate fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ servers:  ## redis-server and Mooncake's libraries for tests: apt-get where root
 
 test: servers venv  ## all quick tests; GPU tests where there is a GPU
 	$(BIN)/pytest -m "$(MARKS)"
+
+sanitize: venv  ## the native code under the compiler's checkers of addresses, undefined behaviour and races
+	$(BIN)/pytest -m sanitizers
 
 test-slow: venv  ## the tests that take minutes
 	$(BIN)/pytest -m "slow$(if $(HAS_GPU),, and not gpu)"

@@ -14,6 +14,8 @@ import pytest
 
 from tests.native.building import FUZZ_TARGETS, LIBRARY, compile_objects, link
 
+pytestmark = pytest.mark.sanitizers
+
 HERE = Path(__file__).parent
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
 # The second build leaves the variants for newer CPUs out, so both kinds of loops are run here on any machine.
