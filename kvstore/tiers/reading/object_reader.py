@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -27,6 +27,8 @@ from kvstore.tiers.tables.streams import find_stream_id
 
 _MAX_ROUNDS = 3
 _MAX_KEPT_PARTS = 1 << 20
+_LOOKED_UP = 8
+"""Objects of one transaction: each brings in a hundred KiB of the catalogue, which goes only between transactions."""
 
 
 class _Place(NamedTuple):
@@ -134,18 +136,19 @@ class ObjectReader:
         """Give the memory back."""
         self._bodies.close()
 
-    def _look_up(self, name: str, kind: str, readings: Iterable[_Reading]) -> list[_Reading]:
+    def _look_up(self, name: str, kind: str, readings: Sequence[_Reading]) -> list[_Reading]:
         """Ask the catalogue where objects are; returns those to read."""
         changed: list[_Reading] = []
-        with self._disk.catalogue.read() as view:
-            stream_id = find_stream_id(view, name)
-            for each in readings:
-                place: _Place | None = None
-                with suppress(CorruptRecordError, UnsupportedFormatError):
-                    row = find_object(view, stream_id, kind, each.index)
-                    place = None if row is None else self._place(view, row)
-                if each.move(place):
-                    changed.append(each)
+        for first in range(0, max(len(readings), 1), _LOOKED_UP):
+            with self._disk.catalogue.read() as view:
+                stream_id = find_stream_id(view, name)
+                for each in readings[first : first + _LOOKED_UP]:
+                    place: _Place | None = None
+                    with suppress(CorruptRecordError, UnsupportedFormatError):
+                        row = find_object(view, stream_id, kind, each.index)
+                        place = None if row is None else self._place(view, row)
+                    if each.move(place):
+                        changed.append(each)
         return changed
 
     def _place(self, view: ReadView, row: ObjectRow) -> _Place | None:
@@ -154,7 +157,7 @@ class ObjectReader:
             return None
         return _Place(row, record)
 
-    def _load_tables(self, readings: Iterable[_Reading]) -> int:
+    def _load_tables(self, readings: Sequence[_Reading]) -> int:
         """Find where parts are: the row says so, or memory, or the disk; returns bytes read."""
         absent: list[tuple[_Reading, _Place]] = []
         for each in readings:
@@ -182,7 +185,7 @@ class ObjectReader:
             while sum(len(each.sizes) for each in self._tables.values()) > _MAX_KEPT_PARTS:
                 del self._tables[next(iter(self._tables))]
 
-    def _read_parts(self, readings: Iterable[_Reading]) -> int:
+    def _read_parts(self, readings: Sequence[_Reading]) -> int:
         """Read what has not come, in one batch; returns bytes read."""
         wanted = [(each, part, place) for each in readings for part, place in each.slices().items()]
         found, nbytes = self._bodies.read([place for _, _, place in wanted])
