@@ -52,8 +52,9 @@ def test_words_and_totals_that_do_not_fit_are_refused() -> None:
 
     def score(num_tokens: int = 2, totals: Any = totals, **changes: Any) -> list[float]:
         every = [np.ascontiguousarray(each).data for each in {**good, **changes}.values()]
-        score_postings(every[0], every[1], tuple(every[2:]), num_tokens, totals.data)
-        return totals.tolist()
+        score_postings(every[0], every[1], (every[2], every[3], every[4], every[5]), num_tokens, totals.data)
+        found: list[float] = totals.tolist()
+        return found
 
     assert score() == [0.5, 2.25]
     over = places.copy()

@@ -187,15 +187,18 @@ class HeldUnits {
   std::vector<AskedView> asked_;
 };
 
-void score_words(const py::buffer& postings, const py::buffer& sizes,
-                 const std::array<py::buffer, 4>& words, std::size_t num_tokens,
+void score_words(const py::buffer& postings,
+                 const py::buffer& sizes,
+                 const std::array<py::buffer, 4>& words,
+                 std::size_t num_tokens,
                  const py::buffer& totals) {
   const HeldBuffer from(postings, false);
   const HeldBuffer of_block(sizes, false);
   std::deque<HeldBuffer> held;
   std::array<ConstBytes, 4> views;
-  std::transform(words.begin(), words.end(), views.begin(),
-                 [&held](const py::buffer& each) { return held.emplace_back(each, false).readable(); });
+  std::transform(words.begin(), words.end(), views.begin(), [&held](const py::buffer& each) {
+    return held.emplace_back(each, false).readable();
+  });
   const HeldBuffer to(totals, true);
   const py::gil_scoped_release released;
   score_postings(from.readable(), of_block.readable(),

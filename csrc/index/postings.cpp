@@ -37,12 +37,12 @@ void score_postings(ConstBytes postings, ConstBytes sizes, const WordGains& word
   const bool are_sized = postings.size() == num_postings * sizeof(std::uint16_t) &&
                          totals.size() == counts.size() * sizeof(float) &&
                          places.size() == kMostWords && tokens.size() == gains.size();
-  const bool are_gains =
-      !starts.empty() && std::is_sorted(starts.begin(), starts.end()) &&
-      starts.back() <= gains.size() &&
-      *std::max_element(places.begin(), places.end()) < starts.size() &&
-      std::all_of(tokens.begin(), tokens.end(),
-                  [&words](std::uint32_t token) { return token < words.num_tokens; });
+  const bool are_gains = !starts.empty() && std::is_sorted(starts.begin(), starts.end()) &&
+                         starts.back() <= gains.size() &&
+                         *std::max_element(places.begin(), places.end()) < starts.size() &&
+                         std::all_of(
+                             tokens.begin(), tokens.end(),
+                             [&words](std::uint32_t token) { return token < words.num_tokens; });
   KV_EXPECT(are_sized && are_gains, ShapeError, "postings, words or totals do not fit each other");
   std::vector<float> best(words.num_tokens);
   const std::uint8_t* next = postings.data();

@@ -15,7 +15,8 @@ inline constexpr std::size_t kMostWords = 1U << 16U;
 struct WordGains {
   /// `uint16` for each of the 65,536 words: 1 and its place among those that earn something, or 0.
   ConstBytes places;
-  /// `uint32`, one more than there are places: where the gains of each begin, and where the last ones end.
+  /// `uint32`, one more than there are places: where the gains of each begin, and where the last
+  /// ones end.
   ConstBytes starts;
   /// `uint32`: the token of each gain.
   ConstBytes tokens;
