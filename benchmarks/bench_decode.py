@@ -134,11 +134,11 @@ def watched(session: Session) -> Iterator[list[Tensor]]:
         del search.select
 
 
-def ask(model: Any, run: Run, prompt: Tensor) -> Answer:
-    """Ask, and time the first token: one pass over the bare question, to select by, and one over the prompt."""
+def ask(model: Any, run: Run, prompt: Tensor, passes: int) -> Answer:
+    """Ask, and time the first token; of two passes, the first is over the bare question, and selects."""
     with attach(model, run.session) as attached, watched(run.session) as taken:
         began = now()
-        cache = attached.question(prompt)
+        cache = attached.question(prompt if passes == 2 else None)
         logits = model(input_ids=prompt, past_key_values=cache, logits_to_keep=1).logits
         run.firsts.append(now() - began)
     run.selects.append(sum(taken, torch.zeros(len(CLOCKS), dtype=torch.float64)))
@@ -154,10 +154,10 @@ def step(model: Any, run: Run, answer: Answer) -> Tensor:
         return now() - began
 
 
-def measure(model: Any, runs: dict[str, Run], prompt: Tensor, num_questions: int) -> None:
+def measure(model: Any, runs: dict[str, Run], prompt: Tensor, num_questions: int, passes: int) -> None:
     """Ask and decode with all policies in turns, token by token, so that what disturbs one disturbs all."""
     for number in range(num_questions + 1):
-        answers = {name: ask(model, run, prompt) for name, run in runs.items()}
+        answers = {name: ask(model, run, prompt, passes) for name, run in runs.items()}
         for _ in range(PIECES):
             taken = {name: torch.zeros(len(CLOCKS), dtype=torch.float64) for name in runs}
             for _ in range(PIECE_TOKENS):
@@ -204,6 +204,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, help="model folder or GGUF file; the default is SmolLM2-135M-Instruct")
     parser.add_argument("--folder", type=Path, help="where the scratch store is written; default: the system's")
     parser.add_argument("--policies", nargs="+", default=["auto"], metavar="NAME", help="default: auto")
+    parser.add_argument(
+        "--passes", type=int, choices=(1, 2), default=2, help="2: the bare question is asked before the prompt"
+    )
     parser.add_argument("--budget", type=int, nargs="+", default=[256], metavar="TOKENS", help="default: 256")
 
 
@@ -221,8 +224,10 @@ def run_all(
     with torch.inference_mode(), stored(language_model, settings.folder, ids[:num_tokens]) as make_session:
         for budget in settings.budget:
             runs = {name: Run(make_session(policy_named(name), budget)) for name in (BASELINE, *settings.policies)}
-            measure(language_model.model, runs, prompt, num_questions)
-            report_all(report, runs, context=num_tokens, budget=budget, model=language_model.path.stem)
+            measure(language_model.model, runs, prompt, num_questions, settings.passes)
+            report_all(
+                report, runs, passes=settings.passes, context=num_tokens, budget=budget, model=language_model.path.stem
+            )
 
 
 def main() -> None:

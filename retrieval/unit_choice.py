@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,14 +47,14 @@ class Room:
         self._most_units = most_units = min(most_tokens, num_units)
         self._fused = torch.empty(num_lists, num_units)
         self._marks = torch.empty(num_lists, num_units, dtype=torch.bool)
-        self._numbers = torch.empty(num_lists * (most_units + most_tokens), dtype=torch.int64)
-        self._counts = np.empty((num_lists, 2), dtype=np.int64)
-        numbers, tokens_at = self._numbers.numpy(), num_lists * most_units
+        self._numbers = torch.empty(num_lists * (most_units + most_tokens + 2), dtype=torch.int64)
+        numbers, tokens_at, counts_at = self._numbers.numpy(), num_lists * most_units, -2 * num_lists
+        self._counts = numbers[counts_at:]
         self.buffers = [
             self._fused.numpy().data,
             self._marks.numpy().data,
             numbers[:tokens_at].data,
-            numbers[tokens_at:].data,
+            numbers[tokens_at:counts_at].data,
             self._counts.data,
         ]
         """Fused scores, marks, units, tokens, counts."""
@@ -64,11 +63,12 @@ class Room:
         """What was written."""
         counts = self._counts.tolist()
         sizes = []
-        for column, most in enumerate((self._most_units, self._most_tokens)):
-            for of_list in counts:
-                sizes += [of_list[column], most - of_list[column]]
-        parts = self._numbers.split(sizes)[::2]
-        return Chosen(self._fused, self._marks, parts[: len(counts)], parts[len(counts) :])
+        for num_units in counts[::2]:
+            sizes += [num_units, self._most_units - num_units]
+        for num_tokens in counts[1::2]:
+            sizes += [num_tokens, self._most_tokens - num_tokens]
+        parts = self._numbers.split_with_sizes([*sizes, len(counts)])
+        return Chosen(self._fused, self._marks, parts[: len(counts) : 2], parts[len(counts) : -1 : 2])
 
 
 def choose(

@@ -77,6 +77,11 @@ def test_what_was_held_of_units_does_not_outlive_them() -> None:
             had, (wanted,) = memory.select(query, 16, end), select_together([memory], query, 16, end)
             assert torch.equal(had.chosen, wanted.chosen)
             assert [each.tolist() for each in had.tokens] == [each.tolist() for each in wanted.tokens]
+    best = int(had.scores[0].argmax())
+    for index in memory.indices:
+        assert isinstance(index, SegmentedIndex)
+        index.remove(torch.tensor([best]))
+    assert not memory.select(query, 16, end).chosen[0, best]
 
 
 def interleaved(vectors: Tensor, positions: Tensor) -> Tensor:
