@@ -42,9 +42,14 @@ PIECES = 4
 CLOCKS = {"wall": (wall, "tokens/s"), "cpu": (cpu, "tokens/cpu-s")}
 
 
-def now() -> Tensor:
+def read_clocks() -> list[float]:
     """Seconds by all clocks."""
-    return torch.tensor([clock() for clock, _ in CLOCKS.values()], dtype=torch.float64)
+    return [clock() for clock, _ in CLOCKS.values()]
+
+
+def since(began: list[float]) -> Tensor:
+    """Seconds by all clocks; what makes a tensor of them is not among them."""
+    return torch.tensor([ended - each for ended, each in zip(read_clocks(), began, strict=True)], dtype=torch.float64)
 
 
 @dataclass(slots=True)
@@ -122,9 +127,9 @@ def watched(session: Session) -> Iterator[list[Tensor]]:
     select = search.select
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        began = now()
+        began = read_clocks()
         found = select(*args, **kwargs)
-        taken.append(now() - began)
+        taken.append(since(began))
         return found
 
     search.select = timed  # type: ignore[method-assign]
@@ -137,10 +142,10 @@ def watched(session: Session) -> Iterator[list[Tensor]]:
 def ask(model: Any, run: Run, prompt: Tensor, passes: int) -> Answer:
     """Ask, and time the first token; of two passes, the first is over the bare question, and selects."""
     with attach(model, run.session) as attached, watched(run.session) as taken:
-        began = now()
+        began = read_clocks()
         cache = attached.question(prompt if passes == 2 else None)
         logits = model(input_ids=prompt, past_key_values=cache, logits_to_keep=1).logits
-        run.firsts.append(now() - began)
+        run.firsts.append(since(began))
     run.selects.append(sum(taken, torch.zeros(len(CLOCKS), dtype=torch.float64)))
     return Answer(cache, logits[:, -1:].argmax(-1))
 
@@ -148,10 +153,10 @@ def ask(model: Any, run: Run, prompt: Tensor, passes: int) -> Answer:
 def step(model: Any, run: Run, answer: Answer) -> Tensor:
     """Decode one token; seconds by all clocks."""
     with attach(model, run.session):
-        began = now()
+        began = read_clocks()
         logits = model(input_ids=answer.token, past_key_values=answer.cache, logits_to_keep=1).logits
         answer.token = logits[:, -1:].argmax(-1)
-        return now() - began
+        return since(began)
 
 
 def measure(model: Any, runs: dict[str, Run], prompt: Tensor, num_questions: int, passes: int) -> None:
