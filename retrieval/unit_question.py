@@ -99,7 +99,7 @@ class UnitQuestions:
         turns = query.last_turns(self._spaces)
         if turns is None:
             return None
-        queries = query.query[:, :, -1].cpu().float().contiguous()
+        queries = query.query[:, :, -1].detach().cpu().float().contiguous()
         room = Room(held.num_lists, table.num_units, table.num_tokens, max(budget_tokens, held.longest_unit))
         is_done = held.native.choose(
             queries.numpy().data,
