@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kvstore.retrieval.index.flat import FlatIndex
-from kvstore.retrieval.maxsim import LateInteraction, MaxSimScorer
+from kvstore.retrieval.maxsim import LateInteraction, MaxSimScorer, maxsim
+from kvstore.session.late import ranking as ranking_module
 from kvstore.session.late.ranking import LateRanking
 from kvstore.store import Access, FetchReport, FetchRequest, Store
 from tests.late_streams import CONFIG, KIND, RULE, STREAM, append, entries_of, keys_of, late, opened, same
@@ -39,6 +40,28 @@ def test_who_looks_at_every_block_ranks_as_over_all_rows(written: Path) -> None:
             scores = torch.zeros(44)
             scores[had.blocks] = had.scores
             assert torch.allclose(scores[wanted.blocks], wanted.scores, atol=0.03)
+
+
+def test_a_long_question_is_compared_in_batches_and_ranks_the_same(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+
+    def noting(similarity: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        compared.append(similarity.shape[0])
+        return maxsim(similarity, *rest)
+
+    with opened(written) as store:
+        question = torch.cat([keys_of(store, block) for block in (3, 30, 31)] * 11)
+        assert question.shape[0] > 2 * 128
+        monkeypatch.setattr(ranking_module, "maxsim", noting)
+        had = late(store).rank(question, 44)
+        assert sum(compared) == question.shape[0]
+        assert max(compared) <= 128
+        monkeypatch.setattr(ranking_module, "_BATCH_TOKENS", question.shape[0])
+        wanted = late(store).rank(question, 44)
+        assert torch.allclose(had.scores, wanted.scores)
+        assert had.blocks[:3].tolist() == wanted.blocks[:3].tolist()
 
 
 def test_few_blocks_are_looked_at_and_the_right_one_is_among_them(
