@@ -20,7 +20,7 @@ from kvstore.session.late.pieces import LatePieces
 from kvstore.store import Entries, Store, StreamHeader
 
 _BATCH = 16
-_BATCH_TOKENS = 128
+_BATCH_TOKENS = 64
 """Of a question, that are compared with all rows at once: turns of a chat have hundreds."""
 _SEALED_LOST = "its keys could not be read when it was indexed"
 _ROWS_LOST = "its rows of the index are damaged"
