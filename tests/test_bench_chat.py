@@ -90,8 +90,14 @@ def test_growth_is_that_of_a_line_and_repetitions_are_seen() -> None:
 
 
 def _good(memory_mib: float = 100.0) -> Quarter:
-    said = {"said": [1.0], "halves": [(1.0, 1.05, 0.9)], "replies": ["so it goes", "yes\n"]}
-    return Quarter(times_s=[1.0], memory_mib=[memory_mib], disk_mib=[1.0], **said)
+    return Quarter(
+        times_s=[1.0],
+        memory_mib=[memory_mib],
+        disk_mib=[1.0],
+        said=[1.0],
+        halves=[(1.0, 1.05, 0.9)],
+        replies=["so it goes", "yes\n"],
+    )
 
 
 def test_a_chat_that_goes_on_as_it_began_has_no_faults() -> None:

@@ -13,6 +13,7 @@ from kvstore.retrieval.index.flat import FlatIndex
 from kvstore.retrieval.maxsim import LateInteraction, MaxSimScorer, maxsim
 from kvstore.session.late import ranking as ranking_module
 from kvstore.session.late.ranking import LateRanking
+from kvstore.spec import BlockKey
 from kvstore.store import Access, FetchReport, FetchRequest, Store
 from tests.late_streams import CONFIG, KIND, RULE, STREAM, append, entries_of, keys_of, late, opened, same
 from tests.tiny_models import BLOCK_TOKENS, attached_stream, make_model, token_ids
@@ -86,7 +87,7 @@ def test_few_blocks_are_looked_at_and_the_right_one_is_among_them(
 
 def test_who_asks_reads_keys_only_behind_the_last_piece(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetch = Store.fetch
-    fetched = set()
+    fetched: set[BlockKey] = set()
 
     def counting(self: Store, requests: list[FetchRequest], timeout_s: float | None = None) -> FetchReport:
         fetched.update(request.key for request in requests)
@@ -104,7 +105,7 @@ def test_who_appends_reads_none_at_all_and_resumes_the_same_pieces(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch = Store.fetch
-    searched = []
+    searched: list[FetchRequest] = []
 
     def counting(self: Store, requests: list[FetchRequest], timeout_s: float | None = None) -> FetchReport:
         searched.extend(request for request in requests if request.layers is not None)
