@@ -3,42 +3,21 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from kvstore.store import FetchRequest
 from kvstore.tiers.catalogue import Catalogue
 from kvstore.tiers.gate import Gate
+from tests.interrupting import interrupt_at
 from tests.store_blocks import block_key, empty_slot, make_slot, open_store
 
 HANG_S = 60.0
 
 
 def _interrupt_at(number: int, call: Callable[[], object], names: tuple[str, ...]) -> bool:
-    """Run a call, and interrupt it where it calls for the `number`th time a function in one of some files."""
-    left = number
-
-    def trace(frame: FrameType, event: str, arg: Any) -> None:
-        nonlocal left
-        if frame.f_code.co_filename.endswith(names):
-            left -= 1
-            if left == 0:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
+    return interrupt_at(number, call, lambda code: code.co_filename.endswith(names))
 
 
 def _in_time(call: Callable[[], object]) -> None:

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
 from kvstore.tiers.host import HostTier, Lease
+from tests.interrupting import interrupt_at
 from tests.store_blocks import LAYOUT, block_key
 
 FILES = ("host.py", "lease.py", "partitions.py", "policy.py")
@@ -17,26 +15,8 @@ KEYS = [block_key(number) for number in range(6)]
 
 
 def _interrupt_at(number: int, call: Callable[[], object]) -> bool:
-    """Run a call, and interrupt it where the tier calls a function for the `number`th time, unless it gives back."""
-    left = number
-
-    def trace(frame: FrameType, event: str, arg: Any) -> None:
-        nonlocal left
-        if frame.f_code.co_filename.endswith(FILES) and frame.f_code.co_name not in RELEASES:
-            left -= 1
-            if left == 0:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
+    """Interrupt a call where the tier calls a function, unless it gives back."""
+    return interrupt_at(number, call, lambda at: at.co_filename.endswith(FILES) and at.co_name not in RELEASES)
 
 
 def _fill(tier: HostTier, first: int) -> None:
